@@ -1,0 +1,78 @@
+"""Which backend serves a call: one function gives the reasons, one picks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from pyrx import _extension
+from pyrx._checks import FLOAT_DTYPES, fail
+
+OPS = ("dropout", "multi_sample_dropout")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
+# Triton's interpreter runs its kernels on CPU tensors; the variable must be set before triton is imported.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@functools.lru_cache(maxsize=None)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyrx::{op}", key)
+
+
+@functools.lru_cache(maxsize=None)
+def reasons(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Why `backend` cannot serve `op` on this device and dtype; an empty list says that it can."""
+    if backend == "reference":
+        return []
+    found = []
+    served = ("cpu", "cuda") if backend == "triton" and TRITON_INTERPRETED else ("cpu" if backend == "cpu" else "cuda",)
+    if device_type not in served:
+        found.append(f"it serves device {' and '.join(served)}, not {device_type}")
+    if backend in ("cpu", "cuda"):
+        if _extension.error is not None:
+            found.append(_extension.error)
+        elif not _has_kernel(op, backend.upper()):
+            found.append(f"the extension was built without {backend.upper()} kernels")
+    dtypes = _TRITON_DTYPES if backend == "triton" else FLOAT_DTYPES
+    if dtype not in dtypes:
+        found.append(f"it has no {dtype} kernel")
+    if backend == "triton" and not _has_triton():
+        found.append("the package triton is not installed")
+    if backend in ("cuda", "triton") and device_type == "cuda" and not torch.cuda.is_available():
+        found.append("torch sees no CUDA device")
+    return found
+
+
+def select(
+    op: str, device_type: str, dtype: torch.dtype, backend: str | None, preference: tuple[str, ...] = ("cpu", "cuda", "triton")
+) -> str:
+    """The backend that serves this call: the one asked for (argument, then PYRX_BACKEND) or the first that can."""
+    if backend is None:
+        backend = os.environ.get("PYRX_BACKEND") or None
+    if backend is None or backend == "auto":
+        for each in preference:
+            if not reasons(op, each, device_type, dtype):
+                return each
+        return "reference"
+    if backend not in BACKENDS:
+        fail(op, "backend", "to be one of " + ", ".join(map(repr, BACKENDS)), repr(backend))
+    found = reasons(op, backend, device_type, dtype)
+    if found:
+        fail(
+            op,
+            "backend",
+            f"that serves {dtype} on {device_type}",
+            f"{backend!r}, which cannot: " + "; ".join(found),
+            RuntimeError,
+        )
+    return backend

@@ -1,0 +1,57 @@
+"""What the caller says about randomness (p, seed, generator), turned into what kernels read (thresholds, a seed tensor)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyrx._checks import check_choice, check_device, check_dtype, check_integer, fail
+
+LEVELS = 65536
+MAX_SAMPLE = 2**32 - 1
+SAMPLINGS = ("independent", "antithetic")
+
+
+def threshold(op: str, p: float) -> int:
+    """round(65536 p): an element is kept iff its 16-bit lane is at least this. 65535 is the largest, so that some are kept."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        fail(op, "p", "to be a float", type(p).__name__, TypeError)
+    if not 0 <= p < 1:
+        fail(op, "p", "in [0, 1)", p)
+    return min(round(LEVELS * p), LEVELS - 1)
+
+
+def thresholds(op: str, p: float | Sequence[float], num_samples: int) -> list[int]:
+    check_integer(op, "num_samples", num_samples, 1, 65535)
+    if isinstance(p, (list, tuple)):
+        if len(p) != num_samples:
+            fail(op, "p", f"to be a float or num_samples = {num_samples} floats", f"{len(p)} floats")
+        return [threshold(op, each) for each in p]
+    return [threshold(op, p)] * num_samples  # type: ignore[arg-type]  # threshold() rejects what is not a number
+
+
+def is_antithetic(op: str, sampling: str) -> bool:
+    check_choice(op, "sampling", sampling, SAMPLINGS)
+    return sampling == "antithetic"
+
+
+def seed_tensor(
+    op: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """The op's seed, an int64 scalar on `device`: drawn there unless given, so that nothing syncs."""
+    if seed is not None and generator is not None:
+        fail(op, "at most one of seed and generator", "", "both")
+    if seed is None:
+        if generator is not None and generator.device.type != device.type:
+            fail(op, "generator", f"on device {device}", generator.device, RuntimeError)
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
+    if isinstance(seed, Tensor):
+        check_dtype(op, "seed", seed, torch.int64)
+        check_device(op, "seed", seed, device)
+        if seed.numel() != 1:
+            fail(op, "seed", "of one element", list(seed.shape))
+        return seed
+    check_integer(op, "seed", seed, -(2**63), 2**64 - 1)
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
