@@ -1,0 +1,109 @@
+# Each target sets up what it needs: a virtual environment with torch, the built extension, the packages it uses.
+#   VENV=.venv       where the environment is made, or one that is there already (its torch is kept)
+#   PYTHON=python3   what makes it
+#   TORCH=2.11.0     the torch that is installed in it
+#   TORCH_SYSTEM=1   no environment and no network: PYTHON as it is, with the torch it has
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= 2.11.0
+TORCH_SYSTEM ?= 0
+export MAX_JOBS ?= $(shell nproc)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+
+BIN := $(abspath $(VENV))/bin
+ifeq ($(TORCH_SYSTEM),1)
+PY := $(PYTHON)
+ENVIRONMENT :=
+extras =
+else
+PY := $(BIN)/python
+export PATH := $(BIN):$(PATH)
+ENVIRONMENT := $(VENV)/.pyrx-torch-$(TORCH)
+extras = $(VENV)/.pyrx-extra-$(1)
+endif
+
+say = @printf '\n== %s\n' $(1)
+HAS_TORCH := import re, torch; v = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])); assert v >= (2, 11), v
+
+.PHONY: help demo test bench gpu lint build cpp clean gpu-here
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    train a real model through pyrx: table and loss curves       (5 minutes after the build)'
+	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (20 minutes from a clean clone)'
+	@echo 'make bench   time every op against PyTorch and peers, tables and charts'
+	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make build   only the environment and the extension'
+	@echo 'make clean   remove what was built (not the environment)'
+	@echo 'Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCH_SYSTEM=$(TORCH_SYSTEM) MAX_JOBS=$(MAX_JOBS)'
+
+demo: $(call extras,demo)
+	$(call say,'demo: training on the handwritten digits (under 5 minutes)')
+	@$(PY) examples/digits.py
+
+test: $(call extras,test) lint cpp
+	$(call say,'pytest on the CPU (some minutes)')
+	@$(PY) -m pytest -q -m 'not gpu'
+
+bench: $(call extras,bench)
+	$(call say,'benchmarks (some minutes): results in bench/results')
+	@$(PY) bench/run.py
+	@$(PY) bench/report.py
+
+# an environment made before wins, then a system Python whose torch sees a GPU, then a new environment
+gpu:
+	@if [ '$(TORCH_SYSTEM)' != 1 ] && [ ! -e '$(VENV)/bin/python' ] && \
+	  $(PYTHON) -c '$(HAS_TORCH); import pytest; assert torch.cuda.is_available()' 2>/dev/null; \
+	then echo "== using $$(command -v $(PYTHON)): its torch sees a GPU, so nothing is downloaded"; \
+	  $(MAKE) gpu-here TORCH_SYSTEM=1; \
+	else $(MAKE) gpu-here; fi
+
+# the benchmarks run also when a test failed; the exit status tells of both
+gpu-here: $(call extras,test) $(call extras,bench) build
+	$(call say,'gpu tests (up to 4 minutes)')
+	@failed=0; timeout 240 $(PY) -m pytest -q -m gpu || failed=$$?; \
+	printf '\n== %s\n' 'GPU benchmarks (up to 4 minutes): results in bench/results'; \
+	timeout 240 $(PY) bench/run.py --device cuda --out bench/results || failed=$$?; \
+	exit $$failed
+
+lint: $(call extras,test)
+	$(call say,'lint and types (seconds)')
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+cpp: $(call extras,test)
+	$(call say,'C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer (2 minutes)')
+	@cmake -S . -B build/cmake -G Ninja -DPYRX_SANITIZE=ON
+	@cmake --build build/cmake --parallel $(MAX_JOBS)
+	@ctest --test-dir build/cmake --output-on-failure --parallel $(MAX_JOBS)
+
+# always asks ninja, which compiles only what changed
+build: $(ENVIRONMENT)
+	$(call say,'the extension (minutes when all of it is compiled, else seconds)')
+	@$(PY) setup.py build_ext --inplace
+
+$(VENV)/.pyrx-torch-%:
+	$(call say,'environment in $(VENV)')
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo '$(PYTHON) could not make an environment: on Debian and Ubuntu, apt-get install python3-venv python3-dev'; exit 1; }
+	@if [ '$(origin TORCH)' = file ] && $(PY) -c '$(HAS_TORCH)' 2>/dev/null; \
+	then echo 'torch is there already'; \
+	else echo 'downloading torch $* (about 3 GB with the CUDA libraries it needs, some minutes)'; \
+	  $(PY) -m pip install torch==$*; fi
+	@$(PY) -m pip install -q 'setuptools>=64' wheel ninja numpy
+	@touch $@
+
+# after the build, so that its progress is seen and pip finds it done
+$(VENV)/.pyrx-extra-%: pyproject.toml $(ENVIRONMENT) | build
+	$(call say,'packages for $*')
+	@$(PY) -m pip install -q --no-build-isolation -e '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf build pyrx.egg-info pyrx/_C*.so pyrx/_build_info.json
