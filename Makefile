@@ -18,7 +18,7 @@ BIN := $(abspath $(VENV))/bin
 ifeq ($(TORCH_SYSTEM),1)
 PY := $(PYTHON)
 ENVIRONMENT :=
-extras =
+extras = build
 else
 PY := $(BIN)/python
 export PATH := $(BIN):$(PATH)

@@ -246,7 +246,7 @@ def make_plan(env: Mapping[str, str], torch) -> Plan:
     site_dirs = list(dict.fromkeys(site_dirs))
     force = truth("FORCE_CUDA", env.get("FORCE_CUDA"))
     torch_cuda = torch.version.cuda
-    nvcc = find_nvcc(env, site_dirs, torch_cuda) if force is not False else None
+    nvcc = find_nvcc(env, site_dirs, torch_cuda)
     made = Plan(torch.__version__, torch_cuda, compiler and compiler_text, nvcc)
     if compiler is None:
         if force:

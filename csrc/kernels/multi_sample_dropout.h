@@ -39,6 +39,7 @@ struct ClassTarget {
   T total;
   T weight;    // what the row adds to the denominator of "mean"
   bool valid;  // class ids in range; where not, every coefficient is NaN
+  bool counts;  // not ignored; a row that is has loss and gradient 0, whatever its logits
 };
 
 // `lam` is class a's share, 1 where there is one class; class_weight (C,) may be null; class_weight_sum is C then.
@@ -49,7 +50,7 @@ PYRX_HOST_DEVICE ClassTarget<T> class_target(int64_t a, int64_t b, T lam, const 
   const bool valid = (!counts_a || (a >= 0 && a < num_classes)) && (!counts_b || (b >= 0 && b < num_classes));
   if (!valid) {
     const T nan = T(0) / T(0);
-    return {0, 0, nan, nan, nan, nan, nan, false};
+    return {0, 0, nan, nan, nan, nan, nan, false, true};
   }
   const T share_a = counts_a ? lam : T(0), share_b = counts_b ? T(1) - lam : T(0);
   if (!counts_a) a = 0;
@@ -58,7 +59,7 @@ PYRX_HOST_DEVICE ClassTarget<T> class_target(int64_t a, int64_t b, T lam, const 
   const T weight_b = class_weight ? share_b * class_weight[b] : share_b;
   const T uniform = label_smoothing / T(num_classes) * (share_a + share_b);
   ClassTarget<T> target{a, b, (T(1) - label_smoothing) * weight_a, (T(1) - label_smoothing) * weight_b, uniform,
-                        T(0), weight_a + weight_b, true};
+                        T(0), weight_a + weight_b, true, counts_a || counts_b};
   target.total = target.a_coefficient + target.b_coefficient + uniform * class_weight_sum;
   return target;
 }
