@@ -1,0 +1,478 @@
+// The multi-sample dropout head on the CPU: masked features packed for GEMM tiles, cross-entropy and its gradient while a
+// tile's logits are in cache, and the gradients' GEMMs behind it.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <vector>
+
+#include "cpu/elements.h"
+#include "cpu/gemm.h"
+#include "cpu/simd.h"
+
+namespace pyrx::cpu {
+
+constexpr int64_t kTileRows = 128;        // GEMM rows whose logits one thread holds
+constexpr int64_t kChunkRows = 1024;      // GEMM rows between two updates of the weight gradient
+constexpr int64_t kFoldPanels = 8;        // feature panels of the input gradient between two folds
+constexpr int64_t kWeightPanels = 4;      // feature panels of the weight gradient a task packs at a time
+constexpr int64_t kWeightRows = 64;       // classes of one multiplication into the weight gradient
+constexpr int64_t kSkew = 16;             // elements beyond a power of two, so that rows differ in cache set
+
+template <typename T>
+struct HeadArguments {
+  using Acc = accumulate_t<T>;
+  int64_t rows, features, classes;  // B, D, C
+  const T* input;                   // (B, D), rows input_stride apart
+  int64_t input_stride;
+  const T* linear_weight;  // (C, D), rows weight_stride apart
+  int64_t weight_stride;
+  const Acc* bias;            // (C,) or null
+  const Acc* class_weight;    // (C,) or null
+  const int64_t* target_a;    // (B,) or null: probabilities
+  const int64_t* target_b;    // (B,), target_a where there is one class
+  const Acc* lam;             // (B,) or null: one class
+  const Acc* probabilities;   // (B, C) or null
+  const Acc* grad_loss;       // (B,) or null: ones
+  Acc class_weight_sum, label_smoothing;
+  int64_t ignore_index;
+  uint64_t seed;
+  const int64_t* thresholds;  // (M,)
+  bool antithetic;
+  SamplePlan plan;
+
+  ClassTarget<Acc> target(int64_t row) const {
+    return class_target<Acc>(target_a[row], target_b[row], lam ? lam[row] : Acc(1), class_weight, class_weight_sum, classes,
+                             ignore_index, label_smoothing);
+  }
+  SampleMask mask(int64_t sample) const { return sample_mask(sample, thresholds[sample], antithetic); }
+};
+
+// Where the results go; a null gradient is not computed. O is T, or float32 for float16 that waits for the loss scale.
+template <typename T, typename O>
+struct HeadResults {
+  using Acc = accumulate_t<T>;
+  Acc* row_loss;  // (B,) mean over the samples
+  O* grad_input;  // (B, D)
+  O* grad_weight;  // (C, D)
+  O* grad_bias;    // (C,)
+  Acc factor;      // of every gradient
+};
+
+// Buffers cut from one allocation, each on a cache line.
+class Workspace {
+ public:
+  template <typename U>
+  int64_t reserve(int64_t count) {
+    const int64_t at = size_;
+    size_ += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
+    return at;
+  }
+  void allocate() { memory_ = at::empty({size_ + 64}, at::kByte); }
+  template <typename U>
+  U* at_offset(int64_t offset) const {
+    const auto base = reinterpret_cast<uintptr_t>(memory_.data_ptr());
+    return reinterpret_cast<U*>(round_up(static_cast<int64_t>(base), 64) + offset);
+  }
+
+ private:
+  int64_t size_ = 0;
+  at::Tensor memory_;
+};
+
+template <typename T, typename G, typename O>
+class Head {
+  using Acc = accumulate_t<T>;
+
+ public:
+  Head(const HeadArguments<T>& arguments, const HeadResults<T, O>& results)
+      : in_(arguments),
+        out_(results),
+        // float16 operands keep gradients near one and take the factor at the end
+        operand_factor_(std::is_same_v<G, float16> ? Acc(1) : results.factor),
+        result_factor_(std::is_same_v<G, float16> ? results.factor : Acc(1)),
+        gemm_rows_(in_.plan.gemm_rows),
+        tile_rows_(std::max<int64_t>(1, kTileRows / gemm_rows_)),
+        chunk_rows_(std::min(tile_rows_ * std::max<int64_t>(1, kChunkRows / (tile_rows_ * gemm_rows_)),
+                             round_up(std::max<int64_t>(in_.rows, 1), tile_rows_))),
+        tiles_((chunk_rows_ + tile_rows_ - 1) / tile_rows_),
+        padded_tile_(round_up(tile_rows_ * gemm_rows_, kRound)),
+        logits_stride_(round_up(in_.classes, kRound) + kSkew),
+        bits_stride_(round_up(in_.features, 64) / 8),
+        gradient_stride_(round_up(chunk_rows_ * gemm_rows_, kRound) + kSkew),
+        padded_features_(round_up(in_.features, kRound)),
+        direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0),
+        threads_(std::max(1, at::get_num_threads())) {}
+
+  void run() {
+    reserve();
+    pack_weights();
+    bool first = true;
+    for (int64_t row = 0; row < in_.rows; row += chunk_rows_) {
+      const int64_t end = std::min(row + chunk_rows_, in_.rows);
+      rows_chunk(row, end);
+      if (out_.grad_weight) weight_gradient(row, end, !first);
+      first = false;
+    }
+    finish(first);
+  }
+
+ private:
+  bool wants_gradient() const { return out_.grad_input || out_.grad_weight || out_.grad_bias; }
+  int64_t packed_depth() const { return kDepth + kSkew; }
+
+  struct Scratch {
+    G* features;    // (padded_tile, packed_depth): masked features of one depth block
+    Acc* logits;    // (padded_tile, logits_stride), then their gradients
+    G* gradients;   // the same as GEMM operands
+    Acc* folded;    // (padded_tile, kFoldPanels * kPanel): input gradients before the fold
+    Acc* odd;       // (2, logits_stride): an odd sample's gradient, and their sum
+    uint8_t* bits;  // (2, bits_stride + 2)
+    G* panels;      // (kDepth, kWeightPanels * kPanel): masked features of a weight gradient block
+    G* pair;        // (2, kPanel)
+  };
+
+  void reserve() {
+    const int64_t classes = in_.classes, features = in_.features;
+    const bool averaged = in_.plan.averaged;
+    const int64_t weight_offset = memory_.reserve<G>(Panels<G>::elements(features, classes));
+    const int64_t transposed_offset = memory_.reserve<G>(out_.grad_input ? Panels<G>::elements(classes, features) : 0);
+    const int64_t bits_offset = memory_.reserve<uint8_t>(averaged ? 0 : chunk_rows_ * gemm_rows_ * bits_stride_ + 8);
+    const int64_t levels_offset = memory_.reserve<Acc>(averaged ? chunk_rows_ * padded_features_ : 0);
+    const int64_t gradients_offset = memory_.reserve<G>(out_.grad_weight ? classes * gradient_stride_ : 0);
+    const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ ? classes * padded_features_ : 0);
+    const int64_t bias_offset = memory_.reserve<Acc>(out_.grad_bias ? (tiles_ + 1) * logits_stride_ : 0);
+    const bool convert = !std::is_same_v<G, Acc>;
+    int64_t offsets[8];
+    const auto cut = [&](Workspace& part) {
+      offsets[0] = part.template reserve<G>(std::max(padded_tile_, kPanel) * packed_depth());
+      offsets[1] = part.template reserve<Acc>(padded_tile_ * logits_stride_);
+      offsets[2] = part.template reserve<G>(convert && out_.grad_input ? padded_tile_ * logits_stride_ : 0);
+      offsets[3] = part.template reserve<Acc>(out_.grad_input ? padded_tile_ * kFoldPanels * kPanel : 0);
+      offsets[4] = part.template reserve<Acc>(2 * logits_stride_);
+      offsets[5] = part.template reserve<uint8_t>(2 * (bits_stride_ + 10));
+      offsets[6] = part.template reserve<G>(out_.grad_weight ? kDepth * kWeightPanels * kPanel : 0);
+      offsets[7] = part.template reserve<G>(2 * kPanel);
+    };
+    std::vector<Scratch> scratch(threads_);
+    std::vector<std::array<int64_t, 8>> cuts(threads_);
+    for (auto& each : cuts) {
+      cut(memory_);
+      std::copy(offsets, offsets + 8, each.begin());
+    }
+    memory_.allocate();
+    for (int64_t t = 0; t < threads_; ++t) {
+      const auto& o = cuts[t];
+      scratch[t] = {memory_.at_offset<G>(o[0]),   memory_.at_offset<Acc>(o[1]),     memory_.at_offset<G>(o[2]),
+                    memory_.at_offset<Acc>(o[3]), memory_.at_offset<Acc>(o[4]),     memory_.at_offset<uint8_t>(o[5]),
+                    memory_.at_offset<G>(o[6]),   memory_.at_offset<G>(o[7])};
+    }
+    scratch_ = std::move(scratch);
+    weight_ = memory_.at_offset<G>(weight_offset);
+    transposed_ = memory_.at_offset<G>(transposed_offset);
+    bits_ = memory_.at_offset<uint8_t>(bits_offset);
+    levels_ = memory_.at_offset<Acc>(levels_offset);
+    gradients_ = memory_.at_offset<G>(gradients_offset);
+    sum_ = direct_ ? reinterpret_cast<Acc*>(out_.grad_weight) : memory_.at_offset<Acc>(sum_offset);
+    bias_ = memory_.at_offset<Acc>(bias_offset);
+    if (out_.grad_bias) std::fill_n(bias_, (tiles_ + 1) * logits_stride_, Acc(0));
+  }
+
+  // f(index, scratch) for index < count on all threads, each with a scratch of its own.
+  template <typename F>
+  void parallel(int64_t count, F f) {
+    std::atomic<int64_t> taken{0};
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      const Scratch& scratch = scratch_[taken.fetch_add(1)];
+      for (int64_t i = begin; i < end; ++i) f(i, scratch);
+      if constexpr (sizeof(G) == 2) at::native::cpublas::brgemm_release();
+    });
+  }
+
+  Panels<G> weight_panels() const { return {weight_, in_.features, in_.classes}; }
+  Panels<G> transposed_panels() const { return {transposed_, in_.classes, in_.features}; }
+
+  void pack_weights() {
+    const Panels<G> weight = weight_panels();
+    const int64_t depth_blocks = (in_.features + kDepth - 1) / kDepth;
+    parallel(weight.count() * depth_blocks, [&](int64_t task, const Scratch& scratch) {
+      const int64_t panel = task / depth_blocks, from = task % depth_blocks * kDepth;
+      const int64_t depth = std::min(kDepth, in_.features - from), padded = round_up(depth, pairing<G>);
+      const int64_t width = weight.width(panel), first = panel * kPanel;
+      for (int64_t c = 0; c < width; ++c) {
+        G* row = scratch.features + c * packed_depth();
+        const bool real = first + c < in_.classes;
+        if (real) head_.select(in_.linear_weight + (first + c) * in_.weight_stride + from, nullptr, depth, row);
+        std::fill(row + (real ? depth : 0), row + padded, G{});
+      }
+      G* out = weight.panel(panel) + from * width;
+      if constexpr (sizeof(G) == 8)
+        head_.transpose(scratch.features, packed_depth(), width, depth, out, width);
+      else  // pairs of 16-bit elements are one 32-bit element
+        mask_kernels().transpose32(reinterpret_cast<const uint32_t*>(scratch.features), packed_depth() / pairing<G>,
+                                   width, padded / pairing<G>, reinterpret_cast<uint32_t*>(out), width);
+    });
+    if (!out_.grad_input) return;
+    const Panels<G> transposed = transposed_panels();
+    const int64_t class_blocks = (in_.classes + kDepth - 1) / kDepth;
+    parallel(transposed.count() * class_blocks, [&](int64_t task, const Scratch&) {
+      const int64_t panel = task / class_blocks, from = task % class_blocks * kDepth;
+      pack_rows(transposed, panel, from, std::min(kDepth, in_.classes - from), panel * kPanel, [&](int64_t c) {
+        return Row{in_.linear_weight + c * in_.weight_stride, nullptr, nullptr};
+      }, nullptr, from);
+    });
+  }
+
+  // A GEMM row's features, with the mask's bits or, for the mean of the masks, its levels.
+  struct Row {
+    const T* x;
+    const uint8_t* bits;
+    const Acc* level;
+  };
+
+  Row gemm_row(int64_t row, int64_t chunk_begin) const {  // row counts from the chunk's first
+    const T* x = in_.input + (chunk_begin + row / gemm_rows_) * in_.input_stride;
+    if (in_.plan.averaged) return {x, nullptr, levels_ + row * padded_features_};
+    return {x, bits_ + row * bits_stride_, nullptr};
+  }
+
+  void masked(const Row& row, int64_t from, int64_t n, G* out) const {
+    if (row.level) head_.multiply(row.x + from, row.level + from, n, out);
+    else head_.select(row.x + from, row.bits ? row.bits + from / 8 : nullptr, n, out);
+  }
+
+  // Rows begin .. begin + n of a (depth, features) operand into depth 0 .. n of `panel`, features from `column` on.
+  template <typename F>
+  void pack_rows(const Panels<G>& panels, int64_t panel, int64_t begin, int64_t n, int64_t column, F row_of, G* pair,
+                 int64_t offset) const {
+    const int64_t width = panels.width(panel), real = std::min(width, in_.features - column);
+    G* out = panels.panel(panel) + offset * width;
+    if constexpr (sizeof(G) == 2) {
+      for (int64_t r = 0; r < n; r += 2, out += 2 * width) {
+        const Row first = row_of(begin + r), second = r + 1 < n ? row_of(begin + r + 1) : Row{nullptr, nullptr, nullptr};
+        if (first.level) {
+          masked(first, column, real, pair);
+          if (second.x) masked(second, column, real, pair + kPanel);
+          interleave(pair, second.x ? pair + kPanel : nullptr, real, out);
+        } else {
+          const auto bits = [&](const Row& row) { return row.bits ? row.bits + column / 8 : nullptr; };
+          head_.select_pair(first.x + column, bits(first), second.x ? second.x + column : nullptr, bits(second), real, out);
+        }
+        std::fill(out + 2 * real, out + 2 * width, G{});
+      }
+    } else {
+      for (int64_t r = 0; r < n; ++r, out += width) {
+        masked(row_of(begin + r), column, real, out);
+        std::fill(out + real, out + width, G{});
+      }
+    }
+  }
+
+  void interleave(const G* a, const G* b, int64_t n, G* out) const {
+    for (int64_t i = 0; i < n; ++i) {
+      out[2 * i] = a[i];
+      out[2 * i + 1] = b ? b[i] : G{};
+    }
+  }
+
+  void rows_chunk(int64_t begin, int64_t end) {
+    parallel((end - begin + tile_rows_ - 1) / tile_rows_, [&](int64_t tile, const Scratch& scratch) {
+      const int64_t first = tile * tile_rows_, count = std::min(tile_rows_, end - begin - first);
+      const int64_t rows = count * gemm_rows_, padded = round_up(rows, kRound);
+      draw_masks(begin, first, count, scratch);
+      logits(begin, first * gemm_rows_, rows, padded, scratch);
+      Acc* bias = out_.grad_bias ? bias_ + tile * logits_stride_ : nullptr;
+      for (int64_t i = 0; i < count; ++i)
+        out_.row_loss[begin + first + i] =
+            row_loss(begin + first + i, scratch.logits + i * gemm_rows_ * logits_stride_, scratch.odd, bias);
+      if (out_.grad_weight)
+        head_.transpose(scratch.logits, logits_stride_, rows, in_.classes, gradients_ + first * gemm_rows_,
+                        gradient_stride_);
+      if (out_.grad_input) input_gradient(begin, first, count, padded, scratch);
+    });
+  }
+
+  void draw_masks(int64_t begin, int64_t first, int64_t count, const Scratch& scratch) {
+    const int64_t features = in_.features;
+    for (int64_t i = first; i < first + count; ++i) {
+      const uint64_t element = static_cast<uint64_t>((begin + i) * features);
+      if (in_.plan.averaged) {
+        Acc* level = levels_ + i * padded_features_;
+        std::fill_n(level, features, Acc(0));
+        for (int64_t m = 0; m < in_.plan.samples; ++m) {
+          row_bits(in_.seed, in_.mask(m), element, features, scratch.bits + bits_stride_ + 2, scratch.bits);
+          accumulator_.add_level(scratch.bits, features,
+                                 keep_scale<Acc>(in_.thresholds[m]) / static_cast<Acc>(in_.plan.samples), level);
+        }
+        continue;
+      }
+      for (int64_t k = 0; k < gemm_rows_; ++k) {
+        uint8_t* bits = bits_ + (i * gemm_rows_ + k) * bits_stride_;
+        const int64_t sample = in_.plan.mask_of(k);
+        if (sample < 0) std::fill_n(bits, bits_stride_, uint8_t(0xFF));
+        else row_bits(in_.seed, in_.mask(sample), element, features, scratch.bits, bits);
+      }
+    }
+  }
+
+  // scratch.logits (rows, C) = masked features times the weight's transpose
+  void logits(int64_t begin, int64_t first, int64_t rows, int64_t padded, const Scratch& scratch) {
+    const Panels<G> weight = weight_panels();
+    if (in_.features == 0) std::fill_n(scratch.logits, rows * logits_stride_, Acc(0));
+    for (int64_t from = 0; from < in_.features; from += kDepth) {
+      const int64_t depth = std::min(kDepth, in_.features - from), even = round_up(depth, pairing<G>);
+      for (int64_t r = 0; r < rows; ++r) {
+        G* out = scratch.features + r * packed_depth();
+        masked(gemm_row(first + r, begin), from, depth, out);
+        std::fill(out + depth, out + even, G{});
+      }
+      multiply_panels(padded, scratch.features, packed_depth(), weight, 0, weight.count(), from, even, scratch.logits,
+                      logits_stride_, from > 0);
+    }
+  }
+
+  // The mean over the samples of row's loss; its logits (gemm_rows, C) become the GEMM rows' gradients.
+  Acc row_loss(int64_t row, Acc* logits, Acc* odd, Acc* bias) const {
+    const int64_t classes = in_.classes, samples = in_.plan.averaged ? 1 : in_.plan.samples;
+    const bool gradient = wants_gradient();
+    CrossEntropyRow<Acc> entry{};
+    entry.bias = in_.bias;
+    entry.class_weight = in_.class_weight;
+    entry.label_smoothing = in_.label_smoothing;
+    entry.classes = classes;
+    if (in_.probabilities) entry.probabilities = in_.probabilities + row * classes;
+    else entry.target = in_.target(row);
+    const Acc factor = operand_factor_ * (in_.grad_loss ? in_.grad_loss[row] : Acc(1));
+    const auto sample_loss = [&](int64_t m, const Acc* raw, const Acc* base, Acc* gradients) {
+      entry.raw = raw;
+      entry.base = base;
+      entry.gradient = gradients;
+      entry.scale = in_.plan.averaged ? Acc(1) : keep_scale<Acc>(in_.thresholds[m]);
+      entry.gradient_factor = factor * entry.scale;
+      const Acc loss = accumulator_.cross_entropy(entry, gradient);
+      if (bias) accumulator_.axpy(Acc(1) / entry.scale, gradients, classes, bias);
+      return loss;
+    };
+    Acc loss = 0;
+    if (!in_.plan.paired) {
+      for (int64_t m = 0; m < samples; ++m) {
+        Acc* at = logits + m * logits_stride_;
+        loss += sample_loss(m, at, nullptr, at);
+      }
+      return loss / static_cast<Acc>(samples);
+    }
+    // x o m' = x - x o m: the odd samples' gradients go to the unmasked row and, negated, to their even partners'
+    Acc *base = logits + (gemm_rows_ - 1) * logits_stride_, *odd_sum = odd + logits_stride_;
+    std::fill_n(odd_sum, classes, Acc(0));
+    for (int64_t m = 0; m < samples; m += 2) {
+      Acc* at = logits + m / 2 * logits_stride_;
+      if (m + 1 < samples) loss += sample_loss(m + 1, at, base, odd);
+      loss += sample_loss(m, at, nullptr, at);
+      if (m + 1 < samples && gradient) {
+        accumulator_.axpy(Acc(-1), odd, classes, at);
+        accumulator_.axpy(Acc(1), odd, classes, odd_sum);
+      }
+    }
+    std::copy_n(odd_sum, classes, base);
+    return loss / static_cast<Acc>(samples);
+  }
+
+  void input_gradient(int64_t begin, int64_t first, int64_t count, int64_t padded, const Scratch& scratch) {
+    const Panels<G> weight = transposed_panels();
+    const G* operand;
+    if constexpr (std::is_same_v<G, Acc>) {
+      operand = scratch.logits;
+    } else {
+      for (int64_t r = 0; r < count * gemm_rows_; ++r) {
+        G* row = scratch.gradients + r * logits_stride_;
+        head_.convert(scratch.logits + r * logits_stride_, in_.classes, row);
+        row[in_.classes] = G{};  // the pair of an odd number of classes
+      }
+      operand = scratch.gradients;
+    }
+    constexpr int64_t block = kFoldPanels * kPanel;
+    for (int64_t p = 0; p < weight.count(); p += kFoldPanels) {
+      for (int64_t from = 0; from < in_.classes; from += kDepth)
+        multiply_panels(padded, operand + from, logits_stride_, weight, p, std::min(p + kFoldPanels, weight.count()), from,
+                        round_up(std::min(kDepth, in_.classes - from), pairing<G>), scratch.folded, block, from > 0);
+      const int64_t column = p * kPanel, n = std::min(block, in_.features - column);
+      for (int64_t i = 0; i < count; ++i) {
+        const Acc* tile = scratch.folded + i * gemm_rows_ * block;
+        O* out = out_.grad_input + (begin + first + i) * in_.features + column;
+        if (in_.plan.averaged)
+          element_.fold_level(tile, levels_ + (first + i) * padded_features_ + column, n, result_factor_, out);
+        else
+          element_.fold(tile, block, bits_ + (first + i) * gemm_rows_ * bits_stride_ + column / 8, bits_stride_,
+                        gemm_rows_, n, result_factor_, out);
+      }
+    }
+  }
+
+  // sum (C, D) (+)= gradients (C, rows) times the masked features (rows, D), packed once more by feature panels
+  void weight_gradient(int64_t begin, int64_t end, bool add) {
+    const int64_t rows = (end - begin) * gemm_rows_, classes = in_.classes;
+    if (rows % 2 != 0)  // the pair of an odd number of rows
+      for (int64_t c = 0; c < classes; ++c) gradients_[c * gradient_stride_ + rows] = G{};
+    const int64_t panels = (padded_features_ + kPanel - 1) / kPanel;
+    const int64_t blocks = (panels + kWeightPanels - 1) / kWeightPanels;
+    // more threads than feature blocks share the classes
+    const int64_t splits = std::min((threads_ + blocks - 1) / std::max<int64_t>(blocks, 1), (classes + kWeightRows - 1) / kWeightRows);
+    const int64_t share = round_up((classes + splits - 1) / splits, kWeightRows);
+    parallel(blocks * splits, [&](int64_t task, const Scratch& scratch) {
+      const int64_t column = task / splits * kWeightPanels * kPanel, class_begin = task % splits * share;
+      const int64_t class_end = std::min(class_begin + share, classes);
+      const int64_t width = std::min(kWeightPanels * kPanel, padded_features_ - column);
+      for (int64_t from = 0; from < rows; from += kDepth) {
+        const int64_t depth = std::min(kDepth, rows - from);
+        const Panels<G> features(scratch.panels, depth, width);
+        for (int64_t p = 0; p < features.count(); ++p)
+          pack_rows(features, p, from, depth, column + p * kPanel, [&](int64_t r) { return gemm_row(r, begin); },
+                    scratch.pair, 0);
+        for (int64_t c = class_begin; c < class_end; c += kWeightRows)
+          multiply_panels(std::min(kWeightRows, class_end - c), gradients_ + c * gradient_stride_ + from, gradient_stride_,
+                          features, 0, features.count(), 0, round_up(depth, pairing<G>),
+                          sum_ + c * padded_features_ + column, padded_features_, add || from > 0);
+      }
+    });
+  }
+
+  void finish(bool empty) {
+    if (out_.grad_bias) {
+      Acc* total = bias_ + tiles_ * logits_stride_;
+      for (int64_t t = 0; t < tiles_; ++t) accumulator_.axpy(Acc(1), bias_ + t * logits_stride_, in_.classes, total);
+      element_.store(total, in_.classes, result_factor_, out_.grad_bias);
+    }
+    if (!out_.grad_weight) return;
+    if (empty) {
+      std::fill_n(out_.grad_weight, in_.classes * in_.features, O{});
+    } else if (!direct_ || result_factor_ != 1) {
+      at::parallel_for(0, in_.classes, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c)
+          element_.store(sum_ + c * padded_features_, in_.features, result_factor_, out_.grad_weight + c * in_.features);
+      });
+    }
+  }
+
+  const HeadArguments<T>& in_;
+  const HeadResults<T, O>& out_;
+  const HeadKernels<T, G>& head_ = head_kernels<T, G>();
+  const ElementKernels<O>& element_ = element_kernels<O>();
+  const AccumulatorKernels<Acc>& accumulator_ = accumulator_kernels<Acc>();
+  const Acc operand_factor_, result_factor_;
+  const int64_t gemm_rows_, tile_rows_, chunk_rows_, tiles_, padded_tile_, logits_stride_, bits_stride_, gradient_stride_,
+      padded_features_;
+  const bool direct_;
+  const int64_t threads_;
+  Workspace memory_;
+  std::vector<Scratch> scratch_;
+  G *weight_, *transposed_, *gradients_;
+  uint8_t* bits_;
+  Acc *levels_, *sum_, *bias_;
+};
+
+}  // namespace pyrx::cpu

@@ -1,0 +1,114 @@
+#include "cpu/simd.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string_view>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PYRX_X86 1
+#include <immintrin.h>
+#endif
+
+// The kernels once more for each instruction set: PYRX_ISA is 0, 2 (AVX2) or 512 (AVX-512).
+#define PYRX_ISA 0
+namespace pyrx::cpu::plain {
+#include "cpu/simd.inl"
+}
+#undef PYRX_ISA
+
+#ifdef PYRX_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#define PYRX_ISA 2
+namespace pyrx::cpu::avx2 {
+#include "cpu/simd.inl"
+}
+#undef PYRX_ISA
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#define PYRX_ISA 512
+namespace pyrx::cpu::avx512 {
+#include "cpu/simd.inl"
+}
+#undef PYRX_ISA
+#pragma GCC pop_options
+#endif
+
+namespace pyrx::cpu {
+namespace {
+
+enum class Isa { plain, avx2, avx512 };
+
+Isa detect() {
+#ifdef PYRX_X86
+  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view allowed = limit ? limit : "";
+  if (allowed == "default") return Isa::plain;
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && allowed != "avx2") return Isa::avx512;
+  if (has_avx2) return Isa::avx2;
+#endif
+  return Isa::plain;
+}
+
+Isa isa() {
+  static const Isa found = detect();
+  return found;
+}
+
+}  // namespace
+
+const char* capability() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "default"; }
+
+#ifdef PYRX_X86
+#define PYRX_PICK(...)                                     \
+  switch (isa()) {                                         \
+    case Isa::avx512: { static constexpr auto table = avx512::__VA_ARGS__; return table; } \
+    case Isa::avx2: { static constexpr auto table = avx2::__VA_ARGS__; return table; }     \
+    default: { static constexpr auto table = plain::__VA_ARGS__; return table; }           \
+  }
+#else
+#define PYRX_PICK(...) \
+  static constexpr auto table = plain::__VA_ARGS__; \
+  return table;
+#endif
+
+const MaskKernels& mask_kernels() { PYRX_PICK(mask_table()) }
+
+template <typename T>
+const ElementKernels<T>& element_kernels() {
+  PYRX_PICK(element_table<T>())
+}
+
+template <typename Acc>
+const AccumulatorKernels<Acc>& accumulator_kernels() {
+  PYRX_PICK(accumulator_table<Acc>())
+}
+
+template <typename T, typename G>
+const HeadKernels<T, G>& head_kernels() {
+  PYRX_PICK(head_table<T, G>())
+}
+
+template const ElementKernels<float>& element_kernels<float>();
+template const ElementKernels<double>& element_kernels<double>();
+template const ElementKernels<bfloat16>& element_kernels<bfloat16>();
+template const ElementKernels<float16>& element_kernels<float16>();
+template const AccumulatorKernels<float>& accumulator_kernels<float>();
+template const AccumulatorKernels<double>& accumulator_kernels<double>();
+template const HeadKernels<float, float>& head_kernels<float, float>();
+template const HeadKernels<double, double>& head_kernels<double, double>();
+template const HeadKernels<bfloat16, bfloat16>& head_kernels<bfloat16, bfloat16>();
+template const HeadKernels<bfloat16, float>& head_kernels<bfloat16, float>();
+template const HeadKernels<float16, float16>& head_kernels<float16, float16>();
+template const HeadKernels<float16, float>& head_kernels<float16, float>();
+
+}  // namespace pyrx::cpu

@@ -1,0 +1,117 @@
+// Row kernels of the CPU backend, compiled for plain x86-64 (or any machine), AVX2 and AVX-512 and picked at run time.
+// No torch headers. Bits are one per element, little-endian; a row of n elements has ceil(n / 8) bytes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/dropout.h"
+#include "kernels/multi_sample_dropout.h"
+
+namespace pyrx::cpu {
+
+// Storage of the 16-bit types; layout of c10::BFloat16 and c10::Half.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <typename T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Elementwise kernels over T; `bits` may be null: every element is kept.
+template <typename T>
+struct ElementKernels {
+  using Acc = accumulate_t<T>;
+  // out[i] = kept ? x[i] * scale : 0, with x itself where scale is 1
+  void (*dropout)(const T* x, const uint8_t* bits, int64_t n, Acc scale, T* out);
+  // sum[i] += kept ? x[i] * scale : 0
+  void (*accumulate)(const T* x, const uint8_t* bits, int64_t n, Acc scale, Acc* sum);
+  // out[i] = x[i] * scale
+  void (*store)(const Acc* x, int64_t n, Acc scale, T* out);
+  // out[i] = scale * sum over k < rows of (kept by bits row k ? tile[k][i] : 0)
+  void (*fold)(const Acc* tile, int64_t tile_stride, const uint8_t* bits, int64_t bits_stride, int64_t rows, int64_t n,
+               Acc scale, T* out);
+  // out[i] = scale * tile[i] * level[i]
+  void (*fold_level)(const Acc* tile, const Acc* level, int64_t n, Acc scale, T* out);
+};
+
+// One logits row to its loss and its gradient.
+template <typename Acc>
+struct CrossEntropyRow {
+  const Acc* raw;            // (C,) product of the masked features, may equal `gradient`
+  const Acc* base;           // (C,) unmasked product, the row is base - raw then; null: the row is raw
+  const Acc* bias;           // (C,) or null
+  const Acc* class_weight;   // (C,) or null
+  const Acc* probabilities;  // (C,) dense target or null
+  ClassTarget<Acc> target;   // where probabilities is null
+  Acc label_smoothing;
+  Acc scale;            // of the kept features: logits = scale * row + bias
+  Acc gradient_factor;  // of the written gradient
+  int64_t classes;
+  Acc* gradient;  // (C,) out: gradient_factor * dloss/dlogits
+};
+
+// Kernels of the head: features T, GEMM operands G, accumulators accumulate_t<T>.
+template <typename T, typename G>
+struct HeadKernels {
+  using Acc = accumulate_t<T>;
+  // out[i] = kept ? x[i] : 0
+  void (*select)(const T* x, const uint8_t* bits, int64_t n, G* out);
+  // out[2 i], out[2 i + 1] = the kept x0[i], x1[i]; x1 may be null: zeros (the VNNI layout of two rows)
+  void (*select_pair)(const T* x0, const uint8_t* bits0, const T* x1, const uint8_t* bits1, int64_t n, G* out);
+  // out[i] = x[i] * level[i]
+  void (*multiply)(const T* x, const Acc* level, int64_t n, G* out);
+  // out[i] = G(x[i])
+  void (*convert)(const Acc* x, int64_t n, G* out);
+  // out[c][r] = G(in[r][c])
+  void (*transpose)(const Acc* in, int64_t in_stride, int64_t rows, int64_t columns, G* out, int64_t out_stride);
+};
+
+template <typename Acc>
+struct AccumulatorKernels {
+  // level[i] += kept ? value : 0
+  void (*add_level)(const uint8_t* bits, int64_t n, Acc value, Acc* level);
+  // The row's loss; `gradient` holds the logits after it where want_gradient is false.
+  Acc (*cross_entropy)(const CrossEntropyRow<Acc>& row, bool want_gradient);
+  // y[i] += a * x[i]
+  void (*axpy)(Acc a, const Acc* x, int64_t n, Acc* y);
+};
+
+struct MaskKernels {
+  // Bits of `groups` groups of eight elements from `first_group`, one byte each.
+  void (*group_bits)(uint64_t seed, SampleMask mask, uint64_t first_group, int64_t groups, uint8_t* out);
+  // out[c][r] = in[r][c] of 32-bit elements
+  void (*transpose32)(const uint32_t* in, int64_t in_stride, int64_t rows, int64_t columns, uint32_t* out,
+                      int64_t out_stride);
+};
+
+// "avx512", "avx2" or "default": what this processor has, less what ATEN_CPU_CAPABILITY forbids.
+const char* capability();
+
+const MaskKernels& mask_kernels();
+template <typename T>
+const ElementKernels<T>& element_kernels();
+template <typename Acc>
+const AccumulatorKernels<Acc>& accumulator_kernels();
+template <typename T, typename G>
+const HeadKernels<T, G>& head_kernels();
+
+// Bits of elements first .. first + n - 1 of a sample's mask, aligned to the first; bits past n are 0.
+// `scratch` holds n / 8 + 2 bytes, `out` ceil(n / 8).
+inline void row_bits(uint64_t seed, SampleMask mask, uint64_t first, int64_t n, uint8_t* scratch, uint8_t* out) {
+  const int shift = static_cast<int>(first % kGroup);
+  const int64_t bytes = (n + 7) / 8, groups = (shift + n + 7) / 8;
+  uint8_t* bits = shift == 0 ? out : scratch;
+  mask_kernels().group_bits(seed, mask, first / kGroup, groups, bits);
+  if (shift != 0) {
+    scratch[groups] = 0;
+    for (int64_t i = 0; i < bytes; ++i) out[i] = static_cast<uint8_t>((scratch[i] | scratch[i + 1] << 8) >> shift);
+  }
+  if (n % 8 != 0) out[bytes - 1] &= static_cast<uint8_t>((1 << n % 8) - 1);
+}
+
+}  // namespace pyrx::cpu

@@ -1,0 +1,631 @@
+// Included by simd.cpp once for each instruction set, inside that set's namespace and target.
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+inline float widen(float16 x) {
+#if PYRX_ISA
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+  if (exponent == 0) return std::ldexp(static_cast<float>(mantissa), -24) * (sign ? -1.0f : 1.0f);
+  const uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | mantissa << 13;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+#endif
+}
+
+template <typename T>
+inline T narrow(accumulate_t<T> x);
+template <>
+inline float narrow<float>(float x) { return x; }
+template <>
+inline double narrow<double>(double x) { return x; }
+// Round to nearest even; NaN stays NaN.
+template <>
+inline bfloat16 narrow<bfloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if (x != x) return {0x7FC0};
+  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline float16 narrow<float16>(float x) {
+#if PYRX_ISA
+  return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  if (x != x) return {static_cast<uint16_t>(sign | 0x7E00)};
+  const float magnitude = std::fabs(x);
+  if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7C00)};
+  if (magnitude < 6.103515625e-05f)  // subnormal: steps of 2^-24, halves to even
+    return {static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 24))))};
+  const uint32_t rounded = (bits & 0x7FFFFFFF) + 0xFFF + (bits >> 13 & 1);
+  return {static_cast<uint16_t>(sign | (rounded - (112u << 23)) >> 13)};
+#endif
+}
+
+// Sixteen accumulators.
+constexpr int kLanes = 16;
+
+template <typename Acc>
+struct Vec {
+  Acc v[kLanes];
+
+  static Vec fill(Acc x) {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = x;
+    return out;
+  }
+  static Vec get(const Acc* p) {
+    Vec out;
+    std::memcpy(out.v, p, sizeof(out.v));
+    return out;
+  }
+  void put(Acc* p) const { std::memcpy(p, v, sizeof(v)); }
+  Vec keep(uint32_t bits) const { return choose(bits, *this, fill(0)); }
+  static Vec choose(uint32_t bits, const Vec& a, const Vec& b) {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = bits >> i & 1 ? a.v[i] : b.v[i];
+    return out;
+  }
+  // NaN in x is passed over
+  static Vec max(const Vec& x, const Vec& most) {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = x.v[i] > most.v[i] ? x.v[i] : most.v[i];
+    return out;
+  }
+  Vec exp() const {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = std::exp(v[i]);
+    return out;
+  }
+  Acc sum() const {
+    Acc total = 0;
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+  }
+  Acc greatest() const {
+    Acc most = v[0];
+    for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+  }
+  Vec operator+(const Vec& b) const { return each(b, [](Acc x, Acc y) { return x + y; }); }
+  Vec operator-(const Vec& b) const { return each(b, [](Acc x, Acc y) { return x - y; }); }
+  Vec operator*(const Vec& b) const { return each(b, [](Acc x, Acc y) { return x * y; }); }
+  static Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { return a * b + c; }
+
+ private:
+  template <typename F>
+  Vec each(const Vec& b, F f) const {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = f(v[i], b.v[i]);
+    return out;
+  }
+};
+
+#if PYRX_ISA
+// exp(r) on |r| <= ln(2) / 2, and ln(2) in two parts.
+constexpr float kLog2E = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+constexpr float kExp[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f};
+#endif
+
+#if PYRX_ISA == 512
+template <>
+struct Vec<float> {
+  __m512 v;
+
+  static Vec fill(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec get(const float* p) { return {_mm512_loadu_ps(p)}; }
+  void put(float* p) const { _mm512_storeu_ps(p, v); }
+  Vec keep(uint32_t bits) const { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v)}; }
+  static Vec choose(uint32_t bits, const Vec& a, const Vec& b) {
+    return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(bits), a.v)};
+  }
+  static Vec max(const Vec& x, const Vec& most) { return {_mm512_max_ps(x.v, most.v)}; }
+  Vec exp() const {
+    const __m512 x = _mm512_max_ps(_mm512_set1_ps(-110.0f), v);  // the second operand, NaN too, where they do not compare
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(kLog2E)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2High), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2Low), r);
+    __m512 y = _mm512_set1_ps(kExp[0]);
+    for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kExp[i]));
+    y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
+    return {_mm512_scalef_ps(y, n)};
+  }
+  float sum() const { return _mm512_reduce_add_ps(v); }
+  float greatest() const { return _mm512_reduce_max_ps(v); }
+  Vec operator+(const Vec& b) const { return {_mm512_add_ps(v, b.v)}; }
+  Vec operator-(const Vec& b) const { return {_mm512_sub_ps(v, b.v)}; }
+  Vec operator*(const Vec& b) const { return {_mm512_mul_ps(v, b.v)}; }
+  static Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+};
+#elif PYRX_ISA == 2
+template <>
+struct Vec<float> {
+  __m256 low, high;
+
+  static __m256 lanes(uint32_t bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_castsi256_ps(
+        _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit));
+  }
+  static Vec fill(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static Vec get(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  void put(float* p) const {
+    _mm256_storeu_ps(p, low);
+    _mm256_storeu_ps(p + 8, high);
+  }
+  Vec keep(uint32_t bits) const { return {_mm256_and_ps(lanes(bits), low), _mm256_and_ps(lanes(bits >> 8), high)}; }
+  static Vec choose(uint32_t bits, const Vec& a, const Vec& b) {
+    return {_mm256_blendv_ps(b.low, a.low, lanes(bits)), _mm256_blendv_ps(b.high, a.high, lanes(bits >> 8))};
+  }
+  static Vec max(const Vec& x, const Vec& most) {
+    return {_mm256_max_ps(x.low, most.low), _mm256_max_ps(x.high, most.high)};
+  }
+  static __m256 exp(__m256 v) {
+    const __m256 least = _mm256_set1_ps(-87.0f);
+    const __m256 x = _mm256_max_ps(least, v);  // the second operand, NaN too, where they do not compare
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2High), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Low), r);
+    __m256 y = _mm256_set1_ps(kExp[0]);
+    for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExp[i]));
+    y = _mm256_add_ps(_mm256_fmadd_ps(y, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
+    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    y = _mm256_mul_ps(y, _mm256_castsi256_ps(exponent));
+    return _mm256_andnot_ps(_mm256_cmp_ps(v, least, _CMP_LT_OQ), y);
+  }
+  Vec exp() const { return {exp(low), exp(high)}; }
+  float sum() const {
+    float v[kLanes], total = 0;
+    put(v);
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+  }
+  float greatest() const {
+    float v[kLanes];
+    put(v);
+    float most = v[0];
+    for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+  }
+  Vec operator+(const Vec& b) const { return {_mm256_add_ps(low, b.low), _mm256_add_ps(high, b.high)}; }
+  Vec operator-(const Vec& b) const { return {_mm256_sub_ps(low, b.low), _mm256_sub_ps(high, b.high)}; }
+  Vec operator*(const Vec& b) const { return {_mm256_mul_ps(low, b.low), _mm256_mul_ps(high, b.high)}; }
+  static Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
+};
+#endif
+
+// Sixteen elements of any storage type.
+template <typename T>
+inline Vec<accumulate_t<T>> load(const T* p) {
+  if constexpr (std::is_same_v<T, accumulate_t<T>>) {
+    return Vec<T>::get(p);
+  } else {
+#if PYRX_ISA == 512
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (std::is_same_v<T, float16>) return {_mm512_cvtph_ps(x)};
+    else return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+#else
+    float v[kLanes];
+    for (int i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
+    return Vec<float>::get(v);
+#endif
+  }
+}
+
+template <typename T>
+inline void store(T* p, const Vec<accumulate_t<T>>& x) {
+  if constexpr (std::is_same_v<T, accumulate_t<T>>) {
+    x.put(p);
+  } else {
+#if PYRX_ISA == 512
+    __m256i out;
+    if constexpr (std::is_same_v<T, float16>) {
+      out = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+      const __m512i bits = _mm512_castps_si512(x.v);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+      rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q),
+                                      _mm512_set1_epi32(0x7FC0));
+      out = _mm512_cvtepi32_epi16(rounded);
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), out);
+#else
+    float v[kLanes];
+    x.put(v);
+    for (int i = 0; i < kLanes; ++i) p[i] = narrow<T>(v[i]);
+#endif
+  }
+}
+
+// The first n < 16 elements; the other lanes are zero.
+template <typename T>
+inline Vec<accumulate_t<T>> load(const T* p, int n) {
+#if PYRX_ISA == 512
+  if constexpr (std::is_same_v<T, float>) return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+#endif
+  T part[kLanes] = {};
+  std::memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
+  return load(part);
+}
+
+template <typename T>
+inline void store(T* p, const Vec<accumulate_t<T>>& x, int n) {
+  T part[kLanes];
+  store(part, x);
+  std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
+}
+
+inline uint32_t bits_of(const uint8_t* bits, int64_t i, int n) {
+  if (bits == nullptr) return 0xFFFF;
+  return n > 8 ? bits[i / 8] | static_cast<uint32_t>(bits[i / 8 + 1]) << 8 : bits[i / 8];
+}
+
+// f(i, count) for blocks of sixteen and the rest; `load` and `store` with a count of sixteen take the whole block.
+template <typename F>
+inline void blocks(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<int, kLanes>());
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+template <typename T>
+inline Vec<accumulate_t<T>> load(const T* p, std::integral_constant<int, kLanes>) { return load(p); }
+template <typename T>
+inline void store(T* p, const Vec<accumulate_t<T>>& x, std::integral_constant<int, kLanes>) { store(p, x); }
+
+template <typename T>
+void dropout(const T* x, const uint8_t* bits, int64_t n, accumulate_t<T> scale, T* out) {
+  using V = Vec<accumulate_t<T>>;
+  const V factor = V::fill(scale);
+  if (scale == 1) {
+    blocks(n, [&](int64_t i, auto count) { store(out + i, load(x + i, count).keep(bits_of(bits, i, count)), count); });
+    return;
+  }
+  blocks(n, [&](int64_t i, auto count) {
+    store(out + i, (load(x + i, count) * factor).keep(bits_of(bits, i, count)), count);
+  });
+}
+
+template <typename T>
+void accumulate(const T* x, const uint8_t* bits, int64_t n, accumulate_t<T> scale, accumulate_t<T>* sum) {
+  using V = Vec<accumulate_t<T>>;
+  const V factor = V::fill(scale);
+  blocks(n, [&](int64_t i, auto count) {
+    const V kept = (load(x + i, count) * factor).keep(bits_of(bits, i, count));
+    store(sum + i, load(sum + i, count) + kept, count);
+  });
+}
+
+template <typename T>
+void scaled_store(const accumulate_t<T>* x, int64_t n, accumulate_t<T> scale, T* out) {
+  const auto factor = Vec<accumulate_t<T>>::fill(scale);
+  blocks(n, [&](int64_t i, auto count) { store(out + i, load(x + i, count) * factor, count); });
+}
+
+template <typename T, typename G>
+void select(const T* x, const uint8_t* bits, int64_t n, G* out) {
+#if PYRX_ISA == 512
+  if constexpr (sizeof(T) == 2 && std::is_same_v<T, G>) {
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+      uint32_t kept = 0xFFFFFFFF;
+      if (bits) std::memcpy(&kept, bits + i / 8, 4);
+      _mm512_storeu_si512(out + i, _mm512_maskz_loadu_epi16(kept, x + i));
+    }
+    for (; i < n; ++i) out[i] = !bits || bits[i / 8] >> i % 8 & 1 ? x[i] : T{0};
+    return;
+  }
+#endif
+  blocks(n, [&](int64_t i, auto count) { store(out + i, load(x + i, count).keep(bits_of(bits, i, count)), count); });
+}
+
+template <typename T, typename G>
+void select_pair(const T* x0, const uint8_t* bits0, const T* x1, const uint8_t* bits1, int64_t n, G* out) {
+  const auto kept = [](const uint8_t* bits, int64_t i) { return !bits || bits[i / 8] >> i % 8 & 1; };
+  int64_t i = 0;
+#if PYRX_ISA == 512
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (; i + 32 <= n; i += 32) {
+    uint32_t kept0 = 0xFFFFFFFF, kept1 = 0xFFFFFFFF;
+    if (bits0) std::memcpy(&kept0, bits0 + i / 8, 4);
+    if (bits1) std::memcpy(&kept1, bits1 + i / 8, 4);
+    const __m512i a = _mm512_maskz_loadu_epi16(kept0, x0 + i);
+    const __m512i b = x1 ? _mm512_maskz_loadu_epi16(kept1, x1 + i) : _mm512_setzero_si512();
+    const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+    _mm512_storeu_si512(out + 2 * i, _mm512_permutex2var_epi64(low, first, high));
+    _mm512_storeu_si512(out + 2 * i + 32, _mm512_permutex2var_epi64(low, second, high));
+  }
+#endif
+  for (; i < n; ++i) {
+    out[2 * i] = kept(bits0, i) ? x0[i] : T{0};
+    out[2 * i + 1] = x1 && kept(bits1, i) ? x1[i] : T{0};
+  }
+}
+
+template <typename T, typename G>
+void multiply(const T* x, const accumulate_t<T>* level, int64_t n, G* out) {
+  blocks(n, [&](int64_t i, auto count) { store(out + i, load(x + i, count) * load(level + i, count), count); });
+}
+
+template <typename T>
+void fold(const accumulate_t<T>* tile, int64_t tile_stride, const uint8_t* bits, int64_t bits_stride, int64_t rows,
+          int64_t n, accumulate_t<T> scale, T* out) {
+  using V = Vec<accumulate_t<T>>;
+  blocks(n, [&](int64_t i, auto count) {
+    V sum = V::fill(0);
+    for (int64_t k = 0; k < rows; ++k)
+      sum = sum + load(tile + k * tile_stride + i, count).keep(bits_of(bits + k * bits_stride, i, count));
+    store(out + i, sum * V::fill(scale), count);
+  });
+}
+
+template <typename T>
+void fold_level(const accumulate_t<T>* tile, const accumulate_t<T>* level, int64_t n, accumulate_t<T> scale, T* out) {
+  using V = Vec<accumulate_t<T>>;
+  blocks(n, [&](int64_t i, auto count) {
+    store(out + i, load(tile + i, count) * load(level + i, count) * V::fill(scale), count);
+  });
+}
+
+template <typename T, typename G>
+void convert(const accumulate_t<T>* x, int64_t n, G* out) {
+  blocks(n, [&](int64_t i, auto count) { store(out + i, load(x + i, count), count); });
+}
+
+#if PYRX_ISA == 512
+// Sixteen rows of sixteen 32-bit elements to sixteen columns.
+inline void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xDD);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xDD);
+  }
+}
+#endif
+
+// out[c][r] = in[r][c], in blocks of sixteen; G and the accumulator may differ.
+template <typename S, typename G>
+void transpose(const S* in, int64_t in_stride, int64_t rows, int64_t columns, G* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; r += 16) {
+    const int64_t height = rows - r < 16 ? rows - r : 16;
+    for (int64_t c = 0; c < columns; c += 16) {
+      const int64_t width = columns - c < 16 ? columns - c : 16;
+#if PYRX_ISA == 512
+      if constexpr (sizeof(S) == 4) {
+        const __mmask16 some = static_cast<__mmask16>((1u << width) - 1);
+        __m512i block[16];
+        for (int i = 0; i < 16; ++i)
+          block[i] = i < height ? _mm512_maskz_loadu_epi32(some, in + (r + i) * in_stride + c) : _mm512_setzero_si512();
+        transpose16(block);
+        for (int i = 0; i < width; ++i) {
+          G* row = out + (c + i) * out_stride + r;
+          if constexpr (std::is_same_v<S, G>) {
+            _mm512_mask_storeu_epi32(row, static_cast<__mmask16>((1u << height) - 1), block[i]);
+          } else {
+            const Vec<float> column{_mm512_castsi512_ps(block[i])};
+            if (height == 16) store(row, column);
+            else store(row, column, static_cast<int>(height));
+          }
+        }
+        continue;
+      }
+#endif
+      for (int64_t i = 0; i < width; ++i)
+        for (int64_t j = 0; j < height; ++j) {
+          const S x = in[(r + j) * in_stride + c + i];
+          if constexpr (std::is_same_v<S, G>) out[(c + i) * out_stride + r + j] = x;
+          else out[(c + i) * out_stride + r + j] = narrow<G>(x);
+        }
+    }
+  }
+}
+
+template <typename Acc>
+void add_level(const uint8_t* bits, int64_t n, Acc value, Acc* level) {
+  const auto step = Vec<Acc>::fill(value);
+  blocks(n, [&](int64_t i, auto count) { store(level + i, load(level + i, count) + step.keep(bits_of(bits, i, count)), count); });
+}
+
+template <typename Acc>
+void axpy(Acc a, const Acc* x, int64_t n, Acc* y) {
+  const auto factor = Vec<Acc>::fill(a);
+  blocks(n, [&](int64_t i, auto count) {
+    store(y + i, Vec<Acc>::multiply_add(load(x + i, count), factor, load(y + i, count)), count);
+  });
+}
+
+template <typename Acc>
+Acc cross_entropy(const CrossEntropyRow<Acc>& row, bool want_gradient) {
+  using V = Vec<Acc>;
+  const int64_t n = row.classes;
+  const V scale = V::fill(row.scale), lowest = V::fill(-std::numeric_limits<Acc>::infinity());
+
+  V most = lowest;
+  blocks(n, [&](int64_t i, auto count) {
+    V z = load(row.raw + i, count);
+    if (row.base) z = load(row.base + i, count) - z;
+    z = z * scale;
+    if (row.bias) z = z + load(row.bias + i, count);
+    most = V::max(V::choose((1u << count) - 1, z, lowest), most);
+    store(row.gradient + i, z, count);
+  });
+  const Acc greatest = most.greatest();
+  const bool dense = row.probabilities != nullptr, weighted = dense || row.target.uniform != 0;
+  const bool counts = dense || row.target.counts;
+
+  // coefficient of class block i in the loss, beside those of the target's own classes
+  const V rest = V::fill(1 - row.label_smoothing), share = V::fill(row.label_smoothing / static_cast<Acc>(n));
+  const V uniform = V::fill(row.target.uniform);
+  const auto coefficient = [&](int64_t i, auto count) {
+    V c = dense ? V::multiply_add(load(row.probabilities + i, count), rest, share) : uniform;
+    if (row.class_weight) c = c * load(row.class_weight + i, count);
+    return c.keep((1u << count) - 1);
+  };
+
+  const V shift = V::fill(greatest);
+  V sums = V::fill(0), dots = V::fill(0), totals = V::fill(0);
+  const Acc a = row.gradient[row.target.a] - greatest, b = row.gradient[row.target.b] - greatest;
+  blocks(n, [&](int64_t i, auto count) {
+    const V z = load(row.gradient + i, count) - shift;
+    if (weighted) {
+      const V c = coefficient(i, count);
+      dots = dots + (c * z).keep((1u << count) - 1);
+      totals = totals + c;
+    }
+    const V e = z.exp().keep((1u << count) - 1);
+    sums = sums + e;
+    if (want_gradient) store(row.gradient + i, e, count);
+  });
+  const Acc sum = sums.sum();
+  const Acc total = dense ? totals.sum() : row.target.total;
+  Acc loss = 0;
+  if (counts) {
+    loss = total * std::log(sum);
+    if (!dense) loss -= row.target.a_coefficient * a;
+    if (!dense && row.target.b_coefficient != 0) loss -= row.target.b_coefficient * b;
+    if (weighted) loss -= dots.sum();
+  }
+  if (!want_gradient) return loss;
+  if (!counts) {
+    blocks(n, [&](int64_t i, auto count) { store(row.gradient + i, V::fill(0), count); });
+    return loss;
+  }
+  const V factor = V::fill(row.gradient_factor), softmax = V::fill(row.gradient_factor * total / sum);
+  blocks(n, [&](int64_t i, auto count) {
+    V g = load(row.gradient + i, count) * softmax;
+    if (weighted) g = g - coefficient(i, count) * factor;
+    store(row.gradient + i, g, count);
+  });
+  if (!dense) {
+    row.gradient[row.target.a] -= row.gradient_factor * row.target.a_coefficient;
+    row.gradient[row.target.b] -= row.gradient_factor * row.target.b_coefficient;
+  }
+  return loss;
+}
+
+inline void group_bits(uint64_t seed, SampleMask mask, uint64_t first, int64_t groups, uint8_t* out) {
+  int64_t i = 0;
+  // Groups sit in 64-bit lanes: mul_epu32 reads the low half of a lane, so what stands in the high half never matters.
+#if PYRX_ISA == 512
+  constexpr int kUnroll = 4, kWidth = 8;
+  using I = __m512i;
+  const I m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
+  const I threshold = _mm512_set1_epi16(static_cast<short>(mask.threshold));
+  const I flip = _mm512_set1_epi16(mask.complement ? -1 : 0);
+  const I iota = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  for (; i + kUnroll * kWidth <= groups; i += kUnroll * kWidth) {
+    I c0[kUnroll], c1[kUnroll], c2[kUnroll], c3[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) {
+      c0[u] = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first + i + u * kWidth)), iota);
+      c1[u] = _mm512_srli_epi64(c0[u], 32);
+      c2[u] = _mm512_set1_epi64(mask.sample);
+      c3[u] = _mm512_setzero_si512();
+    }
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+      const I key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+      for (int u = 0; u < kUnroll; ++u) {
+        const I p0 = _mm512_mul_epu32(c0[u], m0), p1 = _mm512_mul_epu32(c2[u], m1);
+        c0[u] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1[u], key0, 0x96);
+        c1[u] = p1;
+        c2[u] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3[u], key1, 0x96);
+        c3[u] = p0;
+      }
+    }
+    for (int u = 0; u < kUnroll; ++u) {
+      const I words[4] = {c0[u], c1[u], c2[u], c3[u]};
+      I bits = _mm512_setzero_si512();
+      for (int w = 0; w < 4; ++w) {
+        const __mmask32 kept = _mm512_cmpge_epu16_mask(_mm512_xor_si512(words[w], flip), threshold);
+        const I bit = _mm512_set1_epi64(static_cast<int64_t>((2ull << 2 * w) << 16 | 1ull << 2 * w));
+        bits = _mm512_or_si512(bits, _mm512_maskz_mov_epi16(kept, bit));
+      }
+      bits = _mm512_or_si512(bits, _mm512_srli_epi64(bits, 16));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i + u * kWidth), _mm512_cvtepi64_epi8(bits));
+    }
+  }
+#elif PYRX_ISA == 2
+  constexpr int kWidth = 4;
+  using I = __m256i;
+  const I m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
+  const I threshold = _mm256_set1_epi16(static_cast<short>(mask.threshold));
+  const I flip = _mm256_set1_epi16(mask.complement ? -1 : 0);
+  for (; i + kWidth <= groups; i += kWidth) {
+    I c0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first + i)), _mm256_setr_epi64x(0, 1, 2, 3));
+    I c1 = _mm256_srli_epi64(c0, 32), c2 = _mm256_set1_epi64x(mask.sample), c3 = _mm256_setzero_si256();
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+      const I p0 = _mm256_mul_epu32(c0, m0), p1 = _mm256_mul_epu32(c2, m1);
+      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1), _mm256_set1_epi64x(k0));
+      c1 = p1;
+      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3), _mm256_set1_epi64x(k1));
+      c3 = p0;
+    }
+    const I words[4] = {c0, c1, c2, c3};
+    I bits = _mm256_setzero_si256();
+    for (int w = 0; w < 4; ++w) {
+      const I u = _mm256_xor_si256(words[w], flip);
+      const I kept = _mm256_cmpeq_epi16(_mm256_max_epu16(u, threshold), u);
+      const I bit = _mm256_set1_epi64x(static_cast<int64_t>((2ull << 2 * w) << 16 | 1ull << 2 * w));
+      bits = _mm256_or_si256(bits, _mm256_and_si256(kept, bit));
+    }
+    alignas(32) uint64_t lanes[kWidth];
+    _mm256_store_si256(reinterpret_cast<I*>(lanes), _mm256_or_si256(bits, _mm256_srli_epi64(bits, 16)));
+    for (int j = 0; j < kWidth; ++j) out[i + j] = static_cast<uint8_t>(lanes[j]);
+  }
+#endif
+  for (; i < groups; ++i) out[i] = pyrx::group_bits(seed, first + static_cast<uint64_t>(i), mask);
+}
+
+constexpr MaskKernels mask_table() { return {&group_bits, &transpose<uint32_t, uint32_t>}; }
+
+template <typename T>
+constexpr ElementKernels<T> element_table() {
+  return {&dropout<T>, &accumulate<T>, &scaled_store<T>, &fold<T>, &fold_level<T>};
+}
+
+template <typename Acc>
+constexpr AccumulatorKernels<Acc> accumulator_table() {
+  return {&add_level<Acc>, &cross_entropy<Acc>, &axpy<Acc>};
+}
+
+template <typename T, typename G>
+constexpr HeadKernels<T, G> head_table() {
+  HeadKernels<T, G> table{&select<T, G>, nullptr, &multiply<T, G>, &convert<T, G>,
+                          &transpose<accumulate_t<T>, G>};
+  if constexpr (sizeof(G) == 2) table.select_pair = &select_pair<T, G>;  // 16-bit operands alone are packed in pairs
+  return table;
+}

@@ -1,0 +1,125 @@
+// Tensor checks shared by the CPU and CUDA entries, with the texts of pyrx/_checks.py and pyrx/ops.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "check.h"
+
+namespace pyrx {
+
+// As Python prints it: torch.float32.
+inline std::string dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kByte: return "torch.uint8";
+    case at::kChar: return "torch.int8";
+    case at::kShort: return "torch.int16";
+    case at::kInt: return "torch.int32";
+    case at::kLong: return "torch.int64";
+    case at::kHalf: return "torch.float16";
+    case at::kBFloat16: return "torch.bfloat16";
+    case at::kFloat: return "torch.float32";
+    case at::kDouble: return "torch.float64";
+    case at::kComplexFloat: return "torch.complex64";
+    case at::kComplexDouble: return "torch.complex128";
+    case at::kBool: return "torch.bool";
+    default: return std::string("torch.") + c10::toString(dtype);
+  }
+}
+
+inline at::ScalarType accumulation_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+// float16 gradients wait for the upstream (loss) scale in float32, whose range they need.
+inline at::ScalarType saved_gradient_dtype(at::ScalarType dtype) { return dtype == at::kHalf ? at::kFloat : dtype; }
+
+inline void check_float(std::string_view op, std::string_view argument, const at::Tensor& value) {
+  const auto dtype = value.scalar_type();
+  PYRX_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, op,
+                  argument, "of dtype float16, bfloat16, float32 or float64", dtype_name(dtype));
+}
+
+inline void check_dtype(std::string_view op, std::string_view argument, const at::Tensor& value, at::ScalarType dtype) {
+  PYRX_CHECK_TYPE(value.scalar_type() == dtype, op, argument, "of dtype " + dtype_name(dtype),
+                  dtype_name(value.scalar_type()));
+}
+
+inline void check_device(std::string_view op, std::string_view argument, const at::Tensor& value, at::Device device) {
+  PYRX_CHECK_RUNTIME(value.device() == device, op, argument, "on device " + device.str(), value.device());
+}
+
+// `names` are the dimensions' names, as "[C, D]".
+inline void check_shape(std::string_view op, std::string_view argument, const at::Tensor& value, std::string_view names,
+                        at::IntArrayRef shape) {
+  PYRX_CHECK_VALUE(value.sizes() == shape, op, argument, c10::str("of shape ", names, " = ", shape), value.sizes());
+}
+
+inline void check_seed(std::string_view op, const at::Tensor& seed, at::Device device) {
+  check_dtype(op, "seed", seed, at::kLong);
+  check_device(op, "seed", seed, device);
+  PYRX_CHECK_VALUE(seed.numel() == 1, op, "seed", "of one element", seed.sizes());
+}
+
+inline void check_thresholds(std::string_view op, at::IntArrayRef values) {
+  PYRX_CHECK_VALUE(!values.empty(), op, "thresholds", "of at least one sample", values);
+  for (const int64_t value : values)
+    PYRX_CHECK_VALUE(value >= 0 && value < 65536, op, "thresholds", "in [0, 65536)", value);
+}
+
+// Everything about the head that can be known without reading a tensor; input (B, D), linear_weight (C, D).
+inline void check_head(std::string_view op, const at::Tensor& input, const at::Tensor& linear_weight,
+                       const std::optional<at::Tensor>& linear_bias, const at::Tensor& target,
+                       const std::optional<at::Tensor>& target_b, const std::optional<at::Tensor>& lam,
+                       const std::optional<at::Tensor>& weight, const at::Tensor& seed, at::IntArrayRef thresholds,
+                       int64_t ignore_index, double label_smoothing, std::string_view reduction) {
+  check_float(op, "input", input);
+  const auto dtype = input.scalar_type(), accumulation = accumulation_dtype(dtype);
+  PYRX_CHECK_VALUE(input.dim() == 2, op, "input", "of shape [B, D]", input.sizes());
+  const int64_t rows = input.size(0), features = input.size(1);
+  check_dtype(op, "linear_weight", linear_weight, dtype);
+  PYRX_CHECK_VALUE(linear_weight.dim() == 2 && linear_weight.size(1) == features, op, "linear_weight",
+                   c10::str("of shape [C, D] with D = ", features), linear_weight.sizes());
+  const int64_t classes = linear_weight.size(0);
+  PYRX_CHECK_VALUE(classes >= 1, op, "linear_weight", "of at least one class", linear_weight.sizes());
+  check_device(op, "linear_weight", linear_weight, input.device());
+  const auto check_class_vector = [&](std::string_view name, const std::optional<at::Tensor>& value,
+                                      at::ScalarType expected) {
+    if (!value) return;
+    check_dtype(op, name, *value, expected);
+    check_shape(op, name, *value, "[C]", {classes});
+    check_device(op, name, *value, input.device());
+  };
+  check_class_vector("linear_bias", linear_bias, dtype);
+  check_class_vector("weight", weight, accumulation);
+  const bool ids = target.scalar_type() == at::kLong;
+  if (ids) {
+    check_shape(op, "target", target, "[B]", {rows});
+  } else {
+    check_dtype(op, "target", target, accumulation);
+    check_shape(op, "target", target, "[B, C]", {rows, classes});
+  }
+  check_device(op, "target", target, input.device());
+  PYRX_CHECK_VALUE(target_b.has_value() == lam.has_value(), op, "target_b and lam", "together", "one of them");
+  if (target_b) {
+    PYRX_CHECK_TYPE(ids, op, "target", "of dtype torch.int64 beside target_b", dtype_name(target.scalar_type()));
+    const auto check_row_vector = [&](std::string_view name, const at::Tensor& value, at::ScalarType expected) {
+      check_dtype(op, name, value, expected);
+      check_shape(op, name, value, "[B]", {rows});
+      check_device(op, name, value, input.device());
+    };
+    check_row_vector("target_b", *target_b, at::kLong);
+    check_row_vector("lam", *lam, accumulation);
+  }
+  check_seed(op, seed, input.device());
+  check_thresholds(op, thresholds);
+  PYRX_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, op, "label_smoothing", "in [0, 1]", label_smoothing);
+  PYRX_CHECK_VALUE(reduction == "none" || reduction == "mean" || reduction == "sum", op, "reduction",
+                   "to be one of 'none', 'mean', 'sum'", c10::str("'", reduction, "'"));
+  PYRX_CHECK_VALUE(ids || ignore_index < 0, op, "ignore_index", "negative where target holds probabilities",
+                   ignore_index);
+}
+
+}  // namespace pyrx
