@@ -65,15 +65,19 @@ PYRX_HOST_DEVICE bool keeps(const SampleMask& mask, uint32_t u) {
   return (mask.complement ? 65535u - u : u) >= mask.threshold;
 }
 
-// Bit j = element 8*group + j is kept.
-PYRX_HOST_DEVICE uint8_t group_bits(uint64_t seed, uint64_t group, const SampleMask& mask) {
-  const PhiloxWords words = philox(seed, group, mask.sample);
+// Bit j = lane j is kept.
+PYRX_HOST_DEVICE uint8_t mask_bits(const PhiloxWords& words, const SampleMask& mask) {
   uint32_t bits = 0;
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
   for (int j = 0; j < kGroup; ++j) bits |= static_cast<uint32_t>(keeps(mask, lane(words, j))) << j;
   return static_cast<uint8_t>(bits);
+}
+
+// Bit j = element 8*group + j is kept.
+PYRX_HOST_DEVICE uint8_t group_bits(uint64_t seed, uint64_t group, const SampleMask& mask) {
+  return mask_bits(philox(seed, group, mask.sample), mask);
 }
 
 }  // namespace pyrx

@@ -230,8 +230,15 @@ def _head_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    # an upstream gradient of one, which the CPU can see without a wait, saves a pass over every gradient
-    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and gradient.dtype == dtype and grad_loss.item() == 1:
+    # an upstream gradient of one, which the CPU can see without a wait, saves a pass over every gradient; not where the
+    # graph is kept: its next backward must not find what the caller did to the gradients of this one
+    if (
+        type(grad_loss) is Tensor
+        and grad_loss.device.type == "cpu"
+        and gradient.dtype == dtype
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and grad_loss.item() == 1
+    ):
         return gradient
     return (gradient * grad_loss).to(dtype)
 
@@ -249,7 +256,8 @@ def _head_backward(ops: Any) -> Any:
             if torch.is_grad_enabled():
                 # create_graph=True: the gradients are constants here, so going through them once more must not pass
                 message = f"pyrx::{HEAD}: expected one differentiation, got a second: it has no double backward"
-                found = torch._C._functions.DelayedError(message.encode(), len(found))(*found)
+                constants = [each.detach().requires_grad_() for each in found]
+                found = torch._C._functions.DelayedError(message.encode(), len(found))(*constants)
             gradients = [each if needed else None for each, needed in zip(found, ctx.needs, strict=True)]
         return (*gradients, *[None] * 12)
 
@@ -331,6 +339,11 @@ def _autocast(tensors: Sequence[Tensor | None], device_type: str) -> list[Tensor
     return [each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in tensors]
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., D) as (rows, D); reshape(-1, D) cannot where D is 0."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
+
+
 def _split_target(
     target: Tensor | MixedTarget, dtype: torch.dtype, lead: Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -356,7 +369,7 @@ def _split_target(
         a, b, lam = target[:3]
         return a.reshape(-1), b.reshape(-1), lam.reshape(-1).to(dtype)
     if target.is_floating_point():
-        return target.reshape(-1, target.shape[-1]).to(dtype), None, None
+        return _rows(target).to(dtype), None, None
     return target.reshape(-1), None, None
 
 
@@ -444,7 +457,7 @@ def multi_sample_dropout_cross_entropy(
     accumulation = accumulation_dtype(features.dtype)
     lead = features.shape[:-1]
     target_a, target_b, lam = _split_target(target, accumulation, lead)
-    features = features.reshape(-1, features.shape[-1])
+    features = _rows(features)
     class_weight = None if weight is None else weight.to(accumulation)
     preference = ("cpu", "triton", "cuda") if linear_weight.shape[0] <= TRITON_MAX_CLASSES else ("cpu", "cuda", "triton")
     chosen = select(ROW, device_type, features.dtype, backend, preference)

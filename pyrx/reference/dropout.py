@@ -39,7 +39,7 @@ def dropout_mask(
     """Bool mask of `shape`, True where kept; packed: uint8 (..., ceil(D / 8)), bit j of byte k is element 8k + j."""
     second = antithetic and sample % 2 == 1
     u = lanes(seed, math.prod(shape), sample - 1 if second else sample)
-    mask = ((65535 - u if second else u) >= threshold).reshape(*shape)
+    mask = ((65535 - u if second else u) >= threshold).reshape(tuple(shape))
     if not packed:
         return mask
     bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -shape[-1] % 8)).unflatten(-1, (-1, 8))
@@ -53,6 +53,10 @@ def scale(threshold: int) -> float:
 
 
 def dropout(input: Tensor, seed: Tensor, threshold: int, sample: int = 0, antithetic: bool = False) -> Tensor:
-    mask = dropout_mask(seed, input.shape, threshold, sample, antithetic, False)
+    # in the input's layout, which the result takes from here
+    mask = torch.empty_like(input, dtype=torch.bool).copy_(
+        dropout_mask(seed, input.shape, threshold, sample, antithetic, False)
+    )
+    kept = input if threshold == 0 else input * scale(threshold)
     # a select, not a product: a dropped NaN or infinity is dropped
-    return torch.where(mask, input * scale(threshold), torch.zeros((), dtype=input.dtype, device=input.device))
+    return torch.where(mask, kept, torch.zeros((), dtype=input.dtype, device=input.device))

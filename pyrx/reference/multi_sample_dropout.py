@@ -12,8 +12,10 @@ from pyrx.reference.dropout import dropout
 
 
 def multi_sample_dropout(input: Tensor, seed: Tensor, thresholds: Sequence[int], antithetic: bool) -> Tensor:
-    """(M, *input.shape): sample m is input under the mask of sample m."""
-    return torch.stack([dropout(input, seed, t, m, antithetic) for m, t in enumerate(thresholds)])
+    """(M, *input.shape): sample m is input under the mask of sample m, in input's layout."""
+    samples = torch.stack([dropout(input, seed, t, m, antithetic) for m, t in enumerate(thresholds)])
+    one = torch.empty_like(input)
+    return one.new_empty_strided(samples.shape, (input.numel(), *one.stride())).copy_(samples)
 
 
 def mixed_cross_entropy(
