@@ -57,7 +57,7 @@ bench: $(call extras,bench)
 
 # an environment made before wins, then a system Python whose torch sees a GPU, then a new environment
 gpu:
-	@if [ '$(TORCH_SYSTEM)' != 1 ] && [ ! -e '$(VENV)/bin/python' ] && \
+	@if [ '$(TORCH_SYSTEM)' != 1 ] && [ ! -e '$(ENVIRONMENT)' ] && \
 	  $(PYTHON) -c '$(HAS_TORCH); import pytest; assert torch.cuda.is_available()' 2>/dev/null; \
 	then echo "== using $$(command -v $(PYTHON)): its torch sees a GPU, so nothing is downloaded"; \
 	  $(MAKE) gpu-here TORCH_SYSTEM=1; \
@@ -90,13 +90,13 @@ build: $(ENVIRONMENT)
 
 $(VENV)/.pyrx-torch-%:
 	$(call say,'environment in $(VENV)')
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { \
 	  echo '$(PYTHON) could not make an environment: on Debian and Ubuntu, apt-get install python3-venv python3-dev'; exit 1; }
 	@if [ '$(origin TORCH)' = file ] && $(PY) -c '$(HAS_TORCH)' 2>/dev/null; \
 	then echo 'torch is there already'; \
 	else echo 'downloading torch $* (about 3 GB with the CUDA libraries it needs, some minutes)'; \
 	  $(PY) -m pip install torch==$*; fi
-	@$(PY) -m pip install -q 'setuptools>=64' wheel ninja numpy
+	@$(PY) -m pip install -q 'setuptools>=77,<82' wheel ninja numpy
 	@touch $@
 
 # after the build, so that its progress is seen and pip finds it done

@@ -96,7 +96,7 @@ def nvidia_dirs(site_dirs: Iterable[str], torch_cuda: str | None) -> list[str]:
 
 
 def nvcc_release(text: str) -> str | None:
-    """"13.0" from the output of nvcc --version."""
+    """The version, such as 13.0, in the output of nvcc --version."""
     found = re.search(r"release (\d+\.\d+)", text)
     return found.group(1) if found else None
 
@@ -161,7 +161,8 @@ def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool) -> tuple[list[
     """Flags for the C++ compiler and for nvcc. No -march: the sources pick their SIMD at run time."""
     level = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     # at::parallel_for is a serial loop in a file that is compiled without OpenMP
-    cxx = [f"-std={STANDARD}", *level, "-fopenmp", "-fvisibility=hidden"]
+    # and gcc 12 warns of its own AVX-512 headers
+    cxx = [f"-std={STANDARD}", *level, "-fopenmp", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
     if debug:
         cxx.append("-UNDEBUG")
     if not cuda:

@@ -20,7 +20,7 @@ TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -29,7 +29,7 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyrx::{op}", key)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def reasons(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Why `backend` cannot serve `op` on this device and dtype; an empty list says that it can."""
     if backend == "reference":
@@ -54,7 +54,11 @@ def reasons(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.
 
 
 def select(
-    op: str, device_type: str, dtype: torch.dtype, backend: str | None, preference: tuple[str, ...] = ("cpu", "cuda", "triton")
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    backend: str | None,
+    preference: tuple[str, ...] = ("cpu", "cuda", "triton"),
 ) -> str:
     """The backend that serves this call: the one asked for (argument, then PYRX_BACKEND) or the first that can."""
     if backend is None:

@@ -1,4 +1,4 @@
-"""What the caller says about randomness (p, seed, generator), turned into what kernels read (thresholds, a seed tensor)."""
+"""What the caller says about randomness (p, seed, generator) as kernels read it (thresholds, a seed tensor)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAMPLINGS = ("independent", "antithetic")
 
 
 def threshold(op: str, p: float) -> int:
-    """round(65536 p): an element is kept iff its 16-bit lane is at least this. 65535 is the largest, so that some are kept."""
+    """round(65536 p), at most 65535: an element is kept iff its 16-bit lane is at least this."""
     if isinstance(p, bool) or not isinstance(p, (int, float)):
         fail(op, "p", "to be a float", type(p).__name__, TypeError)
     if not 0 <= p < 1:
@@ -37,12 +37,12 @@ def is_antithetic(op: str, sampling: str) -> bool:
     return sampling == "antithetic"
 
 
-def seed_tensor(
-    op: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device
-) -> Tensor:
+def seed_tensor(op: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """The op's seed, an int64 scalar on `device`: drawn there unless given, so that nothing syncs."""
     if seed is not None and generator is not None:
-        fail(op, "at most one of seed and generator", "", "both")
+        fail(op, "at most one of seed", "and generator", "both")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        fail(op, "generator", "to be a torch.Generator", type(generator).__name__, TypeError)
     if seed is None:
         if generator is not None and generator.device.type != device.type:
             fail(op, "generator", f"on device {device}", generator.device, RuntimeError)

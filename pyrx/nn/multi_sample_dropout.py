@@ -94,8 +94,8 @@ class MultiSampleDropout(nn.Module):
         loss: callable (output, target) -> Tensor, called once a sample. Default `F.cross_entropy`.
         sampling: "independent" or "antithetic".
 
-    Shapes: input (B, ...). In training, `forward(input, target)` is the mean of the M losses, and `forward(input)` the M
-    outputs, (M, B, ...). In eval one undropped pass: `head(input)`, or with a target its loss.
+    Shapes: input (B, ...). In training, `forward(input, target)` is the mean of the M losses, and `forward(input)` the
+    M outputs, (M, B, ...). In eval one undropped pass: `head(input)`, or with a target its loss.
 
     Equivalent to `sum(loss(head(F.dropout(input, p)), target) for _ in range(M)) / M`.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_float, check_integer, fail
-from pyrx._random import MAX_SAMPLE, is_antithetic, seed_tensor, threshold
+from pyrx._random import LEVELS, MAX_SAMPLE, is_antithetic, seed_tensor, threshold
 from pyrx.reference import dropout as reference
 
 
@@ -22,10 +22,26 @@ def check_seed(op: str, seed: Tensor, device: torch.device) -> None:
         fail(op, "seed", "of one element", list(seed.shape))
 
 
+def _check_mask(op: str, threshold: int, sample: int) -> None:
+    if not 0 <= threshold < LEVELS:
+        fail(op, "threshold", f"in [0, {LEVELS})", threshold)
+    check_integer(op, "sample", sample, 0, MAX_SAMPLE)
+
+
+def _check_packed(op: str, shape: Sequence[int], packed: bool) -> None:
+    if packed and len(shape) == 0:
+        fail(op, "shape of a packed mask", "of at least one dimension", list(shape))
+
+
 def _mask_fake(
     seed: Tensor, shape: Sequence[int], threshold: int, sample: int, antithetic: bool, packed: bool
 ) -> Tensor:
-    check_seed("dropout_mask", seed, seed.device)
+    op = "dropout_mask"
+    check_seed(op, seed, seed.device)
+    _check_mask(op, threshold, sample)
+    _check_packed(op, shape, packed)
+    if seed is None:
+        fail(op, "seed", "to be an int or an int64 tensor", None, TypeError)
     if packed:
         return seed.new_empty((*shape[:-1], (shape[-1] + 7) // 8), dtype=torch.uint8)
     return seed.new_empty(tuple(shape), dtype=torch.bool)
@@ -34,6 +50,7 @@ def _mask_fake(
 def _dropout_fake(input: Tensor, seed: Tensor, threshold: int, sample: int) -> Tensor:
     check_float("dropout", "input", input)
     check_seed("dropout", seed, input.device)
+    _check_mask("dropout", threshold, sample)
     return torch.empty_like(input)
 
 
@@ -151,11 +168,12 @@ def dropout_mask(
     antithetic = is_antithetic(op, sampling)
     for size in shape:
         check_integer(op, "shape's sizes", size, 0, 2**62)
-    if packed and len(shape) == 0:
-        fail(op, "shape of a packed mask", "of at least one dimension", list(shape))
+    _check_packed(op, shape, packed)
     if seed is None:
         fail(op, "seed", "to be an int or an int64 tensor", None, TypeError)
-    where = torch.device(device) if device is not None else seed.device if isinstance(seed, Tensor) else torch.device("cpu")
+    where = (
+        torch.device(device) if device is not None else seed.device if isinstance(seed, Tensor) else torch.device("cpu")
+    )
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     seed = seed_tensor(op, seed, None, where)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_shape, check_tensor, fail
+from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_shape, fail
 from pyrx._random import is_antithetic, seed_tensor, thresholds
 from pyrx.ops.dropout import check_seed
 from pyrx.reference import multi_sample_dropout as reference
@@ -32,8 +32,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def _saved_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """float16 gradients wait for the upstream (loss) scale in float32, whose range they need."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
 
 
 def _check_thresholds(op: str, values: Sequence[int]) -> None:
@@ -88,11 +86,7 @@ def _fold_backward(ops: Any) -> Any:
 
 _COPIES = "(Tensor {}, Tensor seed, int[] thresholds, bool antithetic) -> Tensor"
 _library.define(ROW, ROW, _COPIES.format("input"), _expand_fake, _expand_backward, _copies_setup)
-_library.define(
-    ROW, "multi_sample_dropout_fold", _COPIES.format("grad"), _fold_fake, _fold_backward, _copies_setup
-)
-
-
+_library.define(ROW, "multi_sample_dropout_fold", _COPIES.format("grad"), _fold_fake, _fold_backward, _copies_setup)
 
 
 def _check_head(
@@ -155,7 +149,9 @@ def _check_head(
 def _gradients(tensors: Sequence[Tensor | None], needs_grad: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
     """A tensor like each that needs a gradient, an empty one for each that does not."""
     return [
-        like.new_empty(like.shape, dtype=dtype) if like is not None and needed else tensors[0].new_empty((0,), dtype=dtype)  # type: ignore[union-attr]
+        like.new_empty(like.shape, dtype=dtype)
+        if like is not None and needed
+        else tensors[0].new_empty((0,), dtype=dtype)  # type: ignore[union-attr]
         for like, needed in zip(tensors, needs_grad, strict=True)
     ]
 
@@ -184,7 +180,8 @@ def _head_fake(
     loss = input.new_empty(input.shape[:1] if reduction == "none" else (), dtype=accumulation_dtype(input.dtype))
     if reduction == "none":
         needs_grad = (False, False, False)
-    return loss, *_gradients(tensors, needs_grad, _saved_gradient_dtype(input.dtype))
+    grad_input, grad_weight, grad_bias = _gradients(tensors, needs_grad, _saved_gradient_dtype(input.dtype))
+    return loss, grad_input, grad_weight, grad_bias
 
 
 def _head_backward_fake(
@@ -285,8 +282,6 @@ _library.define(
 )
 
 
-
-
 def multi_sample_dropout(
     input: Tensor,
     num_samples: int = 8,
@@ -318,8 +313,8 @@ def multi_sample_dropout(
     and one write, nothing stored.
 
     Raises:
-        TypeError: integer or complex input. ValueError: p, num_samples or sampling out of range. RuntimeError: a seed on
-        another device, or a backend that cannot serve.
+        TypeError: integer or complex input. ValueError: p, num_samples or sampling out of range. RuntimeError: a seed
+        on another device, or a backend that cannot serve.
 
     Source: Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019.
     """
@@ -344,33 +339,37 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
+def _check_target(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        fail(HEAD, name, "to be a Tensor or a MixedTarget of Tensors", type(value).__name__, TypeError)
+    if value.requires_grad:
+        fail(HEAD, name, "without requires_grad: there is no gradient to targets", "requires_grad=True")
+    return value
+
+
+def _class_ids(name: str, value: object, lead: Sequence[int]) -> Tensor:
+    ids = _check_target(name, value)
+    check_dtype(HEAD, name, ids, torch.int64)
+    check_shape(HEAD, name, ids, "[...]", lead)
+    return ids.reshape(-1)
+
+
 def _split_target(
     target: Tensor | MixedTarget, dtype: torch.dtype, lead: Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(target, target_b, lam) with the leading dimensions flattened, floats in the accumulation dtype."""
-    mixed = isinstance(target, tuple)
-    if mixed and len(target) < 3:
-        fail(HEAD, "target", "to be a Tensor or a MixedTarget(a, b, lam)", f"a tuple of {len(target)}", TypeError)
-    parts = {"target.a": target[0], "target.b": target[1], "target.lam": target[2]} if mixed else {"target": target}
-    for name, value in parts.items():
-        check_tensor(HEAD, name, value)
-        if value.requires_grad:
-            fail(HEAD, name, "without requires_grad: there is no gradient to targets", "requires_grad=True")
-        floating = name == "target.lam" or (not mixed and value.is_floating_point())
-        if floating:
-            check_float(HEAD, name, value)
-        else:
-            check_dtype(HEAD, name, value, torch.int64)
-        if not floating or mixed:
-            check_shape(HEAD, name, value, "[...]", lead)
-        elif list(value.shape[:-1]) != list(lead):
-            fail(HEAD, name, f"of shape [..., C] = {[*lead, 'C']}", list(value.shape))
-    if mixed:
-        a, b, lam = target[:3]
-        return a.reshape(-1), b.reshape(-1), lam.reshape(-1).to(dtype)
-    if target.is_floating_point():
-        return _rows(target).to(dtype), None, None
-    return target.reshape(-1), None, None
+    if isinstance(target, MixedTarget):
+        lam = _check_target("target.lam", target.lam)
+        check_float(HEAD, "target.lam", lam)
+        check_shape(HEAD, "target.lam", lam, "[...]", lead)
+        a, b = _class_ids("target.a", target.a, lead), _class_ids("target.b", target.b, lead)
+        return a, b, lam.reshape(-1).to(dtype)
+    if not _check_target("target", target).is_floating_point():
+        return _class_ids("target", target, lead), None, None
+    check_float(HEAD, "target", target)
+    if target.dim() != len(lead) + 1 or list(target.shape[:-1]) != list(lead):
+        fail(HEAD, "target", f"of shape [..., C] = {[*lead, 'C']}", list(target.shape))
+    return _rows(target).to(dtype), None, None
 
 
 def multi_sample_dropout_cross_entropy(
@@ -431,8 +430,8 @@ def multi_sample_dropout_cross_entropy(
     outlive a chunk of rows. For "mean" and "sum" the gradients are made in the forward, for "none" in the backward.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, values and, on the CPU, class ids out of range (a GPU makes the loss nan).
-        RuntimeError: devices, a backend that cannot serve, and a second differentiation.
+        TypeError: dtypes. ValueError: shapes, values and, on the CPU, class ids out of range (a GPU makes the loss
+        nan). RuntimeError: devices, a backend that cannot serve, and a second differentiation.
 
     Source: Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019. The names follow
     torch.nn.functional.linear_cross_entropy.
@@ -459,7 +458,9 @@ def multi_sample_dropout_cross_entropy(
     target_a, target_b, lam = _split_target(target, accumulation, lead)
     features = _rows(features)
     class_weight = None if weight is None else weight.to(accumulation)
-    preference = ("cpu", "triton", "cuda") if linear_weight.shape[0] <= TRITON_MAX_CLASSES else ("cpu", "cuda", "triton")
+    preference = (
+        ("cpu", "triton", "cuda") if linear_weight.shape[0] <= TRITON_MAX_CLASSES else ("cpu", "cuda", "triton")
+    )
     chosen = select(ROW, device_type, features.dtype, backend, preference)
     seed = seed_tensor(HEAD, seed, generator, input.device)
     arguments = (features, classifier, bias, target_a, target_b, lam, class_weight, seed, t)

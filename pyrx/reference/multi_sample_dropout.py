@@ -28,7 +28,7 @@ def mixed_cross_entropy(
     label_smoothing: float,
     reduction: str,
 ) -> Tensor:
-    """The lam-weighted mean of the cross-entropies against classes a and b; a component at ignore_index counts nothing."""
+    """The lam-weighted mean of the cross-entropies against a and b; a component at ignore_index counts nothing."""
     components = ((target_a, lam), (target_b, 1 - lam))
     losses, weights = [], []
     for target, share in components:

@@ -1,0 +1,83 @@
+"""The house rules of the tree: the same op name in every layer, layers that know only what they may, small files."""
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from pyrx._backends import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = (
+    "csrc/kernels/{op}.h",
+    "csrc/cpu/{op}.cpp",
+    "csrc/cuda/{op}.cuh",
+    "csrc/cuda/{op}.cu",
+    "triton_kernels/{op}.py",
+    "pyrx/ops/{op}.py",
+    "pyrx/reference/{op}.py",
+    "tests/test_{op}.py",
+    "bench/bench_{op}.py",
+)
+FOLDERS = ("csrc", "triton_kernels", "pyrx", "tests", "bench", "examples", ".ci")
+CODE = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh"}
+TEXT = CODE | {".md", ".toml", ".txt", ".json", ".in", ""}
+MAX_LINES = 650
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")
+
+
+def files(suffixes):
+    inside = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    ours = [p for p in [*ROOT.iterdir(), *inside] if "__pycache__" not in p.parts and p.name != "_build_info.json"]
+    return [p for p in ours if p.is_file() and p.suffix in suffixes]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_its_file(op, layer):
+    assert (ROOT / layer.format(op=op)).is_file(), f"op {op}: expected the file {layer.format(op=op)}"
+
+
+@pytest.mark.parametrize("folder, pattern", [("csrc/kernels", "*.h"), ("csrc/cuda", "*.cuh")])
+def test_kernels_include_no_torch(folder, pattern):
+    torch_header = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11)/')
+    found = sorted((ROOT / folder).glob(pattern))
+    assert found
+    for path in found:
+        assert not torch_header.search(path.read_text()), f"{path.relative_to(ROOT)} includes a header of torch"
+
+
+def test_kernels_know_no_autograd():
+    for path in [*(ROOT / "triton_kernels").glob("*.py"), *(ROOT / "csrc").rglob("*.c*")]:
+        assert "autograd" not in path.read_text(), f"{path.relative_to(ROOT)}: autograd belongs to pyrx/ops"
+
+
+def test_files_are_small():
+    for path in files(CODE):
+        lines = len(path.read_text().splitlines())
+        assert lines <= MAX_LINES, f"{path.relative_to(ROOT)}: expected at most {MAX_LINES} lines, got {lines}"
+
+
+def test_no_path_of_one_machine():
+    # spelled in pieces, so that this file passes
+    private = re.compile(r"(?<![\w.])/(" + "|".join(["ro" + "ot", "ho" + "me", "wo" + "rk", "Us" + "ers"]) + r")/\w")
+    for path in files(TEXT):
+        found = private.search(path.read_text(errors="replace"))
+        assert not found, f"{path.relative_to(ROOT)} names a path of one machine: {found and found.group(0)}"
+
+
+def test_every_package_is_installed():
+    config = (ROOT / "pyproject.toml").read_text()
+    for init in (ROOT / "pyrx").rglob("__init__.py"):
+        name = ".".join(init.parent.relative_to(ROOT).parts)
+        assert f'"{name}"' in config, f"pyproject.toml: expected {name} in tool.setuptools.packages"
+
+
+def test_triton_kernels_are_pyrx_triton():
+    package = importlib.import_module("pyrx._triton")
+    assert Path(package.__path__[0]).name in ("triton_kernels", "_triton")
+    for op in OPS:
+        assert importlib.util.find_spec(f"pyrx._triton.{op}"), f"expected pyrx._triton.{op}"
