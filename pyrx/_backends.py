@@ -32,6 +32,11 @@ def _has_kernel(op: str, key: str) -> bool:
 @functools.cache
 def reasons(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Why `backend` cannot serve `op` on this device and dtype; an empty list says that it can."""
+    return _reasons(op, backend, device_type, dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def _reasons(op: str, backend: str, device_type: str, dtype: torch.dtype) -> list[str]:
     if backend == "reference":
         return []
     found = []

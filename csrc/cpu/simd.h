@@ -101,7 +101,7 @@ template <typename T, typename G>
 const HeadKernels<T, G>& head_kernels();
 
 // Bits of elements first .. first + n - 1 of a sample's mask, aligned to the first; bits past n are 0.
-// `scratch` holds n / 8 + 2 bytes, `out` ceil(n / 8).
+// `scratch` holds ceil(n / 8) + 2 bytes, `out` ceil(n / 8).
 inline void row_bits(uint64_t seed, SampleMask mask, uint64_t first, int64_t n, uint8_t* scratch, uint8_t* out) {
   const int shift = static_cast<int>(first % kGroup);
   const int64_t bytes = (n + 7) / 8, groups = (shift + n + 7) / 8;

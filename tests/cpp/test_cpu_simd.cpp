@@ -1,0 +1,246 @@
+// The CPU row kernels of every instruction set this machine has, against scalar loops from their definitions.
+#include <vector>
+
+#include "cpu/simd.cpp"
+#include "cuda_test.h"
+
+namespace {
+
+using namespace pyrx;
+using namespace pyrx::cpu;
+
+const int64_t kSizes[] = {1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 100, 1311};
+
+// The conversions by plain arithmetic, whatever the set under test does.
+double value(float x) { return x; }
+double value(double x) { return x; }
+double value(bfloat16 x) { return plain::widen(x); }
+double value(float16 x) { return plain::widen(x); }
+
+template <typename T>
+Buffer<T> features(int64_t n, uint64_t first = 0) {
+  Buffer<T> out(n, 1);
+  for (int64_t i = 0; i < n; ++i) out[i] = plain::narrow<T>(static_cast<accumulate_t<T>>(normal(first + i)));
+  return out;
+}
+
+Buffer<uint8_t> random_bits(int64_t n, uint32_t sample) {
+  Buffer<uint8_t> out((n + 7) / 8);
+  row_bits(5, sample_mask(sample, 32768, false), 0, n, nullptr, out.data());
+  return out;
+}
+
+bool bit(const uint8_t* bits, int64_t i) { return !bits || bits[i / 8] >> i % 8 & 1; }
+
+bool near(double got, double expected, double tolerance) {
+  return std::abs(got - expected) <= tolerance * (1 + std::abs(expected)) || (got != got && expected != expected);
+}
+
+void test_masks(const char* set, const MaskKernels& kernels) {
+  for (const uint64_t seed : {0ull, 0x0123456789abcdefull, ~0ull})
+    for (const int64_t threshold : {0, 1, 19661, 32768, 65535})
+      for (const uint64_t first : {0ull, 5ull, (1ull << 32) - 9, (1ull << 40) + 3})
+        for (const bool antithetic : {false, true})
+          for (const int64_t groups : {1, 4, 5, 31, 32, 77}) {
+            const SampleMask mask = sample_mask(3, threshold, antithetic);
+            Buffer<uint8_t> out(groups);
+            kernels.group_bits(seed, mask, first, groups, out.data());
+            for (int64_t g = 0; g < groups; ++g) {
+              uint8_t expected = 0;
+              for (int j = 0; j < 8; ++j) {
+                const uint32_t u = lane(philox(seed, first + g, antithetic ? 2 : 3), j);
+                expected |= ((antithetic ? 65535 - u : u) >= threshold) << j;
+              }
+              CHECK_EQUAL(out[g], expected, "%s: group %ld of %ld at %lu", set, g, groups, first);
+            }
+          }
+  for (const int64_t rows : {1, 15, 16, 40})
+    for (const int64_t columns : {1, 16, 33}) {
+      Buffer<uint32_t> in(rows * columns), out(rows * columns);
+      for (int64_t i = 0; i < in.size(); ++i) in[i] = static_cast<uint32_t>(i * 2654435761u);
+      kernels.transpose32(in.data(), columns, rows, columns, out.data(), rows);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c)
+          CHECK_EQUAL(out[c * rows + r], in[r * columns + c], "%s: transpose32 %ld, %ld", set, r, c);
+    }
+}
+
+// One row of bits at any element, by the kernels this machine picks.
+void test_row_bits() {
+  for (const int64_t n : kSizes)
+    for (const uint64_t first : {0ull, 1ull, 7ull, 100ull, (1ull << 35) + 3}) {
+      Buffer<uint8_t> out((n + 7) / 8), scratch((n + 7) / 8 + 2);
+      row_bits(9, sample_mask(4, 19661, false), first, n, scratch.data(), out.data());
+      for (int64_t i = 0; i < (n + 7) / 8 * 8; ++i)
+        CHECK_EQUAL(bit(out.data(), i), i < n && lane_of(9, first + i, 4) >= 19661, "row_bits: %ld of %ld", i, n);
+    }
+}
+
+template <typename T>
+void test_elements(const char* set, const ElementKernels<T>& kernels, double tolerance) {
+  using Acc = accumulate_t<T>;
+  for (const int64_t n : kSizes)
+    for (const bool all : {false, true})
+      for (const Acc scale : {Acc(1), Acc(1.25)}) {
+        Buffer<T> x = features<T>(n), out(n, 1);
+        if (n > 2) x[2] = plain::narrow<T>(std::numeric_limits<Acc>::quiet_NaN());
+        const Buffer<uint8_t> memory = random_bits(n, 1);
+        const uint8_t* bits = all ? nullptr : memory.data();
+        kernels.dropout(x.data(), bits, n, scale, out.data());
+        Buffer<Acc> sum(n);
+        for (int64_t i = 0; i < n; ++i) sum[i] = Acc(i);
+        kernels.accumulate(x.data(), bits, n, scale, sum.data());
+        for (int64_t i = 0; i < n; ++i) {
+          const double kept = bit(bits, i) ? value(x[i]) * scale : 0;
+          CHECK(near(value(out[i]), kept, tolerance), "%s: dropout %ld of %ld: %g, not %g", set, i, n, value(out[i]), kept);
+          if (bit(bits, i) && scale == 1 && kept == kept) CHECK(same_bits(out[i], x[i]), "%s: untouched %ld", set, i);
+          CHECK(near(sum[i], i + kept, 1e-6), "%s: accumulate %ld of %ld", set, i, n);
+        }
+        kernels.store(sum.data(), n, scale, out.data());
+        for (int64_t i = 0; i < n; ++i) CHECK(near(value(out[i]), double(sum[i]) * scale, tolerance), "%s: store %ld", set, i);
+
+        const int64_t rows = 3, stride = n + 5, bits_stride = (n + 7) / 8 + 1;
+        const Buffer<Acc> tile = features<Acc>(rows * stride, 50);
+        Buffer<uint8_t> row_masks(rows * bits_stride);
+        for (int64_t k = 0; k < rows; ++k) row_bits(6, sample_mask(k, 32768, false), 0, n, nullptr, &row_masks[k * bits_stride]);
+        kernels.fold(tile.data(), stride, row_masks.data(), bits_stride, rows, n, scale, out.data());
+        for (int64_t i = 0; i < n; ++i) {
+          double expected = 0;
+          for (int64_t k = 0; k < rows; ++k) expected += bit(&row_masks[k * bits_stride], i) ? tile[k * stride + i] * scale : 0;
+          CHECK(near(value(out[i]), expected, tolerance), "%s: fold %ld of %ld", set, i, n);
+        }
+        kernels.fold_level(tile.data(), tile.data() + stride, n, scale, out.data());
+        for (int64_t i = 0; i < n; ++i)
+          CHECK(near(value(out[i]), double(tile[i]) * tile[stride + i] * scale, tolerance), "%s: fold_level %ld", set, i);
+      }
+}
+
+template <typename T, typename G>
+void test_head(const char* set, const HeadKernels<T, G>& kernels, double tolerance) {
+  using Acc = accumulate_t<T>;
+  for (const int64_t n : kSizes) {
+    const Buffer<T> x0 = features<T>(n), x1 = features<T>(n, 9999);
+    const Buffer<uint8_t> bits0 = random_bits(n, 1), bits1 = random_bits(n, 2);
+    const Buffer<Acc> level = features<Acc>(n, 333);
+    Buffer<G> out(n, 1), pairs(2 * n, 1);
+    kernels.select(x0.data(), bits0.data(), n, out.data());
+    for (int64_t i = 0; i < n; ++i)
+      CHECK_EQUAL(value(out[i]), bit(bits0.data(), i) ? value(x0[i]) : 0, "%s: select %ld of %ld", set, i, n);
+    kernels.multiply(x0.data(), level.data(), n, out.data());
+    for (int64_t i = 0; i < n; ++i)
+      CHECK(near(value(out[i]), value(x0[i]) * level[i], tolerance), "%s: multiply %ld of %ld", set, i, n);
+    kernels.convert(level.data(), n, out.data());
+    for (int64_t i = 0; i < n; ++i)
+      CHECK(same_bits(out[i], plain::narrow<G>(level[i])), "%s: convert %ld of %ld", set, i, n);
+    if (kernels.select_pair)
+      for (const bool second : {true, false}) {
+        kernels.select_pair(x0.data(), bits0.data(), second ? x1.data() : nullptr, bits1.data(), n, pairs.data());
+        for (int64_t i = 0; i < n; ++i) {
+          CHECK_EQUAL(value(pairs[2 * i]), bit(bits0.data(), i) ? value(x0[i]) : 0, "%s: pair %ld", set, i);
+          CHECK_EQUAL(value(pairs[2 * i + 1]), second && bit(bits1.data(), i) ? value(x1[i]) : 0, "%s: pair %ld", set, i);
+        }
+      }
+    const int64_t rows = 19, stride = n + 3, out_stride = rows + 2;
+    const Buffer<Acc> in = features<Acc>(rows * stride, 4444);
+    Buffer<G> turned((n - 1) * out_stride + rows);
+    kernels.transpose(in.data(), stride, rows, n, turned.data(), out_stride);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < n; ++c)
+        CHECK(same_bits(turned[c * out_stride + r], plain::narrow<G>(in[r * stride + c])), "%s: transpose %ld %ld", set, r, c);
+  }
+}
+
+template <typename Acc>
+void test_accumulators(const char* set, const AccumulatorKernels<Acc>& kernels, double tolerance) {
+  for (const int64_t n : kSizes) {
+    const Buffer<uint8_t> bits = random_bits(n, 3);
+    const Buffer<Acc> x = features<Acc>(n), start = features<Acc>(n, 77);
+    Buffer<Acc> y(n);
+    for (int64_t i = 0; i < n; ++i) y[i] = start[i];
+    kernels.add_level(bits.data(), n, Acc(0.5), y.data());
+    kernels.axpy(Acc(-2), x.data(), n, y.data());
+    for (int64_t i = 0; i < n; ++i)
+      CHECK(near(y[i], start[i] + (bit(bits.data(), i) ? 0.5 : 0) - 2.0 * x[i], tolerance), "%s: level, axpy %ld", set, i);
+
+    const Buffer<Acc> raw = features<Acc>(n, 10), base = features<Acc>(n, 20), bias = features<Acc>(n, 30);
+    Buffer<Acc> class_weight(n), probabilities(n), gradient(n);
+    Acc weight_sum = 0;
+    for (int64_t c = 0; c < n; ++c) {
+      class_weight[c] = Acc(0.5 + c % 3);
+      weight_sum += class_weight[c];
+      probabilities[c] = Acc(1.0 / double(n));
+    }
+    for (int options = 0; options < 32; ++options) {
+      const bool dense = options & 1, weighted = options & 2, smoothed = options & 4, paired = options & 8, bad = options & 16;
+      const Acc smoothing = smoothed ? Acc(0.1) : Acc(0);
+      const int64_t a = n - 1, b = n / 2;
+      CrossEntropyRow<Acc> row{};
+      row.raw = raw.data();
+      row.base = paired ? base.data() : nullptr;
+      row.bias = bias.data();
+      row.class_weight = weighted ? class_weight.data() : nullptr;
+      row.probabilities = dense ? probabilities.data() : nullptr;
+      row.target = class_target<Acc>(a, bad ? -100 : b, Acc(0.75), row.class_weight, weighted ? weight_sum : Acc(n), n, -100, smoothing);
+      row.label_smoothing = smoothing;
+      row.scale = Acc(2);
+      row.gradient_factor = Acc(0.25);
+      row.classes = n;
+      row.gradient = gradient.data();
+      const double loss = kernels.cross_entropy(row, true);
+
+      std::vector<double> z(n), q(n, 0.0);
+      double greatest = -1e300, sum = 0, total = 0, expected = 0;
+      for (int64_t c = 0; c < n; ++c) {
+        z[c] = 2.0 * (paired ? double(base[c]) - raw[c] : double(raw[c])) + bias[c];
+        greatest = std::max(greatest, z[c]);
+        const double share = dense ? probabilities[c] : (c == a ? 0.75 : 0) + (!bad && c == b ? 0.25 : 0);
+        const double counted = dense || !bad ? 1.0 : 0.75;
+        q[c] = ((1 - smoothing) * share + smoothing * counted / double(n)) * (weighted ? double(class_weight[c]) : 1);
+        total += q[c];
+      }
+      for (const double each : z) sum += std::exp(each - greatest);
+      for (int64_t c = 0; c < n; ++c) expected += q[c] * (greatest + std::log(sum) - z[c]);
+      CHECK(near(loss, expected, tolerance), "%s: loss %g, not %g, of %ld classes, options %d", set, loss, expected, n, options);
+      for (int64_t c = 0; c < n; ++c) {
+        const double g = 0.25 * (total * std::exp(z[c] - greatest) / sum - q[c]);
+        CHECK(near(gradient[c], g, tolerance), "%s: gradient %ld of %ld: %g, not %g, options %d", set, c, n, double(gradient[c]), g, options);
+      }
+      // an ignored row is 0 whatever its logits, and a NaN logit makes any other row NaN
+      Buffer<Acc> nan(n);
+      row.raw = nan.data();
+      CHECK(std::isnan(kernels.cross_entropy(row, true)), "%s: NaN, options %d", set, options);
+      if (dense) continue;
+      row.target = class_target<Acc>(-100, -100, Acc(1), nullptr, Acc(n), n, -100, smoothing);
+      CHECK_EQUAL(kernels.cross_entropy(row, true), Acc(0), "%s: ignored, options %d", set, options);
+      for (int64_t c = 0; c < n; ++c) CHECK_EQUAL(gradient[c], Acc(0), "%s: ignored gradient, options %d", set, options);
+    }
+  }
+}
+
+#define TEST_SET(name)                                                                      \
+  test_masks(#name, name::mask_table());                                                    \
+  test_elements<float>(#name, name::element_table<float>(), 1e-6);                          \
+  test_elements<double>(#name, name::element_table<double>(), 1e-14);                       \
+  test_elements<bfloat16>(#name, name::element_table<bfloat16>(), 0.004);                   \
+  test_elements<float16>(#name, name::element_table<float16>(), 0.0005);                    \
+  test_head<float, float>(#name, name::head_table<float, float>(), 1e-6);                   \
+  test_head<double, double>(#name, name::head_table<double, double>(), 1e-14);              \
+  test_head<bfloat16, bfloat16>(#name, name::head_table<bfloat16, bfloat16>(), 0.004);      \
+  test_head<bfloat16, float>(#name, name::head_table<bfloat16, float>(), 1e-6);             \
+  test_head<float16, float16>(#name, name::head_table<float16, float16>(), 0.0005);         \
+  test_head<float16, float>(#name, name::head_table<float16, float>(), 1e-6);               \
+  test_accumulators<float>(#name, name::accumulator_table<float>(), 2e-6);                  \
+  test_accumulators<double>(#name, name::accumulator_table<double>(), 1e-13);
+
+}  // namespace
+
+int main() {
+  test_row_bits();
+  TEST_SET(plain)
+#ifdef PYRX_X86
+  const std::string_view best = capability();
+  if (best != "default") { TEST_SET(avx2) }
+  if (best == "avx512") { TEST_SET(avx512) }
+#endif
+  return report("cpu_simd");
+}
