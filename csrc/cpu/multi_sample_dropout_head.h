@@ -23,6 +23,9 @@ constexpr int64_t kFoldPanels = 8;        // feature panels of the input gradien
 constexpr int64_t kWeightPanels = 4;      // feature panels of the weight gradient a task packs at a time
 constexpr int64_t kWeightRows = 64;       // classes of one multiplication into the weight gradient
 constexpr int64_t kSkew = 16;             // elements beyond a power of two, so that rows differ in cache set
+constexpr int64_t kSubsetLeast = 3;       // GEMM rows from which partial sums beat the gradients' GEMMs
+constexpr int64_t kSubsetTables = 8;      // tables of 64 classes at a time: 32 KiB of float32
+constexpr int64_t kSubsetFeatures = 256;  // features of a task
 
 template <typename T>
 struct HeadArguments {
@@ -106,6 +109,11 @@ class Head {
         bits_stride_(round_up(in_.features, 64) / 8),
         gradient_stride_(round_up(chunk_rows_ * gemm_rows_, kRound) + kSkew),
         padded_features_(round_up(in_.features, kRound)),
+        masks_(in_.plan.paired ? gemm_rows_ - 1 : gemm_rows_),
+        groups_((masks_ + kSubset - 1) / kSubset),
+        // partial sums on the vector units; 16-bit operands have matrix units, which the GEMMs use
+        subset_(std::is_same_v<G, Acc> && !in_.plan.averaged && gemm_rows_ >= kSubsetLeast &&
+                (out_.grad_input || out_.grad_weight)),
         direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0),
         threads_(std::max(1, at::get_num_threads())) {}
 
@@ -116,7 +124,10 @@ class Head {
     for (int64_t row = 0; row < in_.rows; row += chunk_rows_) {
       const int64_t end = std::min(row + chunk_rows_, in_.rows);
       rows_chunk(row, end);
-      if (out_.grad_weight) weight_gradient(row, end, !first);
+      if constexpr (std::is_same_v<G, Acc>) {
+        if (subset_) subset_gradients(row, end, !first);
+      }
+      if (out_.grad_weight && !subset_) weight_gradient(row, end, !first);
       first = false;
     }
     finish(first);
@@ -135,42 +146,53 @@ class Head {
     uint8_t* bits;  // (2, bits_stride + 2)
     G* panels;      // (kDepth, kWeightPanels * kPanel): masked features of a weight gradient block
     G* pair;        // (2, kPanel)
+    Acc* tables;    // (kSubsetTables or one row's, 16, kPanel)
+    Acc* x;         // (chunk_rows, kSubsetFeatures)
+    Acc* input;     // the same of the input gradient
   };
 
   void reserve() {
     const int64_t classes = in_.classes, features = in_.features;
     const bool averaged = in_.plan.averaged;
     const int64_t weight_offset = memory_.reserve<G>(Panels<G>::elements(features, classes));
-    const int64_t transposed_offset = memory_.reserve<G>(out_.grad_input ? Panels<G>::elements(classes, features) : 0);
+    const int64_t transposed_offset = memory_.reserve<G>(out_.grad_input && !subset_ ? Panels<G>::elements(classes, features) : 0);
     const int64_t bits_offset = memory_.reserve<uint8_t>(averaged ? 0 : chunk_rows_ * gemm_rows_ * bits_stride_ + 8);
     const int64_t levels_offset = memory_.reserve<Acc>(averaged ? chunk_rows_ * padded_features_ : 0);
-    const int64_t gradients_offset = memory_.reserve<G>(out_.grad_weight ? classes * gradient_stride_ : 0);
+    const int64_t gradients_offset = memory_.reserve<G>(out_.grad_weight && !subset_ ? classes * gradient_stride_ : 0);
+    const int64_t rows_offset = memory_.reserve<Acc>(subset_ ? chunk_rows_ * gemm_rows_ * logits_stride_ : 0);
+    const int64_t codes_offset = memory_.reserve<uint8_t>(subset_ ? chunk_rows_ * code_rows() * padded_features_ : 0);
+    const int64_t panel_sum_offset =
+        memory_.reserve<Acc>(subset_ && out_.grad_weight ? Panels<Acc>::elements(features, classes) : 0);
     const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ ? classes * padded_features_ : 0);
     const int64_t bias_offset = memory_.reserve<Acc>(out_.grad_bias ? (tiles_ + 1) * logits_stride_ : 0);
     const bool convert = !std::is_same_v<G, Acc>;
-    int64_t offsets[8];
+    int64_t offsets[11];
     const auto cut = [&](Workspace& part) {
       offsets[0] = part.template reserve<G>(std::max(padded_tile_, kPanel) * packed_depth());
       offsets[1] = part.template reserve<Acc>(padded_tile_ * logits_stride_);
       offsets[2] = part.template reserve<G>(convert && out_.grad_input ? padded_tile_ * logits_stride_ : 0);
-      offsets[3] = part.template reserve<Acc>(out_.grad_input ? padded_tile_ * kFoldPanels * kPanel : 0);
+      offsets[3] = part.template reserve<Acc>(out_.grad_input && !subset_ ? padded_tile_ * kFoldPanels * kPanel : 0);
       offsets[4] = part.template reserve<Acc>(2 * logits_stride_);
       offsets[5] = part.template reserve<uint8_t>(2 * (bits_stride_ + 10));
-      offsets[6] = part.template reserve<G>(out_.grad_weight ? kDepth * kWeightPanels * kPanel : 0);
+      offsets[6] = part.template reserve<G>(out_.grad_weight && !subset_ ? kDepth * kWeightPanels * kPanel : 0);
       offsets[7] = part.template reserve<G>(2 * kPanel);
+      offsets[8] = part.template reserve<Acc>(subset_ ? subset_rows() * groups_ * kSubsetEntries * kPanel : 0);
+      offsets[9] = part.template reserve<Acc>(subset_ ? chunk_rows_ * kSubsetFeatures : 0);
+      offsets[10] = part.template reserve<Acc>(subset_ ? chunk_rows_ * kSubsetFeatures : 0);
     };
     std::vector<Scratch> scratch(threads_);
-    std::vector<std::array<int64_t, 8>> cuts(threads_);
+    std::vector<std::array<int64_t, 11>> cuts(threads_);
     for (auto& each : cuts) {
       cut(memory_);
-      std::copy(offsets, offsets + 8, each.begin());
+      std::copy(offsets, offsets + 11, each.begin());
     }
     memory_.allocate();
     for (int64_t t = 0; t < threads_; ++t) {
       const auto& o = cuts[t];
       scratch[t] = {memory_.at_offset<G>(o[0]),   memory_.at_offset<Acc>(o[1]),     memory_.at_offset<G>(o[2]),
                     memory_.at_offset<Acc>(o[3]), memory_.at_offset<Acc>(o[4]),     memory_.at_offset<uint8_t>(o[5]),
-                    memory_.at_offset<G>(o[6]),   memory_.at_offset<G>(o[7])};
+                    memory_.at_offset<G>(o[6]),   memory_.at_offset<G>(o[7]),       memory_.at_offset<Acc>(o[8]),
+                    memory_.at_offset<Acc>(o[9]), memory_.at_offset<Acc>(o[10])};
     }
     scratch_ = std::move(scratch);
     weight_ = memory_.at_offset<G>(weight_offset);
@@ -178,6 +200,12 @@ class Head {
     bits_ = memory_.at_offset<uint8_t>(bits_offset);
     levels_ = memory_.at_offset<Acc>(levels_offset);
     gradients_ = memory_.at_offset<G>(gradients_offset);
+    rows_ = memory_.at_offset<Acc>(rows_offset);
+    codes_ = memory_.at_offset<uint8_t>(codes_offset);
+    panel_sum_ = memory_.at_offset<Acc>(panel_sum_offset);
+    if (subset_)  // padding classes have no gradient
+      for (int64_t r = 0; r < chunk_rows_ * gemm_rows_; ++r)
+        std::fill(rows_ + r * logits_stride_ + classes, rows_ + (r + 1) * logits_stride_, Acc(0));
     sum_ = direct_ ? reinterpret_cast<Acc*>(out_.grad_weight) : memory_.at_offset<Acc>(sum_offset);
     bias_ = memory_.at_offset<Acc>(bias_offset);
     if (out_.grad_bias) std::fill_n(bias_, (tiles_ + 1) * logits_stride_, Acc(0));
@@ -217,7 +245,7 @@ class Head {
         mask_kernels().transpose32(reinterpret_cast<const uint32_t*>(scratch.features), packed_depth() / pairing<G>,
                                    width, padded / pairing<G>, reinterpret_cast<uint32_t*>(out), width);
     });
-    if (!out_.grad_input) return;
+    if (!out_.grad_input || subset_) return;
     const Panels<G> transposed = transposed_panels();
     const int64_t class_blocks = (in_.classes + kDepth - 1) / kDepth;
     parallel(transposed.count() * class_blocks, [&](int64_t task, const Scratch&) {
@@ -287,9 +315,12 @@ class Head {
       draw_masks(begin, first, count, scratch);
       logits(begin, first * gemm_rows_, rows, padded, scratch);
       Acc* bias = out_.grad_bias ? bias_ + tile * logits_stride_ : nullptr;
-      for (int64_t i = 0; i < count; ++i)
-        out_.row_loss[begin + first + i] =
-            row_loss(begin + first + i, scratch.logits + i * gemm_rows_ * logits_stride_, scratch.odd, bias);
+      for (int64_t i = 0; i < count; ++i) {
+        Acc* logits = scratch.logits + i * gemm_rows_ * logits_stride_;
+        Acc* gradients = subset_ ? rows_ + (first + i) * gemm_rows_ * logits_stride_ : logits;
+        out_.row_loss[begin + first + i] = row_loss(begin + first + i, logits, gradients, scratch.odd, bias);
+      }
+      if (subset_) return;
       if (out_.grad_weight)
         head_.transpose(scratch.logits, logits_stride_, rows, in_.classes, gradients_ + first * gemm_rows_,
                         gradient_stride_);
@@ -317,6 +348,10 @@ class Head {
         if (sample < 0) std::fill_n(bits, bits_stride_, uint8_t(0xFF));
         else row_bits(in_.seed, in_.mask(sample), element, features, scratch.bits, bits);
       }
+      if (subset_)
+        for (int64_t q = 0; q < code_rows(); ++q)
+          subset_codes(bits_ + (i * gemm_rows_ + 8 * q) * bits_stride_, bits_stride_, std::min<int64_t>(8, masks_ - 8 * q),
+                       features, codes_ + (i * code_rows() + q) * padded_features_);
     }
   }
 
@@ -336,8 +371,9 @@ class Head {
     }
   }
 
-  // The mean over the samples of row's loss; its logits (gemm_rows, C) become the GEMM rows' gradients.
-  Acc row_loss(int64_t row, Acc* logits, Acc* odd, Acc* bias) const {
+  // The mean over the samples of row's loss from its logits (gemm_rows, C), and the GEMM rows' gradients, which may
+  // take the logits' place.
+  Acc row_loss(int64_t row, const Acc* logits, Acc* gradients, Acc* odd, Acc* bias) const {
     const int64_t classes = in_.classes, samples = in_.plan.averaged ? 1 : in_.plan.samples;
     const bool gradient = wants_gradient();
     CrossEntropyRow<Acc> entry{};
@@ -348,37 +384,36 @@ class Head {
     if (in_.probabilities) entry.probabilities = in_.probabilities + row * classes;
     else entry.target = in_.target(row);
     const Acc factor = operand_factor_ * (in_.grad_loss ? in_.grad_loss[row] : Acc(1));
-    const auto sample_loss = [&](int64_t m, const Acc* raw, const Acc* base, Acc* gradients) {
+    const auto sample_loss = [&](int64_t m, const Acc* raw, const Acc* base, Acc* out) {
       entry.raw = raw;
       entry.base = base;
-      entry.gradient = gradients;
+      entry.gradient = out;
       entry.scale = in_.plan.averaged ? Acc(1) : keep_scale<Acc>(in_.thresholds[m]);
       entry.gradient_factor = factor * entry.scale;
       const Acc loss = accumulator_.cross_entropy(entry, gradient);
-      if (bias) accumulator_.axpy(Acc(1) / entry.scale, gradients, classes, bias);
+      if (bias) accumulator_.axpy(Acc(1) / entry.scale, out, classes, bias);
       return loss;
     };
     Acc loss = 0;
     if (!in_.plan.paired) {
-      for (int64_t m = 0; m < samples; ++m) {
-        Acc* at = logits + m * logits_stride_;
-        loss += sample_loss(m, at, nullptr, at);
-      }
+      for (int64_t m = 0; m < samples; ++m)
+        loss += sample_loss(m, logits + m * logits_stride_, nullptr, gradients + m * logits_stride_);
       return loss / static_cast<Acc>(samples);
     }
     // x o m' = x - x o m: the odd samples' gradients go to the unmasked row and, negated, to their even partners'
-    Acc *base = logits + (gemm_rows_ - 1) * logits_stride_, *odd_sum = odd + logits_stride_;
+    const int64_t unmasked = (gemm_rows_ - 1) * logits_stride_;
+    Acc* odd_sum = odd + logits_stride_;
     std::fill_n(odd_sum, classes, Acc(0));
     for (int64_t m = 0; m < samples; m += 2) {
-      Acc* at = logits + m / 2 * logits_stride_;
-      if (m + 1 < samples) loss += sample_loss(m + 1, at, base, odd);
-      loss += sample_loss(m, at, nullptr, at);
+      const int64_t at = m / 2 * logits_stride_;
+      if (m + 1 < samples) loss += sample_loss(m + 1, logits + at, logits + unmasked, odd);
+      loss += sample_loss(m, logits + at, nullptr, gradients + at);
       if (m + 1 < samples && gradient) {
-        accumulator_.axpy(Acc(-1), odd, classes, at);
+        accumulator_.axpy(Acc(-1), odd, classes, gradients + at);
         accumulator_.axpy(Acc(1), odd, classes, odd_sum);
       }
     }
-    std::copy_n(odd_sum, classes, base);
+    std::copy_n(odd_sum, classes, gradients + unmasked);
     return loss / static_cast<Acc>(samples);
   }
 
@@ -441,6 +476,76 @@ class Head {
     });
   }
 
+  // The masks' code bytes of an input row: one for eight masks.
+  int64_t code_rows() const { return (masks_ + 7) / 8; }
+  int64_t subset_rows() const { return std::clamp<int64_t>(kSubsetTables / groups_, 1, kSubsetRows); }
+
+  // Both gradients from partial sums of the gradient rows (SubsetBlock): a task has features of its own, so that every
+  // sum is made by one thread in one order.
+  void subset_gradients(int64_t begin, int64_t end, bool add) {
+    const Panels<G> weight = weight_panels();
+    const int64_t rows = end - begin, features = in_.features;
+    const int64_t share = round_up((features + 2 * threads_ - 1) / (2 * threads_), kPanel);
+    const int64_t range = std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
+    parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
+      const int64_t from = task * range, n = std::min(range, features - from);
+      for (int64_t r = 0; r < rows; ++r)
+        head_.select(in_.input + (begin + r) * in_.input_stride + from, nullptr, n, scratch.x + r * range);
+      if (out_.grad_input) std::fill_n(scratch.input, rows * range, Acc(0));
+      for (int64_t p = 0; p < weight.count(); ++p) {
+        const int64_t width = weight.width(p);
+        Acc* sum = out_.grad_weight ? Panels<Acc>(panel_sum_, features, in_.classes).panel(p) + from * width : nullptr;
+        if (sum && !add) std::fill_n(sum, n * width, Acc(0));
+        for (int64_t r = 0; r < rows; r += subset_rows()) {
+          const int64_t count = std::min(subset_rows(), rows - r);
+          for (int64_t b = 0; b < count; ++b)
+            subset_tables(rows_ + (r + b) * gemm_rows_ * logits_stride_ + p * kPanel, width,
+                          scratch.tables + b * groups_ * kSubsetEntries * width);
+          accumulator_.subset_gradients({
+              .rows = count,
+              .features = n,
+              .width = width,
+              .groups = groups_,
+              .tables = scratch.tables,
+              .codes = codes_ + (r * code_rows()) * padded_features_ + from,
+              .codes_row_stride = code_rows() * padded_features_,
+              .codes_stride = padded_features_,
+              .x = scratch.x + r * range,
+              .x_stride = range,
+              .weight = weight.panel(p) + from * width,
+              .weight_gradient = sum,
+              .input_gradient = out_.grad_input ? scratch.input + r * range : nullptr,
+              .input_stride = range,
+          });
+        }
+      }
+      if (out_.grad_input)
+        for (int64_t r = 0; r < rows; ++r)
+          element_.store(scratch.input + r * range, n, result_factor_, out_.grad_input + (begin + r) * features + from);
+    });
+  }
+
+  // An input row's tables of `width` classes; the unmasked row of a paired plan is in every entry.
+  void subset_tables(const Acc* rows, int64_t width, Acc* tables) const {
+    const Acc* unmasked = in_.plan.paired ? rows + (gemm_rows_ - 1) * logits_stride_ : nullptr;
+    for (int64_t g = 0; g < groups_; ++g)
+      accumulator_.subset_table(g == 0 ? unmasked : nullptr, rows + g * kSubset * logits_stride_, logits_stride_,
+                                std::min(kSubset, masks_ - g * kSubset), width, tables + g * kSubsetEntries * width);
+  }
+
+  // sum (C, D) from its panels (D, classes)
+  void turn_panels() {
+    const Panels<Acc> panels(panel_sum_, in_.features, in_.classes);
+    const int64_t blocks = (in_.features + kDepth - 1) / kDepth;
+    parallel(panels.count() * blocks, [&](int64_t task, const Scratch&) {
+      const int64_t p = task / blocks, from = task % blocks * kDepth, width = panels.width(p);
+      if constexpr (std::is_same_v<G, Acc>)
+        head_.transpose(panels.panel(p) + from * width, width, std::min(kDepth, in_.features - from),
+                        std::min(width, in_.classes - p * kPanel), sum_ + p * kPanel * padded_features_ + from,
+                        padded_features_);
+    });
+  }
+
   void finish(bool empty) {
     if (out_.grad_bias) {
       Acc* total = bias_ + tiles_ * logits_stride_;
@@ -448,6 +553,7 @@ class Head {
       element_.store(total, in_.classes, result_factor_, out_.grad_bias);
     }
     if (!out_.grad_weight) return;
+    if (subset_ && !empty) turn_panels();
     if (empty) {
       std::fill_n(out_.grad_weight, in_.classes * in_.features, O{});
     } else if (!direct_ || result_factor_ != 1) {
@@ -465,14 +571,14 @@ class Head {
   const AccumulatorKernels<Acc>& accumulator_ = accumulator_kernels<Acc>();
   const Acc operand_factor_, result_factor_;
   const int64_t gemm_rows_, tile_rows_, chunk_rows_, tiles_, padded_tile_, logits_stride_, bits_stride_, gradient_stride_,
-      padded_features_;
-  const bool direct_;
+      padded_features_, masks_, groups_;
+  const bool subset_, direct_;
   const int64_t threads_;
   Workspace memory_;
   std::vector<Scratch> scratch_;
   G *weight_, *transposed_, *gradients_;
-  uint8_t* bits_;
-  Acc *levels_, *sum_, *bias_;
+  uint8_t *bits_, *codes_;
+  Acc *levels_, *rows_, *panel_sum_, *sum_, *bias_;
 };
 
 }  // namespace pyrx::cpu

@@ -71,6 +71,27 @@ struct HeadKernels {
   void (*transpose)(const Acc* in, int64_t in_stride, int64_t rows, int64_t columns, G* out, int64_t out_stride);
 };
 
+constexpr int64_t kSubset = 4;                     // masks that share a table of their 2^4 partial sums
+constexpr int64_t kSubsetEntries = 1 << kSubset;
+constexpr int64_t kSubsetRows = 8;                 // most rows of one SubsetBlock
+
+// Both gradients of a block of rows b, features d and classes c from s(b, d) = sum over m of kept_m(b, d) G_m(b, c):
+// weight_gradient(d, c) += x(b, d) s(b, d, c), input_gradient(b, d) += sum over c of s(b, d, c) weight(d, c).
+// s is one table entry for every four masks ("four Russians"), not M multiply-adds.
+template <typename Acc>
+struct SubsetBlock {
+  int64_t rows, features, width, groups;  // width classes, a multiple of 16 up to 64
+  const Acc* tables;                      // (rows, groups, 16, width)
+  const uint8_t* codes;                   // (rows, ceil(groups / 2), features): the entries of groups 2q and 2q + 1
+  int64_t codes_row_stride, codes_stride;
+  const Acc* x;  // (rows, features)
+  int64_t x_stride;
+  const Acc* weight;     // (features, width)
+  Acc* weight_gradient;  // (features, width) or null
+  Acc* input_gradient;   // (rows, features) or null
+  int64_t input_stride;
+};
+
 template <typename Acc>
 struct AccumulatorKernels {
   // level[i] += kept ? value : 0
@@ -79,7 +100,25 @@ struct AccumulatorKernels {
   Acc (*cross_entropy)(const CrossEntropyRow<Acc>& row, bool want_gradient);
   // y[i] += a * x[i]
   void (*axpy)(Acc a, const Acc* x, int64_t n, Acc* y);
+  // table[e] = base + the sum of rows i whose bit is in e, each (width,); base may be null, absent rows are zero
+  void (*subset_table)(const Acc* base, const Acc* rows, int64_t stride, int64_t count, int64_t width, Acc* table);
+  void (*subset_gradients)(const SubsetBlock<Acc>& block);
 };
+
+// codes[d] = bit m of it: element d is kept by row m < count <= 8 of `bits`; n rounded up to 8 codes are written.
+inline void subset_codes(const uint8_t* bits, int64_t stride, int64_t count, int64_t n, uint8_t* codes) {
+  for (int64_t i = 0; i < (n + 7) / 8; ++i) {
+    uint64_t x = 0;  // an 8 x 8 bit matrix, transposed in three steps (Hacker's Delight 7-3)
+    for (int64_t m = 0; m < count; ++m) x |= static_cast<uint64_t>(bits[m * stride + i]) << 8 * m;
+    uint64_t t = (x ^ x >> 7) & 0x00AA00AA00AA00AAull;
+    x ^= t ^ t << 7;
+    t = (x ^ x >> 14) & 0x0000CCCC0000CCCCull;
+    x ^= t ^ t << 14;
+    t = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
+    x ^= t ^ t << 28;
+    std::memcpy(codes + 8 * i, &x, 8);
+  }
+}
 
 struct MaskKernels {
   // Bits of `groups` groups of eight elements from `first_group`, one byte each.

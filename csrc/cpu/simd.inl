@@ -468,6 +468,108 @@ void axpy(Acc a, const Acc* x, int64_t n, Acc* y) {
 }
 
 template <typename Acc>
+void subset_table(const Acc* base, const Acc* rows, int64_t stride, int64_t count, int64_t width, Acc* table) {
+  using V = Vec<Acc>;
+  for (int64_t i = 0; i < width; i += kLanes) {
+    V entries[kSubsetEntries];
+    entries[0] = base ? load(base + i) : V::fill(0);
+    for (int64_t m = 0; m < kSubset; ++m) {
+      const V row = m < count ? load(rows + m * stride + i) : V::fill(0);
+      for (int64_t e = 0; e < int64_t(1) << m; ++e) entries[(int64_t(1) << m) + e] = entries[e] + row;
+    }
+    for (int64_t e = 0; e < kSubsetEntries; ++e) store(table + e * width + i, entries[e]);
+  }
+}
+
+// out[r] += the sum of row r of sixteen rows of sixteen.
+template <typename Acc>
+inline void add_sums(const Acc* rows, int64_t n, Acc* out) {
+#if PYRX_ISA == 512
+  if constexpr (std::is_same_v<Acc, float>) {
+    __m512 t[8], u[4];
+    for (int i = 0; i < 8; ++i) {
+      const __m512 a = _mm512_loadu_ps(rows + 32 * i), b = _mm512_loadu_ps(rows + 32 * i + 16);
+      t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+      u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x44), _mm512_shuffle_f32x4(u[0], u[1], 0xEE));
+    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x44), _mm512_shuffle_f32x4(u[2], u[3], 0xEE));
+    const Vec<float> sums{
+        _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD))};
+    if (n == kLanes) store(out, load(out) + sums);
+    else store(out, load(out, static_cast<int>(n)) + sums, static_cast<int>(n));
+    return;
+  }
+#endif
+  for (int64_t r = 0; r < n; ++r) out[r] += load(rows + r * kLanes).sum();
+}
+
+template <typename Acc, int kVectors, bool kWeight, bool kInput>
+void subset_block(const SubsetBlock<Acc>& block) {
+  using V = Vec<Acc>;
+  constexpr int64_t width = kVectors * kLanes, table = kSubsetEntries * width;
+  alignas(64) Acc dots[kSubsetRows * kLanes * kLanes];
+  for (int64_t first = 0; first < block.features; first += kLanes) {
+    const int64_t n = block.features - first < kLanes ? block.features - first : kLanes;
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t d = first + j;
+      V weight[kVectors], gradient[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        if (kInput) weight[v] = load(block.weight + d * width + v * kLanes);
+        if (kWeight) gradient[v] = load(block.weight_gradient + d * width + v * kLanes);
+      }
+      for (int64_t b = 0; b < block.rows; ++b) {
+        const Acc* entry = block.tables + b * block.groups * table;
+        const uint8_t* code = block.codes + b * block.codes_row_stride + d;
+        V s[kVectors];
+        const Acc* low = entry + (*code & 15) * width;
+        for (int v = 0; v < kVectors; ++v) s[v] = load(low + v * kLanes);
+        for (int64_t g = 1; g < block.groups; ++g) {
+          entry += table;
+          const uint32_t pair = code[(g >> 1) * block.codes_stride];
+          const Acc* more = entry + (g & 1 ? pair >> 4 : pair & 15) * width;
+          for (int v = 0; v < kVectors; ++v) s[v] = s[v] + load(more + v * kLanes);
+        }
+        if (kWeight) {
+          const V x = V::fill(block.x[b * block.x_stride + d]);
+          for (int v = 0; v < kVectors; ++v) gradient[v] = V::multiply_add(x, s[v], gradient[v]);
+        }
+        if (kInput) {
+          V dot = s[0] * weight[0];
+          for (int v = 1; v < kVectors; ++v) dot = V::multiply_add(s[v], weight[v], dot);
+          store(dots + (b * kLanes + j) * kLanes, dot);
+        }
+      }
+      if (kWeight)
+        for (int v = 0; v < kVectors; ++v) store(block.weight_gradient + d * width + v * kLanes, gradient[v]);
+    }
+    if (kInput)
+      for (int64_t b = 0; b < block.rows; ++b)
+        add_sums(dots + b * kLanes * kLanes, n, block.input_gradient + b * block.input_stride + first);
+  }
+}
+
+template <typename Acc, int kVectors>
+void subset_vectors(const SubsetBlock<Acc>& block) {
+  if (!block.input_gradient) subset_block<Acc, kVectors, true, false>(block);
+  else if (!block.weight_gradient) subset_block<Acc, kVectors, false, true>(block);
+  else subset_block<Acc, kVectors, true, true>(block);
+}
+
+template <typename Acc>
+void subset_gradients(const SubsetBlock<Acc>& block) {
+  switch (block.width / kLanes) {
+    case 1: return subset_vectors<Acc, 1>(block);
+    case 2: return subset_vectors<Acc, 2>(block);
+    case 3: return subset_vectors<Acc, 3>(block);
+    default: return subset_vectors<Acc, 4>(block);
+  }
+}
+
+template <typename Acc>
 Acc cross_entropy(const CrossEntropyRow<Acc>& row, bool want_gradient) {
   using V = Vec<Acc>;
   const int64_t n = row.classes;
@@ -619,7 +721,7 @@ constexpr ElementKernels<T> element_table() {
 
 template <typename Acc>
 constexpr AccumulatorKernels<Acc> accumulator_table() {
-  return {&add_level<Acc>, &cross_entropy<Acc>, &axpy<Acc>};
+  return {&add_level<Acc>, &cross_entropy<Acc>, &axpy<Acc>, &subset_table<Acc>, &subset_gradients<Acc>};
 }
 
 template <typename T, typename G>
