@@ -7,6 +7,8 @@
 #include <set>
 #include <thread>
 
+#include "cpu/simd.h"
+
 namespace {
 
 pybind11::dict build_info() {
@@ -41,5 +43,6 @@ size_t parallel_threads_seen() {
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this module was compiled against and with.");
+  m.def("cpu_kernels", &pyrx::cpu::capability, "Instruction set of the CPU kernels that this process runs.");
   m.def("parallel_threads_seen", &parallel_threads_seen, "Threads that take part in an at::parallel_for of pyrx.");
 }

@@ -29,13 +29,14 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyrx::{op}", key)
 
 
-@functools.cache
+# torch.compile asks once instead of tracing what is found
+@torch.compiler.assume_constant_result
 def reasons(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Why `backend` cannot serve `op` on this device and dtype; an empty list says that it can."""
     return _reasons(op, backend, device_type, dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _reasons(op: str, backend: str, device_type: str, dtype: torch.dtype) -> list[str]:
     if backend == "reference":
         return []

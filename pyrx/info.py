@@ -82,6 +82,7 @@ def collect() -> dict[str, Any]:
             "platform": _probe(platform.platform),
             "cpu": _probe(_processor),
             "cpu_capability": _probe(torch.backends.cpu.get_cpu_capability),
+            "cpu_kernels": _probe(compiled.cpu_kernels) if compiled else None,
             "threads": _probe(torch.get_num_threads),
             "parallel_threads": _probe(compiled.parallel_threads_seen) if compiled else None,
             "gpu": _probe(_gpu),

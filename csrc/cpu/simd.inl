@@ -507,10 +507,12 @@ inline void add_sums(const Acc* rows, int64_t n, Acc* out) {
   for (int64_t r = 0; r < n; ++r) out[r] += load(rows + r * kLanes).sum();
 }
 
-template <typename Acc, int kVectors, bool kWeight, bool kInput>
+// kGroups is 0 where the number of tables is known at run time only.
+template <typename Acc, int kVectors, int kGroups, bool kWeight, bool kInput>
 void subset_block(const SubsetBlock<Acc>& block) {
   using V = Vec<Acc>;
   constexpr int64_t width = kVectors * kLanes, table = kSubsetEntries * width;
+  const int64_t groups = kGroups ? kGroups : block.groups;
   alignas(64) Acc dots[kSubsetRows * kLanes * kLanes];
   for (int64_t first = 0; first < block.features; first += kLanes) {
     const int64_t n = block.features - first < kLanes ? block.features - first : kLanes;
@@ -522,12 +524,12 @@ void subset_block(const SubsetBlock<Acc>& block) {
         if (kWeight) gradient[v] = load(block.weight_gradient + d * width + v * kLanes);
       }
       for (int64_t b = 0; b < block.rows; ++b) {
-        const Acc* entry = block.tables + b * block.groups * table;
+        const Acc* entry = block.tables + b * groups * table;
         const uint8_t* code = block.codes + b * block.codes_row_stride + d;
         V s[kVectors];
         const Acc* low = entry + (*code & 15) * width;
         for (int v = 0; v < kVectors; ++v) s[v] = load(low + v * kLanes);
-        for (int64_t g = 1; g < block.groups; ++g) {
+        for (int64_t g = 1; g < groups; ++g) {
           entry += table;
           const uint32_t pair = code[(g >> 1) * block.codes_stride];
           const Acc* more = entry + (g & 1 ? pair >> 4 : pair & 15) * width;
@@ -552,11 +554,18 @@ void subset_block(const SubsetBlock<Acc>& block) {
   }
 }
 
+template <typename Acc, int kVectors, int kGroups>
+void subset_wanted(const SubsetBlock<Acc>& block) {
+  if (!block.input_gradient) subset_block<Acc, kVectors, kGroups, true, false>(block);
+  else if (!block.weight_gradient) subset_block<Acc, kVectors, kGroups, false, true>(block);
+  else subset_block<Acc, kVectors, kGroups, true, true>(block);
+}
+
 template <typename Acc, int kVectors>
 void subset_vectors(const SubsetBlock<Acc>& block) {
-  if (!block.input_gradient) subset_block<Acc, kVectors, true, false>(block);
-  else if (!block.weight_gradient) subset_block<Acc, kVectors, false, true>(block);
-  else subset_block<Acc, kVectors, true, true>(block);
+  if (block.groups == 1) subset_wanted<Acc, kVectors, 1>(block);
+  else if (block.groups == 2) subset_wanted<Acc, kVectors, 2>(block);
+  else subset_wanted<Acc, kVectors, 0>(block);
 }
 
 template <typename Acc>
