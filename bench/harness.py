@@ -1,0 +1,289 @@
+"""Times several ways of doing the same work against each other, fairly, and says how they compare.
+
+pytest-benchmark times one function after another, so a slow minute of the machine falls on whoever runs in it. Here its
+round visits every contender once, in random order, and the contenders' own times, kept per round, are the result.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
+# A short step is called several times a visit, and once before that untimed: its predecessor emptied the caches.
+VISIT_SECONDS = 4e-3
+SHORT_SECONDS = 20e-3
+
+
+@dataclass
+class Settings:
+    device: str = "cpu"
+    quick: bool = False
+    seconds: float = 8.0  # a case's rounds take about this long
+    sink: Callable[[str, dict[str, Any]], None] | None = None  # called with the row and each case's result
+    say: Callable[[str], None] = print
+
+    @property
+    def rounds(self) -> tuple[int, int]:
+        return (3, 3) if self.quick else (9, 60)
+
+
+SETTINGS = Settings()  # run.py fills it in before the cases run
+
+
+@dataclass
+class Contender:
+    """`step` does the work once and returns what the checks look at. Kinds: pyrx, peer, floor, other."""
+
+    name: str
+    step: Callable[[], Any]
+    kind: str = "peer"
+    group: str = ""  # the best peer is the fastest of the same group
+    note: str = ""
+    calls: int = 1
+    seconds: float = math.nan
+    ms: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Target:
+    """`contender` against another contender, or "best peer", or "floor": at least, or of the floor at most, `ratio`."""
+
+    contender: str
+    against: str
+    ratio: float | None
+
+
+def set_threads() -> int:
+    threads = min(2, os.cpu_count() or 1)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def synchronize() -> None:
+    if SETTINGS.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _seconds(step: Callable[[], Any]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def warm_up(contenders: Sequence[Contender]) -> tuple[list[Contender], list[dict[str, str]]]:
+    """Those that run, with their rough step time, and why a peer does not. pyrx and the floor must run."""
+    able, failed = [], []
+    for each in contenders:
+        try:
+            _seconds(each.step)  # compiles
+            each.seconds = min(_seconds(each.step) for _ in range(1 if SETTINGS.quick else 2))
+        except Exception as error:
+            if each.kind in ("pyrx", "floor"):
+                raise
+            failed.append({"name": each.name, "error": f"{type(error).__name__}: {error}"[:300]})
+            SETTINGS.say(f"  {each.name} does not run here: {type(error).__name__}")
+            continue
+        if SETTINGS.device == "cpu":
+            each.calls = min(50, max(1, math.ceil(VISIT_SECONDS / each.seconds)))
+        able.append(each)
+    return able, failed
+
+
+def _visit_cpu(contender: Contender) -> float:
+    if contender.seconds < SHORT_SECONDS:
+        contender.step()
+    start = time.perf_counter()
+    for _ in range(contender.calls):
+        contender.step()
+    return (time.perf_counter() - start) / contender.calls * 1e3
+
+
+class _VisitCuda:
+    """As triton.testing.do_bench times: the L2 emptied, then events around the step."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+    def __call__(self, contender: Contender) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        start.record()
+        contender.step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def interleave(contenders: Sequence[Contender], benchmark: Any) -> int:
+    """Runs the rounds through pytest-benchmark; the times are in each contender's `ms`. Returns their number."""
+    visit: Callable[[Contender], float] = _visit_cpu if SETTINGS.device == "cpu" else _VisitCuda()
+    a_round = sum(each.seconds * (each.calls + (each.seconds < SHORT_SECONDS)) for each in contenders)
+    low, high = SETTINGS.rounds
+    rounds = min(high, max(low, int(SETTINGS.seconds / a_round)))
+    order, shuffle = list(contenders), random.Random(0).shuffle
+
+    def one_round() -> None:
+        shuffle(order)
+        for each in order:
+            each.ms.append(visit(each))
+
+    gc.collect()
+    gc.disable()
+    try:
+        benchmark.pedantic(one_round, rounds=rounds, iterations=1, warmup_rounds=0)
+    finally:
+        gc.enable()
+    return rounds
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    p25, median, p75 = statistics.quantiles(values, n=4, method="inclusive")
+    found = {"min": min(values), "p25": p25, "median": median, "p75": p75}
+    return {name: float(f"{value:.5g}") for name, value in found.items()}
+
+
+def _compare(of: Contender, against: Contender, measure: str, target: float | None = None) -> dict[str, Any]:
+    """The ratio of the medians; the quartiles are those of the ratios within one round.
+
+    "speed": how many times as fast. "floor": how many times the time. "limit": how many times as fast the floor is.
+    """
+    over, under = (of, against) if measure == "floor" else (against, of)
+    paired = quantiles([a / b for a, b in zip(over.ms, under.ms, strict=True)])
+    ratio = float(f"{statistics.median(over.ms) / statistics.median(under.ms):.4g}")
+    met = None if target is None else bool(ratio <= target if measure == "floor" else ratio >= target)
+    return {
+        "contender": of.name,
+        "against": against.name,
+        "measure": measure,
+        "ratio": ratio,
+        "p25": paired["p25"],
+        "p75": paired["p75"],
+        "target": target,
+        "met": met,
+    }
+
+
+def compare(contenders: Sequence[Contender], floors: dict[str, str], targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Each pyrx contender against its group's best peer and its floor (`floors`: contender -> floor), and that floor
+    against that peer, which is as far as any op could get; then the targets that name another contender."""
+    named = {each.name: each for each in contenders}
+    wanted = {(each.contender, each.against): each.ratio for each in targets}
+    found = []
+    for each in contenders:
+        if each.kind != "pyrx":
+            continue
+        peers = [peer for peer in contenders if peer.kind == "peer" and peer.group == each.group]
+        best = min(peers, key=lambda peer: statistics.median(peer.ms), default=None)
+        floor = named.get(floors.get(each.name, ""))
+        of = {"of": each.name}
+        if best is not None:
+            speed = _compare(each, best, "speed", wanted.get((each.name, "best peer")))
+            found.append({**of, **speed, "best_peer": True})
+        if floor is not None:
+            found.append({**of, **_compare(each, floor, "floor", wanted.get((each.name, "floor")))})
+        if best is not None and floor is not None:
+            found.append({**of, **_compare(floor, best, "limit")})
+        for target in targets:
+            if target.contender == each.name and target.against in named:
+                found.append({**of, **_compare(each, named[target.against], "speed", target.ratio)})
+    return found
+
+
+def sound(
+    contenders: Sequence[Contender], checks: Sequence[dict[str, Any]]
+) -> tuple[list[Contender], list[dict[str, str]]]:
+    """A peer that failed a check is not timed; if pyrx failed one, nothing is."""
+    failed: dict[str, str] = {}
+    for each in checks:
+        if not each["passed"]:
+            text = f"{each['check']} is {each['value']:.3g}, allowed {each['limit']:.3g}"
+            if each["contender"].startswith("pyrx"):
+                raise AssertionError(f"{each['contender']}: {text}; nothing was timed")
+            failed.setdefault(each["contender"], f"failed its check: {text}")
+            SETTINGS.say(f"  {each['contender']} failed its check and is left out: {text}")
+    return [each for each in contenders if each.name not in failed], [
+        {"name": name, "error": text} for name, text in failed.items()
+    ]
+
+
+def run_case(
+    row: str,
+    params: dict[str, Any],
+    contenders: Sequence[Contender],
+    benchmark: Any,
+    *,
+    check: Callable[[dict[str, Contender]], list[dict[str, Any]]],
+    floors: dict[str, str] | None = None,
+    targets: Sequence[Target] = (),
+) -> None:
+    """Warms up, checks, times and compares; hands the result to pytest-benchmark and to run.py."""
+    able, failed = warm_up(contenders)
+    checks = check({each.name: each for each in able})
+    able, unsound = sound(able, checks)
+    rounds = interleave(able, benchmark)
+    result = {
+        "kind": "time",
+        "params": params,
+        "rounds": rounds,
+        "load": round(os.getloadavg()[0], 2),
+        "contenders": [
+            {
+                "name": each.name,
+                "kind": each.kind,
+                "group": each.group,
+                "note": each.note,
+                "calls": each.calls,
+                "ms": quantiles(each.ms),
+            }
+            for each in able
+        ],
+        "failed": failed + unsound,
+        "comparisons": compare(able, floors or {}, targets),
+        "checks": checks,
+    }
+    benchmark.extra_info.update(result)
+    finish(row, result)
+
+
+def finish(row: str, result: dict[str, Any]) -> None:
+    if SETTINGS.sink is not None:
+        SETTINGS.sink(row, result)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """The largest error, as a share of the largest value."""
+    if not torch.isfinite(got).all():
+        return math.inf
+    scale = expected.double().abs().max().item()
+    return (got.double() - expected.double()).abs().max().item() / max(scale, 1e-30)
+
+
+def expect(name: str, what: str, value: float, limit: float) -> dict[str, Any]:
+    """One check, as the result file records it; `sound` is what comes of a failed one."""
+    return {
+        "contender": name,
+        "check": what,
+        "value": float(f"{value:.3g}"),
+        "limit": float(f"{limit:.3g}"),
+        "passed": bool(value <= limit),
+    }
+
+
+def same_mean(name: str, what: str, a: Sequence[float], b: Sequence[float], slack: float) -> dict[str, Any]:
+    """Two random quantities have the same mean, as far as so few draws can tell (6 standard errors and `slack`)."""
+    spread = math.sqrt((statistics.variance(a) + statistics.variance(b)) / len(a))
+    mean_a, mean_b = statistics.fmean(a), statistics.fmean(b)
+    return expect(name, what, abs(mean_a - mean_b), 6 * spread + slack * abs(mean_b))

@@ -1,0 +1,430 @@
+"""The Triton kernels: in Triton's interpreter on the CPU, on a GPU, and compiled ahead of time for two architectures.
+
+One process holds either interpreted or compiled kernels, so the tests of values run themselves again in a process with
+TRITON_INTERPRET=1 unless they are in it.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+
+import pyrx
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+kernels = importlib.import_module("pyrx._triton.dropout")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# no device without the interpreter but a GPU
+DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SIZES = (1, 3, 63, 100, 1311)
+SEEDS = (0, -5, 0x0123456789ABCDEF, 2**63 + 11)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    helpers.need("triton", request.param)
+    return request.param
+
+
+def head_on(device, *arguments, **options):
+    head = helpers.make_head(*arguments, **options)
+    return head.cuda() if device == "cuda" else head
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
+def test_values_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYRX_REQUIRE": "triton"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=helpers.ROOT, timeout=900)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 60, done.stdout[-2000:]
+
+
+# Masks.
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 65535 / 65536])
+def test_masks(device, size, p):
+    for seed in SEEDS:
+        for sample in (0, 1, 6, 2**32 - 1):
+            for sampling in helpers.SAMPLINGS:
+                expected = helpers.expected_mask((size,), p, seed, sample, sampling)
+                got = pyrx.dropout_mask((size,), p, seed, sample, sampling=sampling, device=device, backend="triton")
+                assert got.dtype == torch.bool and torch.equal(got.cpu(), expected), (seed, sample, sampling)
+
+
+@pytest.mark.parametrize("shape", [(1,), (63,), (5, 63), (3, 1311), (4, 2, 64), (2, 0), (0, 5), (3, 1)])
+def test_packed_masks(device, shape):
+    for sample, sampling in ((0, "independent"), (3, "antithetic")):
+        options = {"sampling": sampling, "device": device}
+        got = pyrx.dropout_mask(shape, 0.4, 9, sample, True, backend="triton", **options)
+        expected = pyrx.dropout_mask(shape, 0.4, 9, sample, True, backend="reference", **options)
+        assert got.dtype == torch.uint8 and torch.equal(got, expected)
+
+
+@triton.jit
+def probe_kernel(bits, keep, seed, first, sample, threshold, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    lane = tl.arange(0, 8)[None, :]
+    group = tl.cast(first, tl.int64) + at
+    tl.store(bits + at, kernels.group_bits(seed, group, sample, threshold, True))
+    kept = kernels.element_keep(seed, group[:, None] * 8 + lane, sample, threshold, True)
+    tl.store(keep + at[:, None] * 8 + lane, kept.to(tl.int32))
+
+
+@pytest.mark.parametrize("first", [0, 2**31 - 2, 2**32 - 2, 2**40 + 5])
+def test_far_elements(device, first):
+    """Elements around and beyond 2**32 groups, which no test can allocate: the second counter word."""
+    count, seed, threshold = 8, 0x0123456789ABCDEF, 20000
+    bits = torch.zeros(count, dtype=torch.int32, device=device)
+    keep = torch.zeros(count, 8, dtype=torch.int32, device=device)
+    probe_kernel[(1,)](bits, keep, torch.tensor(seed, device=device), first, 3, threshold, count)
+    groups = np.uint64(first) + np.arange(count, dtype=np.uint64)
+    counter = (groups & np.uint64(0xFFFFFFFF), groups >> np.uint64(32), np.full_like(groups, 2), np.zeros_like(groups))
+    words = helpers.philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    lanes = np.stack([half for word in words for half in (word & np.uint64(0xFFFF), word >> np.uint64(16))], 1)
+    expected = torch.from_numpy(65535 - lanes.astype(np.int64) >= threshold).int()
+    assert torch.equal(keep.cpu(), expected)
+    assert torch.equal((bits.cpu()[:, None] >> torch.arange(8)) & 1, expected)
+
+
+# The elementwise ops.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=helpers.name_of)
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 65535 / 65536])
+def test_dropout(device, dtype, p):
+    for shape in ((), (1,), (1311,), (3, 0), (5, 63), (2, 3, 4, 6), (2, 3, 2, 4, 5)):
+        made = helpers.layouts(shape, dtype) if len(shape) > 1 else [("plain", torch.randn(shape).to(dtype))]
+        for layout, input in made:
+            input = input.to(device)
+            expected = helpers.dropped(input, p, 5, 7)
+            got = pyrx.dropout(input, p, sample=7, seed=5, backend="triton")
+            helpers.assert_same_bits(got, expected, f"{shape} {layout}")
+            assert got.stride() == torch.empty_like(input).stride(), layout
+
+
+def test_dropout_drops_and_keeps_nan(device):
+    bits = torch.tensor([0x7F800001, 0x7FC01234, -0x400000, -0x80000000], dtype=torch.int32, device=device)
+    input = bits.view(torch.float32).repeat(16)
+    helpers.assert_same_bits(pyrx.dropout(input, 0.0, seed=1, backend="triton"), input, "p = 0 touches nothing")
+    mask = helpers.expected_mask((64,), 0.5, 1).to(device)
+    got = pyrx.dropout(input, 0.5, seed=1, backend="triton")
+    assert torch.equal(got.isnan(), mask & input.isnan()) and not helpers.bits(got)[~mask].any()
+
+
+@pytest.mark.parametrize("sampling", helpers.SAMPLINGS)
+@pytest.mark.parametrize("p", [0.5, 0.0, (0.1, 0.1, 0.7, 0.0, 0.5)], ids=str)
+def test_copies_and_fold(device, sampling, p):
+    samples = 5
+    for shape in ((3, 63), (2, 3, 4, 6)):
+        for layout, input in helpers.layouts(shape):
+            input = input.to(device).requires_grad_()
+            output = pyrx.multi_sample_dropout(input, samples, p, sampling=sampling, seed=-3, backend="triton")
+            one = torch.empty_like(input)
+            assert output.stride() == (input.numel(), *one.stride())
+            for m, each in enumerate(helpers.probabilities_of(p, samples)):
+                helpers.assert_same_bits(output[m], helpers.dropped(input.detach(), each, -3, m, sampling), layout)
+            upstream = torch.randn(output.shape, dtype=torch.float64).to(device)
+            expected = sum(
+                helpers.dropped(upstream[m], each, -3, m, sampling)
+                for m, each in enumerate(helpers.probabilities_of(p, samples))
+            )
+            plain = upstream.float()
+            for grad in (
+                plain,
+                torch.empty_like(output).copy_(plain),
+                plain.movedim(0, -1).contiguous().movedim(-1, 0),
+            ):
+                (found,) = torch.autograd.grad(output, input, grad, retain_graph=True)
+                torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_fold_of_an_expanded_gradient(device):
+    input = torch.randn(4, 24, device=device, requires_grad=True)
+    pyrx.multi_sample_dropout(input, 3, 0.5, seed=2, backend="triton").sum().backward()
+    expected = sum(helpers.expected_mask((4, 24), 0.5, 2, m).float() * 2 for m in range(3))
+    assert torch.equal(input.grad.cpu(), expected)
+
+
+# The head.
+
+
+@pytest.mark.parametrize("classes", [1, 10, 37, 300])
+@pytest.mark.parametrize("target", helpers.TARGETS)
+@pytest.mark.parametrize("reduction", helpers.REDUCTIONS)
+def test_head_targets(device, classes, target, reduction):
+    head = head_on(device, 5, 24, classes, target, class_weight=True, ignored=0.3, seed=classes)
+    options = {"num_samples": 3, "p": 0.3, "seed": 7, "reduction": reduction}
+    helpers.assert_head_within_budget(head, "triton", **options)
+    if reduction == "mean":
+        helpers.assert_head_within_budget(head, "triton", label_smoothing=0.1, **options)
+
+
+@pytest.mark.parametrize("combine", helpers.COMBINES)
+@pytest.mark.parametrize("sampling", helpers.SAMPLINGS)
+@pytest.mark.parametrize(
+    "samples, p", [(1, 0.5), (2, 0.5), (3, 0.5), (8, 0.5), (4, 0.3), (2, 0.0), (3, (0.1, 0.5, 0.9))]
+)
+def test_head_samples(device, combine, sampling, samples, p):
+    options = {"num_samples": samples, "p": p, "combine": combine, "sampling": sampling, "seed": -2}
+    for features in (27, 40):
+        head = head_on(device, 9, features, 10, ignored=0.2)
+        for reduction in ("mean", "none"):
+            helpers.assert_head_within_budget(head, "triton", reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", helpers.LOW, ids=helpers.name_of)
+@pytest.mark.parametrize("combine", helpers.COMBINES)
+@pytest.mark.parametrize("sampling", helpers.SAMPLINGS)
+def test_head_low_precision(device, dtype, combine, sampling):
+    head = head_on(device, 21, 64, 37, dtype=dtype)
+    for options in ({"reduction": "none"}, {"p": (0.5, 0.2, 0.8, 0.5)}):
+        helpers.assert_head_within_budget(
+            head, "triton", num_samples=4, seed=1, combine=combine, sampling=sampling, **options
+        )
+
+
+def test_head_layouts(device):
+    head = head_on(device, 6, 40, 10)
+    expected = helpers.run(head, backend="triton", seed=3, num_samples=3)
+    for lead in (lambda t: t.t().contiguous().t(), lambda t: torch.cat([t[:, :1], t], 1)[:, 1:]):
+        other = dataclasses.replace(head, input=lead(head.input), linear_weight=lead(head.linear_weight))
+        loss, gradients = helpers.run(other, backend="triton", seed=3, num_samples=3)
+        torch.testing.assert_close(loss, expected[0])
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[1][name])
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_head_computes_what_is_needed(device, needs, reduction):
+    head = head_on(device, 5, 24, 10)
+    options = {"backend": "triton", "seed": 1, "num_samples": 3, "reduction": reduction}
+    loss, expected = helpers.run(head, **options)
+    got, found = helpers.run(head, needs=tuple(map(bool, needs)), **options)
+    helpers.assert_same_bits(got, loss)
+    assert len(found) == sum(needs)
+    for name, gradient in found.items():
+        helpers.assert_same_bits(gradient, expected[name], name)
+
+
+@pytest.mark.parametrize("sampling", helpers.SAMPLINGS)
+@pytest.mark.parametrize("combine", helpers.COMBINES)
+@pytest.mark.parametrize("target", ["ids", "mixed"])
+def test_head_chunks(device, monkeypatch, sampling, combine, target):
+    """Chunks of 16 rows, the last one smaller, give what one chunk gives."""
+    launcher = sys.modules["pyrx._triton.multi_sample_dropout"]
+    options = {"backend": "triton", "seed": 1, "num_samples": 4, "sampling": sampling, "combine": combine}
+    for features in (24, 27):
+        head = head_on(device, 37, features, 10, target, class_weight=True, ignored=0.2)
+        for reduction in helpers.REDUCTIONS:
+            loss, expected = helpers.run(head, reduction=reduction, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(launcher, "CHUNK_MASK_BYTES", 16 * features * 4 // 8)
+                launcher._plan.cache_clear()
+                got, found = helpers.run(head, reduction=reduction, **options)
+            launcher._plan.cache_clear()
+            torch.testing.assert_close(got, loss, rtol=1e-5, atol=1e-6)
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", helpers.REDUCTIONS)
+def test_head_ignores_rows(device, reduction):
+    """An ignored row counts nothing even where its logits are NaN; all ignored: as F.cross_entropy, gradients 0."""
+    options = {"backend": "triton", "seed": 1, "num_samples": 3, "reduction": reduction, "ignore_index": 4}
+    head = head_on(device, 6, 24, 10)
+    head.target[::2] = 4
+    expected = helpers.run(head, **options)
+    head.input[::2] = float("nan")
+    loss, gradients = helpers.run(head, **options)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradients["linear_bias"], expected[1]["linear_bias"])
+    head = head_on(device, 6, 24, 10)
+    head.target[:] = 4
+    loss, gradients = helpers.run(head, **options)
+    assert loss.isnan().all() if reduction == "mean" else not loss.any()
+    assert not any(each.any() for each in gradients.values())
+
+
+@pytest.mark.parametrize("bad", [-1, 10, -(2**62), 2**62])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_head_poisons_invalid_classes(device, bad, mixed):
+    head = head_on(device, 4, 24, 10, "mixed" if mixed else "ids", class_weight=True)
+    (head.target.b if mixed else head.target)[2] = bad
+    options = {"seed": 1, "num_samples": 3, "backend": "triton"}
+    loss, _ = helpers.run(head, reduction="none", **options)
+    assert loss.isnan().tolist() == [False, False, True, False]
+    assert helpers.run(head, **options)[0].isnan()
+
+
+@pytest.mark.parametrize("reduction", helpers.REDUCTIONS)
+def test_head_without_rows_or_features(device, reduction):
+    options = {"seed": 1, "num_samples": 3, "reduction": reduction}
+    head = head_on(device, 0, 24, 10)
+    loss, gradients = helpers.run(head, backend="triton", **options)
+    assert loss.shape == ((0,) if reduction == "none" else ())
+    assert loss.isnan().all() if reduction == "mean" else not loss.any()
+    assert not any(each.any() for each in gradients.values())
+    helpers.assert_head_within_budget(head_on(device, 3, 0, 10), "triton", **options)
+
+
+def test_head_infinite_logits(device):
+    """A class that the bias rules out has probability 0; it is not NaN in the loss of other classes."""
+    head = head_on(device, 4, 24, 600)
+    head.linear_bias[:550] = float("-inf")
+    head.target[:] = 560
+    helpers.assert_head_within_budget(head, "triton", seed=1, num_samples=3)
+
+
+def test_head_is_deterministic(device):
+    head = head_on(device, 20, 24, 10)
+    first, second = (helpers.run(head, backend="triton", seed=1, num_samples=4) for _ in range(2))
+    helpers.assert_same_bits(first[0], second[0])
+    for name, gradient in first[1].items():
+        helpers.assert_same_bits(gradient, second[1][name], name)
+
+
+# The entries themselves.
+
+
+def test_entries_have_the_shapes_of_their_fakes(device):
+    ops, seed = torch.ops.pyrx_triton, torch.tensor(3, device=device)
+    input = torch.randn(4, 3, 5, 8, device=device).to(memory_format=torch.channels_last)
+    head = head_on(device, 4, 24, 10, "mixed")
+    tensors = (head.input, head.linear_weight, head.linear_bias, *head.target, None, seed)
+    rest = ([32768] * 3, False, False, -100, 0.0)
+    calls = [
+        (ops.dropout_mask, (seed, [3, 5], 32768, 0, False, True)),
+        (ops.dropout, (input, seed, 32768, 0)),
+        (ops.multi_sample_dropout, (input, seed, [32768] * 3, False)),
+        (ops.multi_sample_dropout_fold, (input, seed, [32768] * 4, True)),
+        (ops.multi_sample_dropout_cross_entropy, (*tensors, *rest, "mean", [True, False, True])),
+        (ops.multi_sample_dropout_cross_entropy, (*tensors, *rest, "none", [True] * 3)),
+        (ops.multi_sample_dropout_cross_entropy_backward, (torch.randn(4, device=device), *tensors, *rest, [True] * 3)),
+    ]
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_entries_check(device):
+    ops, seed = torch.ops.pyrx_triton, torch.tensor(3, device=device)
+    input = torch.randn(4, 24, device=device)
+    with pytest.raises(TypeError, match="float64"):
+        ops.dropout(input.double(), seed, 0, 0)
+    with pytest.raises(ValueError, match="threshold"):
+        ops.dropout(input, seed, 65536, 0)
+    with pytest.raises(ValueError, match=r"of shape \[M, ...\] with M = 3"):
+        ops.multi_sample_dropout_fold(input, seed, [0] * 3, False)
+    with pytest.raises(ValueError, match=r"linear_weight of shape \[C, D\] with D = 24"):
+        target = torch.zeros(4, dtype=torch.int64, device=device)
+        rest = (None, target, None, None, None, seed, [0], False, False, -100, 0.0, "mean", [False] * 3)
+        ops.multi_sample_dropout_cross_entropy(input, input[:, 1:], *rest)
+
+
+# Ahead of time: the launchers run on CPU tensors up to the launch, which compiles for a device that is not there.
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+# what ptxas spills to reach the next level of occupancy
+STACK_LIMIT = {80: 160, 90: 32}
+
+
+def compile_ahead_of_time(architecture):
+    """Prints one JSON line a compiled kernel: name, dtype of the call, registers, stack, shared memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Device:
+        def get_current_target(self):
+            return GPUTarget("cuda", architecture, 32)
+
+        def get_current_device(self):
+            return architecture
+
+        def get_current_stream(self, device):
+            return 0
+
+    compiled = {}
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        assert all(size >= 0 for size in grid)
+        compiled[kernel.hash] = (self.fn.__name__, kernel)
+        return kernel
+
+    triton.runtime.driver.set_active(Device())
+    JITFunction.run = compile_only
+    elementwise, head = (importlib.import_module(f"pyrx._triton.{row}") for row in ("dropout", "multi_sample_dropout"))
+    seed, samples = torch.tensor(3), [32768] * 8
+    for dtype in (torch.bfloat16, torch.float32):
+        for input in (torch.empty(64, 128, dtype=dtype), torch.empty(4, 16, 8, 8, dtype=dtype).movedim(1, -1)):
+            elementwise.dropout(input, seed, 32768, 0)
+            copies = head.multi_sample_dropout(input, seed, samples, True)
+            head.multi_sample_dropout_fold(copies, seed, [*samples[1:], 0], False)
+        for classes, features, antithetic, averaged in (
+            (100, 2048, False, False), (10, 512, True, False), (300, 2043, False, True),
+        ):  # fmt: skip
+            tensors = torch.empty(128, features, dtype=dtype), torch.empty(classes, features, dtype=dtype)
+            target = torch.zeros(128, dtype=torch.int64)
+            rest = (torch.empty(classes, dtype=dtype), target, None, None, None, seed)
+            options = (samples, antithetic, averaged, -100, 0.0, "mean", [True] * 3)
+            head.multi_sample_dropout_cross_entropy(*tensors, *rest, *options)
+        report(compiled, dtype)
+    for packed, width in ((False, 8), (True, 8), (True, 9)):
+        elementwise.dropout_mask(seed, (4, width), 32768, 0, False, packed)
+    # large enough for wgmma's tiles, and for two chunks
+    head.CHUNK_MASK_BYTES = 2**23
+    tensors = torch.empty(8192, 2048, dtype=torch.bfloat16), torch.empty(100, 2048, dtype=torch.bfloat16)
+    rest = (None, torch.zeros(8192, dtype=torch.int64), None, None, None, seed)
+    head.multi_sample_dropout_cross_entropy(*tensors, *rest, samples, False, False, -100, 0.0, "mean", [True] * 3)
+    report(compiled, torch.bfloat16)
+
+
+def report(compiled, dtype):
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for name, kernel in compiled.values():
+        path = Path(os.environ["CUBIN"])
+        path.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        line = {"registers": registers, "stack": stack, "shared": kernel.metadata.shared}
+        print(
+            json.dumps({"kernel": name, "dtype": helpers.name_of(dtype), **line, "wgmma": "wgmma" in kernel.asm["ptx"]})
+        )
+    compiled.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_ahead_of_time(architecture, python, tmp_path):
+    script = f"import test_triton; test_triton.compile_ahead_of_time({architecture})"
+    environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "CUBIN": str(tmp_path / "cubin")}
+    found = [json.loads(line) for line in python(script, **environment).splitlines()]
+    for each in found:
+        print(*(f"{name} {value}" for name, value in each.items()))
+    folder = helpers.ROOT / "triton_kernels"
+    entries = {
+        name for path in folder.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert len(entries) == 8 and {each["kernel"] for each in found} == entries
+    for each in found:
+        assert each["shared"] <= SHARED_LIMIT[architecture] and each["registers"] <= 255, each
+        assert each["stack"] <= STACK_LIMIT[architecture], each
+    assert any(each["wgmma"] for each in found) == (architecture == 90)

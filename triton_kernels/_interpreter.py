@@ -1,0 +1,44 @@
+"""Repairs of Triton's interpreter, which runs the kernels on the CPU: what is wrong in 3.6 and, loops aside, 3.9."""
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_Handle = interpreter.TensorHandle
+_Builder = interpreter.InterpreterBuilder
+
+
+def _widened(operand: Any) -> Any:
+    if operand.dtype.scalar != tl.bfloat16:
+        return operand
+    return _Handle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _rounded_to_bfloat16(data: Any) -> Any:
+    bits = data.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(data), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def repair() -> None:
+    patch, dot, cast = interpreter._patch_lang_tensor, _Builder.create_dot, _Builder.cast_impl
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        # a loop bound is read as int(array of one element), which numpy 2.4 refuses
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        # bfloat16 lives in uint16 arrays, which are multiplied as the integers they look like
+        return dot(self, _widened(a), _widened(b), *rest)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        # float32 is cut off, not rounded
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            return _Handle(_rounded_to_bfloat16(np.ascontiguousarray(source.data)), tl.bfloat16)
+        return cast(self, source, target)
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    _Builder.create_dot, _Builder.cast_impl = create_dot, cast_impl
