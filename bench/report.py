@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 SCHEMA = 1
 INK = "#808080"  # grey text reads on white and on black
 COLOURS = {"pyrx independent": "#2f8fdd", "pyrx antithetic": "#e08a1e"}
+STEADY = 1.5
 CHARTED = "multi_sample_dropout"
 
 INTRO = """# Benchmarks
@@ -130,6 +131,12 @@ def memory_table(memory: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def steady(case: dict[str, Any]) -> bool:
+    """Whether the machine had nothing else to do: on shared cores threads wait for each other, and times multiply."""
+    times = [each["ms"] for each in case["contenders"] if each["kind"] in ("pyrx", "floor")]
+    return all(ms["median"] <= STEADY * ms["min"] for ms in times)
+
+
 def conditions(file: dict[str, Any]) -> str:
     machine, versions = file["machine"], file["versions"]
     gpu = "; ".join(machine["gpu"]) if isinstance(machine["gpu"], list) else machine["gpu"]
@@ -142,6 +149,12 @@ def conditions(file: dict[str, Any]) -> str:
         f"{file['finished'][:10]}, commit {(file['commit'] or 'unknown')[:10]}{changes}; "
         f"highest load average before a case's end {load:g}",
     ]
+    unsteady = [case for case in file["cases"] if not steady(case)]
+    if unsteady and not file["quick"]:
+        lines.append(
+            f"**Unsteady: in {len(unsteady)} of {len(file['cases'])} cases pyrx or the floor had a median over "
+            f"{STEADY:g} times its minimum, so other work was running; measure again.**"
+        )
     if file["quick"]:
         lines.append("**A quick run: it shows that the benchmarks work, not how fast anything is.**")
     if not file["extension"]["loaded"]:
@@ -214,7 +227,9 @@ def chart(file: dict[str, Any], path: Path) -> bool:
 def short_table(files: list[dict[str, Any]]) -> str:
     lines = [f"{'':<52} {'pyrx ms':>8} {'peer ms':>8} {'ratio':>6} {'target':>12} {'floor':>6} {'target':>11}"]
     for file in files:
-        lines.append(f"{file['row']}, {file['device']}" + (" (quick)" if file["quick"] else ""))
+        unsteady = not file["quick"] and not all(map(steady, file["cases"]))
+        mark = " (quick)" if file["quick"] else " (unsteady: other work was running)" if unsteady else ""
+        lines.append(f"{file['row']}, {file['device']}{mark}")
         for case in file["cases"]:
             ms = {each["name"]: each["ms"]["median"] for each in case["contenders"]}
             for each in case["contenders"]:

@@ -63,6 +63,15 @@ inline void check_seed(std::string_view op, const at::Tensor& seed, at::Device d
   PYRX_CHECK_VALUE(seed.numel() == 1, op, "seed", "of one element", seed.sizes());
 }
 
+inline void check_mask(std::string_view op, int64_t threshold, int64_t sample) {
+  PYRX_CHECK_VALUE(threshold >= 0 && threshold < 65536, op, "threshold", "in [0, 65536)", threshold);
+  PYRX_CHECK_VALUE(sample >= 0 && sample <= 0xFFFFFFFFll, op, "sample", "in [0, 4294967295]", sample);
+}
+
+inline void check_packed(std::string_view op, at::IntArrayRef shape, bool packed) {
+  PYRX_CHECK_VALUE(!packed || !shape.empty(), op, "shape of a packed mask", "of at least one dimension", shape);
+}
+
 inline void check_thresholds(std::string_view op, at::IntArrayRef values) {
   PYRX_CHECK_VALUE(!values.empty(), op, "thresholds", "of at least one sample", values);
   for (const int64_t value : values)

@@ -69,8 +69,9 @@ def test_without_grad_mode_no_gradient_is_made(cpu):
     saved = []
     head = make_head(33, 21, 10).map(lambda each: each.requires_grad_())
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t)
-    with torch.no_grad(), hooks:
-        assert not head(backend=cpu).requires_grad
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode, hooks:
+            assert not head(backend=cpu).requires_grad
     assert not saved
 
 

@@ -26,6 +26,7 @@ from helpers import (
     probabilities_of,
     run,
     scale_of,
+    threads,
     upstream_like,
 )
 from hypothesis import given, settings
@@ -289,6 +290,7 @@ SIZES = [  # B, D, C
     (200, 100, 100),
     (200, 512, 10),
     (200, 3, 37),
+    (7, 1311, 10),
     (63, 512, 1311),
 ]
 
@@ -466,6 +468,14 @@ def test_the_same_bits_from_run_to_run(cpu, dtype, sampling):
             assert_same_bits(again, loss)
             for name in gradients:
                 assert_same_bits(found[name], gradients[name], name)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_thread_counts_do_not_change_the_result(backend, count):
+    for features, sampling, dtype in itertools.product((21, 600), SAMPLINGS, WIDE):
+        head = make_head(150, features, 70, "mixed", dtype=dtype)
+        with threads(count):
+            assert_equals_formula(head, backend, seed=4, num_samples=5, sampling=sampling)
 
 
 def test_seeds_are_drawn_unless_given(backend):

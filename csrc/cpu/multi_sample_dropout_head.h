@@ -489,8 +489,14 @@ class Head {
     const int64_t range = std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
     parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
       const int64_t from = task * range, n = std::min(range, features - from);
-      for (int64_t r = 0; r < rows; ++r)
-        head_.select(in_.input + (begin + r) * in_.input_stride + from, nullptr, n, scratch.x + r * range);
+      for (int64_t r = 0; r < rows; ++r) {
+        // features that every sample drops are 0, whatever they are
+        std::fill_n(scratch.bits, (n + 7) / 8, uint8_t(0));
+        for (int64_t k = 0; k < gemm_rows_; ++k)
+          for (int64_t i = 0; i < (n + 7) / 8; ++i)
+            scratch.bits[i] |= bits_[(r * gemm_rows_ + k) * bits_stride_ + from / 8 + i];
+        head_.select(in_.input + (begin + r) * in_.input_stride + from, scratch.bits, n, scratch.x + r * range);
+      }
       if (out_.grad_input) std::fill_n(scratch.input, rows * range, Acc(0));
       for (int64_t p = 0; p < weight.count(); ++p) {
         const int64_t width = weight.width(p);

@@ -35,7 +35,7 @@ struct ElementKernels {
   // out[i] = scale * sum over k < rows of (kept by bits row k ? tile[k][i] : 0)
   void (*fold)(const Acc* tile, int64_t tile_stride, const uint8_t* bits, int64_t bits_stride, int64_t rows, int64_t n,
                Acc scale, T* out);
-  // out[i] = scale * tile[i] * level[i]
+  // out[i] = scale * tile[i] * level[i], likewise
   void (*fold_level)(const Acc* tile, const Acc* level, int64_t n, Acc scale, T* out);
 };
 
@@ -63,7 +63,7 @@ struct HeadKernels {
   void (*select)(const T* x, const uint8_t* bits, int64_t n, G* out);
   // out[2 i], out[2 i + 1] = the kept x0[i], x1[i]; x1 may be null: zeros (the VNNI layout of two rows)
   void (*select_pair)(const T* x0, const uint8_t* bits0, const T* x1, const uint8_t* bits1, int64_t n, G* out);
-  // out[i] = x[i] * level[i]
+  // out[i] = x[i] * level[i], 0 where the level is 0, whatever x is
   void (*multiply)(const T* x, const Acc* level, int64_t n, G* out);
   // out[i] = G(x[i])
   void (*convert)(const Acc* x, int64_t n, G* out);

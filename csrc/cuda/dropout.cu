@@ -12,6 +12,8 @@ namespace {
 at::Tensor dropout_mask(const at::Tensor& seed, at::IntArrayRef shape, int64_t threshold, int64_t sample,
                         bool antithetic, bool packed) {
   check_seed("dropout_mask", seed, seed.device());
+  check_mask("dropout_mask", threshold, sample);
+  check_packed("dropout_mask", shape, packed);
   const c10::cuda::CUDAGuard guard(seed.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const SampleMask mask = sample_mask(sample, threshold, antithetic);
@@ -35,6 +37,7 @@ at::Tensor dropout_mask(const at::Tensor& seed, at::IntArrayRef shape, int64_t t
 at::Tensor dropout(const at::Tensor& input, const at::Tensor& seed, int64_t threshold, int64_t sample) {
   check_float("dropout", "input", input);
   check_seed("dropout", seed, input.device());
+  check_mask("dropout", threshold, sample);
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor x = input.contiguous();
   const at::Tensor out = at::empty_like(input), y = contiguous_target(out);

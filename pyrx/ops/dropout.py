@@ -40,8 +40,6 @@ def _mask_fake(
     check_seed(op, seed, seed.device)
     _check_mask(op, threshold, sample)
     _check_packed(op, shape, packed)
-    if seed is None:
-        fail(op, "seed", "to be an int or an int64 tensor", None, TypeError)
     if packed:
         return seed.new_empty((*shape[:-1], (shape[-1] + 7) // 8), dtype=torch.uint8)
     return seed.new_empty(tuple(shape), dtype=torch.bool)

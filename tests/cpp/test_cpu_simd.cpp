@@ -126,9 +126,12 @@ void test_head(const char* set, const HeadKernels<T, G>& kernels, double toleran
     kernels.select(x0.data(), bits0.data(), n, out.data());
     for (int64_t i = 0; i < n; ++i)
       CHECK_EQUAL(value(out[i]), bit(bits0.data(), i) ? value(x0[i]) : 0, "%s: select %ld of %ld", set, i, n);
+    level[n - 1] = 0;
+    x0[n - 1] = plain::narrow<T>(std::numeric_limits<Acc>::quiet_NaN());
     kernels.multiply(x0.data(), level.data(), n, out.data());
     for (int64_t i = 0; i < n; ++i)
-      CHECK(near(value(out[i]), value(x0[i]) * level[i], tolerance), "%s: multiply %ld of %ld", set, i, n);
+      CHECK(near(value(out[i]), i == n - 1 ? 0 : value(x0[i]) * level[i], tolerance), "%s: multiply %ld of %ld", set, i, n);
+    x0[n - 1] = plain::narrow<T>(Acc(1.5));
     kernels.convert(level.data(), n, out.data());
     for (int64_t i = 0; i < n; ++i)
       CHECK(same_bits(out[i], plain::narrow<G>(level[i])), "%s: convert %ld of %ld", set, i, n);
