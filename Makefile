@@ -48,7 +48,7 @@ demo: $(call extras,demo)
 
 test: $(call extras,test) lint cpp
 	$(call say,'pytest on the CPU (some minutes)')
-	@$(PY) -m pytest -q -m 'not gpu'
+	@PYRX_REQUIRE=cpu $(PY) -m pytest -q -m 'not gpu'
 
 bench: $(call extras,bench)
 	$(call say,'benchmarks (some minutes): results in bench/results')
@@ -69,6 +69,7 @@ gpu-here: $(call extras,test) $(call extras,bench) build
 	@failed=0; timeout 240 $(PY) -m pytest -q -m gpu || failed=$$?; \
 	printf '\n== %s\n' 'GPU benchmarks (up to 4 minutes): results in bench/results'; \
 	timeout 240 $(PY) bench/run.py --device cuda --out bench/results || failed=$$?; \
+	$(PY) bench/report.py || failed=$$?; \
 	exit $$failed
 
 lint: $(call extras,test)
