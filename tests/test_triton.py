@@ -374,28 +374,46 @@ def compile_ahead_of_time(architecture):
     JITFunction.run = compile_only
     elementwise, head = (importlib.import_module(f"pyrx._triton.{row}") for row in ("dropout", "multi_sample_dropout"))
     seed, samples = torch.tensor(3), [32768] * 8
+
+    def call_head(rows, features, classes, dtype, target=(None, None, None), weight=None, bias=True, **options):
+        target = (torch.zeros(rows, dtype=torch.int64), None, None) if target[0] is None else target
+        settings = {"thresholds": samples, "antithetic": False, "averaged": False, "needs": [True] * 3} | options
+        arguments = (
+            torch.zeros(rows, features, dtype=dtype),
+            torch.zeros(classes, features, dtype=dtype),
+            torch.zeros(classes, dtype=dtype) if bias else None,
+            *(*target, weight, seed, settings["thresholds"], settings["antithetic"], settings["averaged"], -100, 0.1),
+        )
+        if settings.get("backward"):
+            head.multi_sample_dropout_cross_entropy_backward(torch.zeros(rows), *arguments, settings["needs"])
+        else:
+            head.multi_sample_dropout_cross_entropy(*arguments, settings.get("reduction", "mean"), settings["needs"])
+
     for dtype in (torch.bfloat16, torch.float32):
-        for input in (torch.empty(64, 128, dtype=dtype), torch.empty(4, 16, 8, 8, dtype=dtype).movedim(1, -1)):
+        for input in (torch.zeros(64, 128, dtype=dtype), torch.zeros(4, 16, 8, 8, dtype=dtype).movedim(1, -1)):
             elementwise.dropout(input, seed, 32768, 0)
             copies = head.multi_sample_dropout(input, seed, samples, True)
             head.multi_sample_dropout_fold(copies, seed, [*samples[1:], 0], False)
-        for classes, features, antithetic, averaged in (
-            (100, 2048, False, False), (10, 512, True, False), (300, 2043, False, True),
-        ):  # fmt: skip
-            tensors = torch.empty(128, features, dtype=dtype), torch.empty(classes, features, dtype=dtype)
-            target = torch.zeros(128, dtype=torch.int64)
-            rest = (torch.empty(classes, dtype=dtype), target, None, None, None, seed)
-            options = (samples, antithetic, averaged, -100, 0.0, "mean", [True] * 3)
-            head.multi_sample_dropout_cross_entropy(*tensors, *rest, *options)
+        call_head(128, 2048, 100, dtype)
+        call_head(128, 512, 10, dtype, antithetic=True)
+        call_head(128, 2043, 300, dtype, averaged=True)
         report(compiled, dtype)
     for packed, width in ((False, 8), (True, 8), (True, 9)):
         elementwise.dropout_mask(seed, (4, width), 32768, 0, False, packed)
     # large enough for wgmma's tiles, and for two chunks
     head.CHUNK_MASK_BYTES = 2**23
-    tensors = torch.empty(8192, 2048, dtype=torch.bfloat16), torch.empty(100, 2048, dtype=torch.bfloat16)
-    rest = (None, torch.zeros(8192, dtype=torch.int64), None, None, None, seed)
-    head.multi_sample_dropout_cross_entropy(*tensors, *rest, samples, False, False, -100, 0.0, "mean", [True] * 3)
-    report(compiled, torch.bfloat16)
+    call_head(8192, 2048, 100, torch.bfloat16, bias=False)
+    if architecture == 90:
+        # sizes of one are constants to the compiler, outputs that nobody asked for are None
+        call_head(1, 1, 1, torch.float32, thresholds=[1])
+        call_head(16, 64, 10, torch.float16, needs=[False] * 3)
+        call_head(16, 64, 10, torch.float16, reduction="none")
+        call_head(16, 64, 10, torch.float16, backward=True, needs=[False, True, False])
+        call_head(16, 64, 10, torch.float16, target=(torch.zeros(16, 10), None, None), weight=torch.ones(10))
+        mixed = (torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int64), torch.zeros(16))
+        call_head(16, 64, 10, torch.float16, target=mixed, weight=torch.ones(10), thresholds=[1, 2, 3])
+        call_head(16, 64, 10, torch.float16, target=mixed, thresholds=[1, 2, 3], averaged=True, antithetic=True)
+    report(compiled, None)
 
 
 def report(compiled, dtype):
@@ -425,7 +443,7 @@ def test_ahead_of_time(architecture, python, tmp_path):
     entries = {
         name for path in folder.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
     }
-    assert len(entries) == 8 and {each["kernel"] for each in found} == entries
+    assert entries and {each["kernel"] for each in found} == entries
     for each in found:
         assert each["shared"] <= SHARED_LIMIT[architecture] and each["registers"] <= 255, each
         assert each["stack"] <= STACK_LIMIT[architecture], each
