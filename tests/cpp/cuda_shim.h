@@ -58,7 +58,8 @@ PYRX_SHIM_VECTOR(float, float)
 
 namespace shim {
 
-enum class Order { kForward, kBackward, kShuffled };
+// kWarpByWarp lets each warp run ahead of the others as far as barriers allow
+enum class Order { kForward, kBackward, kShuffled, kWarpByWarp };
 inline Order order = Order::kForward;
 
 [[noreturn]] inline void fail(const char* what) {
@@ -175,12 +176,20 @@ inline void run_block() {
     random = random * 6364136223846793005u + 1442695040888963407u;
     std::swap(turn[i], turn[(random >> 33) % (i + 1)]);
   }
+  const bool ahead = order == Order::kWarpByWarp;
+  const int span = ahead ? 32 : threads;
   for (int left = threads; left > 0;) {
     const uint64_t before = block.progress;
-    for (const int index : turn) {
-      if (block.fibers[index].done) continue;
-      enter(index);
-      left -= block.fibers[index].done;
+    for (int first = 0; first < threads; first += span) {
+      uint64_t seen;
+      do {
+        seen = block.progress;
+        for (int i = first; i < std::min(first + span, threads); ++i) {
+          if (block.fibers[turn[i]].done) continue;
+          enter(turn[i]);
+          left -= block.fibers[turn[i]].done;
+        }
+      } while (ahead && block.progress != seen);
     }
     if (block.progress == before) fail("a barrier or warp collective is not reached by every thread");
   }

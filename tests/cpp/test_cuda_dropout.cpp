@@ -77,7 +77,7 @@ __global__ void collectives_kernel(int* output) {
   __syncthreads();
   const int other = values[last - thread];
   output[thread] = other + __shfl_down_sync(kAllLanes, thread, 1) + __shfl_sync(kAllLanes, thread, 5) +
-                   __popc(__ballot_sync(kAllLanes, thread % 3 == 0)) + int(block_sum(1.0));
+                   __popc(__ballot_sync(kAllLanes, thread % 3 == 0)) + int(block_sum(thread)) + int(block_sum(1.0));
   atomicAdd(output + blockDim.x, 1);
 }
 
@@ -89,7 +89,7 @@ void test_shim() {
   for (int i = 0; i < n; ++i) {
     int votes = 0;
     for (int j = i / 32 * 32; j < i / 32 * 32 + 32; ++j) votes += j % 3 == 0;
-    CHECK_EQUAL(output[i], n - 1 - i + (i % 32 == 31 ? i : i + 1) + i / 32 * 32 + 5 + votes + n,
+    CHECK_EQUAL(output[i], n - 1 - i + (i % 32 == 31 ? i : i + 1) + i / 32 * 32 + 5 + votes + n * (n - 1) / 2 + n,
                 "collectives, thread %d", i);
   }
   CHECK_EQUAL(output[n], n, "atomicAdd");
@@ -110,7 +110,8 @@ void test_shim() {
 
 int main() {
   test_known_answers();
-  for (const auto order : {shim::Order::kForward, shim::Order::kBackward, shim::Order::kShuffled}) {
+  using shim::Order;
+  for (const Order order : {Order::kForward, Order::kBackward, Order::kShuffled, Order::kWarpByWarp}) {
     shim::order = order;
     test_shim();
   }

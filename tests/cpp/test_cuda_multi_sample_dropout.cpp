@@ -461,7 +461,8 @@ int main() {
   test_copies<double>();
   test_copies<__half>();
   test_copies<__nv_bfloat16>();
-  for (const auto order : {shim::Order::kForward, shim::Order::kBackward, shim::Order::kShuffled}) {
+  using shim::Order;
+  for (const Order order : {Order::kForward, Order::kBackward, Order::kShuffled, Order::kWarpByWarp}) {
     shim::order = order;
     test_heads<float>("float32");
     test_hostile_rows();
