@@ -3,6 +3,9 @@
 import os
 import sys
 
+# before torch is loaded: OpenMP threads that wait do not spin, which on a busy machine takes ten times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import helpers
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Inside a training run: optimisers, activation checkpointing, DistributedDataParallel and FSDP."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -125,8 +126,11 @@ def with_process_group(rank, file, worker):
     try:
         torch.manual_seed(0)
         worker(rank, Model(sampling="antithetic"))
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    # gloo's threads, still at work on a busy machine, can abort a process that takes down its modules
+    os._exit(0)
 
 
 def averaged(gradients):

@@ -23,6 +23,7 @@ import pyrx
 triton = pytest.importorskip("triton")
 tl = triton.language
 kernels = importlib.import_module("pyrx._triton.dropout")
+launcher = importlib.import_module("pyrx._triton.multi_sample_dropout")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # no device without the interpreter but a GPU
@@ -65,6 +66,20 @@ def test_masks(device, size, p):
                 expected = helpers.expected_mask((size,), p, seed, sample, sampling)
                 got = pyrx.dropout_mask((size,), p, seed, sample, sampling=sampling, device=device, backend="triton")
                 assert got.dtype == torch.bool and torch.equal(got.cpu(), expected), (seed, sample, sampling)
+
+
+def test_thresholds_are_inclusive(device):
+    """u = t is kept, u = t - 1 is dropped, in every lane and for both samples of a pair."""
+    u = helpers.lanes(0, 8)
+    for lane in range(8):
+        for sample, value in ((0, u[lane]), (1, 65535 - u[lane])):
+            for t, kept in ((value, True), (value + 1, False)):
+                options = {"sampling": "antithetic", "device": device, "backend": "triton"}
+                assert pyrx.dropout_mask((8,), int(t) / 65536, 0, sample, **options)[lane].item() == kept
+                if sample == 0:  # a transposed tensor is drawn element by element
+                    input = torch.ones(2, 4, device=device).t()
+                    got = pyrx.dropout(input, int(t) / 65536, seed=0, backend="triton")
+                    assert (got.reshape(-1)[lane] > 0).item() == kept
 
 
 @pytest.mark.parametrize("shape", [(1,), (63,), (5, 63), (3, 1311), (4, 2, 64), (2, 0), (0, 5), (3, 1)])
@@ -201,6 +216,23 @@ def test_head_low_precision(device, dtype, combine, sampling):
         )
 
 
+def test_head_splits_sums(device):
+    plan = launcher._plan(33, 272, 16, 4, 4, 4, False, False, True, True)
+    assert plan.logit_splits > 1 and plan.gradient_splits > 1
+    helpers.assert_head_within_budget(head_on(device, 33, 272, 10), "triton", seed=1, num_samples=4)
+
+
+def test_head_large_blocks(device, monkeypatch):
+    monkeypatch.setattr(launcher, "FILL", 4)
+    monkeypatch.setattr(launcher, "LARGE", 1)
+    launcher._plan.cache_clear()
+    plan = launcher._plan(70, 144, 48, 4, 4, 4, False, False, False, True)
+    assert plan.logits[0] == 64 and plan.gradients == (64, 64, 128)
+    head = head_on(device, 70, 144, 37, dtype=torch.bfloat16)
+    helpers.assert_head_within_budget(head, "triton", seed=1, num_samples=4)
+    launcher._plan.cache_clear()
+
+
 def test_head_layouts(device):
     head = head_on(device, 6, 40, 10)
     expected = helpers.run(head, backend="triton", seed=3, num_samples=3)
@@ -230,7 +262,6 @@ def test_head_computes_what_is_needed(device, needs, reduction):
 @pytest.mark.parametrize("target", ["ids", "mixed"])
 def test_head_chunks(device, monkeypatch, sampling, combine, target):
     """Chunks of 16 rows, the last one smaller, give what one chunk gives."""
-    launcher = importlib.import_module("pyrx._triton.multi_sample_dropout")
     options = {"backend": "triton", "seed": 1, "num_samples": 4, "sampling": sampling, "combine": combine}
     features = 24 if target == "ids" else 27
     head = head_on(device, 21, features, 10, target, class_weight=True, ignored=0.2)
@@ -300,6 +331,28 @@ def test_head_is_deterministic(device):
     helpers.assert_same_bits(first[0], second[0])
     for name, gradient in first[1].items():
         helpers.assert_same_bits(gradient, second[1][name], name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="a GPU's graphs")
+def test_graph_reads_the_seed_when_replayed():
+    helpers.need("triton", "cuda")
+    head, seed = head_on("cuda", 64, 128, 10), torch.tensor(1, device="cuda")
+    head.linear_weight.requires_grad_()
+    calls = [
+        lambda: head(backend="triton", seed=seed, num_samples=3, p=(0.5, 0.3, 0.5)),
+        lambda: pyrx.multi_sample_dropout(head.input, 3, (0.5, 0.3, 0.5), seed=seed, backend="triton"),
+    ]
+    for call in calls:
+        call()  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        for value in (2, 3):
+            seed.fill_(value)
+            graph.replay()
+            assert torch.equal(captured, call())
 
 
 # The entries themselves.
@@ -372,7 +425,6 @@ def compile_ahead_of_time(architecture):
 
     triton.runtime.driver.set_active(Device())
     JITFunction.run = compile_only
-    elementwise, head = (importlib.import_module(f"pyrx._triton.{row}") for row in ("dropout", "multi_sample_dropout"))
     seed, samples = torch.tensor(3), [32768] * 8
 
     def call_head(rows, features, classes, dtype, target=(None, None, None), weight=None, bias=True, **options):
@@ -385,23 +437,25 @@ def compile_ahead_of_time(architecture):
             *(*target, weight, seed, settings["thresholds"], settings["antithetic"], settings["averaged"], -100, 0.1),
         )
         if settings.get("backward"):
-            head.multi_sample_dropout_cross_entropy_backward(torch.zeros(rows), *arguments, settings["needs"])
+            launcher.multi_sample_dropout_cross_entropy_backward(torch.zeros(rows), *arguments, settings["needs"])
         else:
-            head.multi_sample_dropout_cross_entropy(*arguments, settings.get("reduction", "mean"), settings["needs"])
+            launcher.multi_sample_dropout_cross_entropy(
+                *arguments, settings.get("reduction", "mean"), settings["needs"]
+            )
 
     for dtype in (torch.bfloat16, torch.float32):
         for input in (torch.zeros(64, 128, dtype=dtype), torch.zeros(4, 16, 8, 8, dtype=dtype).movedim(1, -1)):
-            elementwise.dropout(input, seed, 32768, 0)
-            copies = head.multi_sample_dropout(input, seed, samples, True)
-            head.multi_sample_dropout_fold(copies, seed, [*samples[1:], 0], False)
+            kernels.dropout(input, seed, 32768, 0)
+            copies = launcher.multi_sample_dropout(input, seed, samples, True)
+            launcher.multi_sample_dropout_fold(copies, seed, [*samples[1:], 0], False)
         call_head(128, 2048, 100, dtype)
         call_head(128, 512, 10, dtype, antithetic=True)
         call_head(128, 2043, 300, dtype, averaged=True)
         report(compiled, dtype)
     for packed, width in ((False, 8), (True, 8), (True, 9)):
-        elementwise.dropout_mask(seed, (4, width), 32768, 0, False, packed)
+        kernels.dropout_mask(seed, (4, width), 32768, 0, False, packed)
     # large enough for wgmma's tiles, and for two chunks
-    head.CHUNK_MASK_BYTES = 2**23
+    launcher.CHUNK_MASK_BYTES = 2**23
     call_head(8192, 2048, 100, torch.bfloat16, bias=False)
     if architecture == 90:
         # sizes of one are constants to the compiler, outputs that nobody asked for are None

@@ -27,6 +27,9 @@ CHUNK_MASK_BYTES = 2**25
 # Programs below which a product is split further: about two a multiprocessor of the larger devices.
 FILL = 256
 
+# GEMM rows from which the backward products have work for large blocks.
+LARGE = 2**14
+
 
 def multi_sample_dropout(input: Tensor, seed: Tensor, thresholds: Sequence[int], antithetic: bool) -> Tensor:
     output = ops._expand_fake(input, seed, thresholds, antithetic)
@@ -95,7 +98,7 @@ def _plan(
     # about 512 programs, whose partial sums are then added up, of at least 128 logits
     loss_rows = min(room, max(_power_of_2(triton.cdiv(chunk, 512), 1, room), 128 // (loss_classes * loss_samples)))
 
-    large = not narrow and not averaged and chunk * gemm_rows >= 2**14
+    large = not narrow and not averaged and chunk * gemm_rows >= LARGE
     back_rows, back_columns = (64, 128) if large else (32, 64 if vectors else 32)
     back_classes = _power_of_2(padded, 16, 32 if narrow else 128)
     tiles = triton.cdiv(features, back_columns) * triton.cdiv(padded, back_classes)
