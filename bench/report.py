@@ -203,7 +203,7 @@ def chart(file: dict[str, Any], path: Path) -> bool:
                 speed = of(case, name, "speed")
                 if speed is None:
                     continue
-                axis.barh(i + 0.36 * (j - 0.5), speed["ratio"], 0.34, color=colour, label=name[5:] if i == 0 else None)
+                axis.barh(i + 0.36 * (j - 0.5), speed["ratio"], 0.34, color=colour, label=name if i == 0 else None)
                 text = f" {speed['ratio']:.1f}×, {milliseconds(ms[name])} ms"
                 axis.text(speed["ratio"], i + 0.36 * (j - 0.5), text, va="center")
                 best = f"\n{speed['against']}, {milliseconds(ms[speed['against']])} ms"
@@ -215,7 +215,7 @@ def chart(file: dict[str, Any], path: Path) -> bool:
         axis.set_xlim(0, 1.35 * axis.get_xlim()[1] / 1.05)
         axis.set(title=dtype, xlabel="times as fast as the best PyTorch form (dashed)")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, loc="lower right", title="pyrx")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     where = f"{file['machine']['threads']} CPU threads"
     if file["device"] == "cuda":
         where = file["machine"]["gpu"][0].split(",")[0]
