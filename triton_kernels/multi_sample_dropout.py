@@ -1,7 +1,9 @@
 """Multi-sample dropout on Triton: the dropped copies, their fold, and the fused head's launches.
 
-The head works through chunks of rows whose scratch stays in the L2 cache, four launches a chunk: logits of all samples
-(drawing the masks on the way), cross-entropy with its gradient, both backward products, and at the end the sums.
+The head works through chunks of rows, whose scratch is bounded and fits the L2 cache of a large device. A chunk takes
+three launches: the logits of all samples (masks drawn on the way), cross-entropy with its gradient, both backward
+products; a last one adds up what the chunks' programs left. Logits go through memory between the launches, so that
+any number of classes is served and small batches fill the device by splitting D.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def _weight_gradient(
     row_blocks = tl.cdiv(rows, ROWS)
     out = partial + (split.to(tl.int64) * classes + c)[:, None] * features + d[None, :]
     inside = (c < classes)[:, None] & (d < features)[None, :]
-    total = tl.load(out, inside & (accumulate != 0), 0.0)
+    total = tl.load(out, inside & (c < tl.where(accumulate != 0, classes, 0))[:, None], 0.0)
     for step in range(split * steps, tl.minimum((split + 1) * steps, gemm_rows * row_blocks)):
         k = step // row_blocks
         row = step % row_blocks * ROWS + tl.arange(0, ROWS)

@@ -207,7 +207,7 @@ def cross_entropy_kernel(
                 tl.store(gradient + out, whole.to(gradient.dtype.element_ty), mask=written)
             if partial_bias is not None:
                 at = partial_bias + program.to(tl.int64) * padded_classes + c
-                before = tl.load(at, mask=(c < padded_classes) & (accumulate != 0), other=0.0)
+                before = tl.load(at, mask=c < tl.where(accumulate != 0, padded_classes, 0), other=0.0)
                 tl.store(at, before + bias_sum, mask=c < padded_classes)
 
 
