@@ -37,6 +37,13 @@ def is_antithetic(op: str, sampling: str) -> bool:
     return sampling == "antithetic"
 
 
+def check_seed(op: str, seed: Tensor, device: torch.device) -> None:
+    check_dtype(op, "seed", seed, torch.int64)
+    check_device(op, "seed", seed, device)
+    if seed.numel() != 1:
+        fail(op, "seed", "of one element", list(seed.shape))
+
+
 def seed_tensor(op: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """The op's seed, an int64 scalar on `device`: drawn there unless given, so that nothing syncs."""
     if seed is not None and generator is not None:
@@ -48,10 +55,7 @@ def seed_tensor(op: str, seed: int | Tensor | None, generator: torch.Generator |
             fail(op, "generator", f"on device {device}", generator.device, RuntimeError)
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
     if isinstance(seed, Tensor):
-        check_dtype(op, "seed", seed, torch.int64)
-        check_device(op, "seed", seed, device)
-        if seed.numel() != 1:
-            fail(op, "seed", "of one element", list(seed.shape))
+        check_seed(op, seed, device)
         return seed
     check_integer(op, "seed", seed, -(2**63), 2**64 - 1)
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

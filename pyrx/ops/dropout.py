@@ -10,16 +10,9 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_device, check_dtype, check_float, check_integer, fail
-from pyrx._random import LEVELS, MAX_SAMPLE, is_antithetic, seed_tensor, threshold
+from pyrx._checks import check_float, check_integer, fail
+from pyrx._random import LEVELS, MAX_SAMPLE, check_seed, is_antithetic, seed_tensor, threshold
 from pyrx.reference import dropout as reference
-
-
-def check_seed(op: str, seed: Tensor, device: torch.device) -> None:
-    check_dtype(op, "seed", seed, torch.int64)
-    check_device(op, "seed", seed, device)
-    if seed.numel() != 1:
-        fail(op, "seed", "of one element", list(seed.shape))
 
 
 def _check_mask(op: str, threshold: int, sample: int) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_shape, fail
-from pyrx._random import is_antithetic, seed_tensor, thresholds
-from pyrx.ops.dropout import check_seed
+from pyrx._random import check_seed, is_antithetic, seed_tensor, thresholds
 from pyrx.reference import multi_sample_dropout as reference
 from pyrx.targets import MixedTarget
 
