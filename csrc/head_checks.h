@@ -131,4 +131,26 @@ inline void check_head(std::string_view op, const at::Tensor& input, const at::T
                    ignore_index);
 }
 
+// The loss, and so its gradient, is of the input's dtype or of the one it is summed in.
+inline void check_loss_dtype(std::string_view op, std::string_view argument, at::ScalarType value,
+                             at::ScalarType input) {
+  const auto accumulation = accumulation_dtype(input);
+  PYRX_CHECK_TYPE(value == input || value == accumulation, op, argument,
+                  input == accumulation ? dtype_name(input) : dtype_name(input) + " or " + dtype_name(accumulation),
+                  dtype_name(value));
+}
+
+// Gradients to be scaled in place by that of the loss.
+inline void check_scale(std::string_view op, at::ArrayRef<at::Tensor> gradients, const at::Tensor& grad_loss) {
+  const auto dtype = gradients[0].scalar_type();
+  check_float(op, "grad_input", gradients[0]);
+  for (const at::Tensor& each : gradients) {
+    check_dtype(op, "gradients", each, dtype);
+    check_device(op, "gradients", each, grad_loss.device());
+    PYRX_CHECK_VALUE(each.is_contiguous(), op, "gradients", "to be contiguous", each.strides());
+  }
+  check_loss_dtype(op, "grad_loss", grad_loss.scalar_type(), dtype);
+  check_shape(op, "grad_loss", grad_loss, "[]", {});
+}
+
 }  // namespace pyrx

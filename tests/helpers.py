@@ -297,8 +297,8 @@ def formula(
 
 # Error budgets.
 
-# units in the last place of the largest element, beside PyTorch's own error
-SLACK = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 16, torch.float64: 16}
+# units in the last place of the largest element, beside PyTorch's own error (what is exact is float64 itself)
+SLACK = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 16, torch.float64: 32}
 
 
 def assert_within_budget(got, pytorch, exact, what, slack=None, floor=0.0):

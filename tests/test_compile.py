@@ -66,6 +66,7 @@ def test_opcheck_of_the_head(target, reduction):
             0.1,
             reduction,
             list(needs),
+            torch.float32,
         )
 
 
@@ -80,7 +81,7 @@ def test_opcheck_of_the_heads_backward(target):
 def test_opcheck_of_other_dtypes(dtype):
     arguments = head_arguments("ids", dtype=dtype)
     arguments[6] = arguments[6].to(torch.float64 if dtype == torch.float64 else torch.float32)
-    opcheck("multi_sample_dropout_cross_entropy", *arguments, False, False, -100, 0.0, "mean", [True] * 3)
+    opcheck("multi_sample_dropout_cross_entropy", *arguments, False, False, -100, 0.0, "mean", [True] * 3, dtype)
     opcheck("dropout", torch.randn(3, 13).to(dtype).requires_grad_(), SEED, 32768, 0)
 
 

@@ -264,10 +264,19 @@ OPS = {
         "label_smoothing": 0.0,
         "reduction": "mean",
         "needs_grad": [True, True, True],
+        "loss_dtype": torch.float32,
+    },
+    "multi_sample_dropout_cross_entropy_scale_": {
+        "grad_input": torch.ones(4, 8),
+        "grad_weight": torch.ones(5, 8),
+        "grad_bias": torch.ones(0),
+        "grad_loss": torch.tensor(2.0),
     },
 }
 OPS["multi_sample_dropout_cross_entropy_backward"] = {"grad_loss": torch.ones(4)} | {
-    name: value for name, value in OPS["multi_sample_dropout_cross_entropy"].items() if name != "reduction"
+    name: value
+    for name, value in OPS["multi_sample_dropout_cross_entropy"].items()
+    if name not in ("reduction", "loss_dtype")
 }
 SEED_CHANGES = [{"seed": SEED.int()}, {"seed": torch.tensor([1, 2])}]
 THRESHOLD_CHANGES = [{"threshold": -1}, {"threshold": 65536}, {"sample": -1}, {"sample": 2**32}]
@@ -315,7 +324,14 @@ CHANGES = [
     ("multi_sample_dropout_fold", {"grad": torch.randn(3, 4)}),
     ("multi_sample_dropout_fold", {"grad": torch.tensor(1.0)}),
     ("multi_sample_dropout_fold", {"grad": torch.ones(2, 3).long()}),
-    *[("multi_sample_dropout_cross_entropy", each) for each in [*HEAD_CHANGES, {"reduction": "Mean"}]],
+    *[("multi_sample_dropout_cross_entropy", each) for each in HEAD_CHANGES],
+    ("multi_sample_dropout_cross_entropy", {"reduction": "Mean"}),
+    ("multi_sample_dropout_cross_entropy", {"loss_dtype": torch.bfloat16}),
+    ("multi_sample_dropout_cross_entropy_scale_", {"grad_input": torch.ones(4, 8).int()}),
+    ("multi_sample_dropout_cross_entropy_scale_", {"grad_weight": torch.ones(5, 8).half()}),
+    ("multi_sample_dropout_cross_entropy_scale_", {"grad_weight": torch.ones(8, 5).t()}),
+    ("multi_sample_dropout_cross_entropy_scale_", {"grad_loss": torch.ones(1)}),
+    ("multi_sample_dropout_cross_entropy_scale_", {"grad_loss": torch.tensor(1)}),
     *[("multi_sample_dropout_cross_entropy_backward", each) for each in HEAD_CHANGES],
     ("multi_sample_dropout_cross_entropy_backward", {"grad_loss": torch.ones(3)}),
     ("multi_sample_dropout_cross_entropy_backward", {"grad_loss": torch.tensor(1.0)}),

@@ -53,7 +53,7 @@ def test_only_what_is_asked_is_returned_by_the_ops(cpu, needs, reduction):
     op = _library.namespace(cpu).multi_sample_dropout_cross_entropy
     tensors = (head.input, head.linear_weight, head.linear_bias, head.target, None, None, None, torch.tensor(3))
     options = ([32768] * 4, False, False, -100, 0.0)
-    loss, *gradients = op(*tensors, *options, reduction, needs)
+    loss, *gradients = op(*tensors, *options, reduction, needs, torch.float32)
     if reduction == "none":
         assert [each.numel() for each in gradients] == [0, 0, 0]
         backward = _library.namespace(cpu).multi_sample_dropout_cross_entropy_backward

@@ -369,8 +369,8 @@ def test_entries_have_the_shapes_of_their_fakes(device):
         (ops.dropout, (input, seed, 32768, 0)),
         (ops.multi_sample_dropout, (input, seed, [32768] * 3, False)),
         (ops.multi_sample_dropout_fold, (input, seed, [32768] * 4, True)),
-        (ops.multi_sample_dropout_cross_entropy, (*tensors, *rest, "mean", [True, False, True])),
-        (ops.multi_sample_dropout_cross_entropy, (*tensors, *rest, "none", [True] * 3)),
+        (ops.multi_sample_dropout_cross_entropy, (*tensors, *rest, "mean", [True, False, True], torch.float32)),
+        (ops.multi_sample_dropout_cross_entropy, (*tensors, *rest, "none", [True] * 3, torch.float32)),
         (ops.multi_sample_dropout_cross_entropy_backward, (torch.randn(4, device=device), *tensors, *rest, [True] * 3)),
     ]
     for op, arguments in calls:
@@ -388,7 +388,7 @@ def test_entries_check(device):
         ops.multi_sample_dropout_fold(input, seed, [0] * 3, False)
     with pytest.raises(ValueError, match=r"linear_weight of shape \[C, D\] with D = 24"):
         target = torch.zeros(4, dtype=torch.int64, device=device)
-        rest = (None, target, None, None, None, seed, [0], False, False, -100, 0.0, "mean", [False] * 3)
+        rest = (None, target, None, None, None, seed, [0], False, False, -100, 0.0, "mean", [False] * 3, torch.float32)
         ops.multi_sample_dropout_cross_entropy(input, input[:, 1:], *rest)
 
 
@@ -440,7 +440,7 @@ def compile_ahead_of_time(architecture):
             launcher.multi_sample_dropout_cross_entropy_backward(torch.zeros(rows), *arguments, settings["needs"])
         else:
             launcher.multi_sample_dropout_cross_entropy(
-                *arguments, settings.get("reduction", "mean"), settings["needs"]
+                *arguments, settings.get("reduction", "mean"), settings["needs"], dtype
             )
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -449,6 +449,8 @@ def compile_ahead_of_time(architecture):
             copies = launcher.multi_sample_dropout(input, seed, samples, True)
             launcher.multi_sample_dropout_fold(copies, seed, [*samples[1:], 0], False)
         call_head(128, 2048, 100, dtype)
+        gradients = torch.ones(8, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype), torch.ones(4, dtype=dtype)
+        launcher.multi_sample_dropout_cross_entropy_scale_(*gradients, torch.ones(()))
         call_head(128, 512, 10, dtype, antithetic=True)
         call_head(128, 2043, 300, dtype, averaged=True)
         report(compiled, dtype)

@@ -20,7 +20,7 @@ from pyrx.ops import multi_sample_dropout as ops
 
 from .dropout import GROUPS, check_narrow, expand, fold, scale, threshold_table
 from .multi_sample_dropout_gemm import gradients_kernel, logits_kernel, mask_bits_kernel
-from .multi_sample_dropout_loss import cross_entropy_kernel, finish_kernel, weight_sum_kernel
+from .multi_sample_dropout_loss import cross_entropy_kernel, finish_kernel, scale_kernel, weight_sum_kernel
 
 # A chunk's scratch: this many logits (float32, and their gradients in the operand dtype) and bytes of mask bits.
 CHUNK_LOGITS = 2**23
@@ -253,7 +253,7 @@ def _wanted(gradients: Sequence[Tensor], like: Sequence[Tensor | None], needs_gr
 def multi_sample_dropout_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
     loss, *gradients = ops._head_fake(*arguments)
     check_narrow(ops.HEAD, arguments[0])
-    *inputs, reduction, needs_grad = arguments
+    *inputs, reduction, needs_grad, _ = arguments
     wanted = _wanted(gradients, inputs[:3], (False,) * 3 if reduction == "none" else needs_grad)
     _head(*inputs, loss=loss, mean=reduction == "mean", grad_loss=None, gradients=wanted)
     return loss, *gradients
@@ -266,3 +266,14 @@ def multi_sample_dropout_cross_entropy_backward(grad_loss: Tensor, *arguments: A
     wanted = _wanted(gradients, inputs[:3], needs_grad)
     _head(*inputs, loss=None, mean=False, grad_loss=grad_loss.contiguous(), gradients=wanted)
     return gradients
+
+
+def multi_sample_dropout_cross_entropy_scale_(
+    grad_input: Tensor, grad_weight: Tensor, grad_bias: Tensor, grad_loss: Tensor
+) -> None:
+    ops._scale_fake(grad_input, grad_weight, grad_bias, grad_loss)
+    numels = [each.numel() for each in (grad_input, grad_weight, grad_bias)]
+    if max(numels):
+        programs = min(triton.cdiv(max(numels), 1024), 1024)
+        with torch.cuda.device_of(grad_loss):
+            scale_kernel[(programs,)](grad_input, grad_weight, grad_bias, grad_loss, *numels, 1024)

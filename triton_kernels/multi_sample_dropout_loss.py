@@ -136,15 +136,17 @@ def cross_entropy_kernel(
                 a, b, weight_a, weight_b, share, target, weight, row0 + row, exists, c, classes, smoothing,
                 MIXED, PROBABILITIES,
             )  # fmt: skip
-            mass += tl.sum(q, axis=1)
-            # a class that weighs nothing may have an infinite logit
-            dotted += tl.sum(tl.where((q != 0)[:, None, :], q[:, None, :] * z, 0.0), axis=2)
             new_top = tl.maximum(top, tl.max(z, axis=2))
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            sum_exp = sum_exp * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, :, None]), axis=2)
+            z -= shift[:, :, None]
+            # relative to the peak, so that nothing cancels; a class that weighs nothing may have an infinite logit
+            moved = tl.where(mass == 0, 0.0, mass)[:, None] * (tl.where(top == float("-inf"), 0.0, top) - shift)
+            dotted += moved + tl.sum(tl.where((q != 0)[:, None, :], q[:, None, :] * z, 0.0), axis=2)
+            mass += tl.sum(q, axis=1)
+            sum_exp = sum_exp * tl.exp(top - shift) + tl.sum(tl.exp(z), axis=2)
             top = new_top
         log_sum = tl.log(sum_exp)
-        each = mass[:, None] * (top + log_sum) - dotted
+        each = mass[:, None] * (log_sum + tl.where(top == float("-inf"), top, 0.0)) - dotted
         loss += tl.sum(tl.where(counts[:, None] & (m < samples)[None, :], each, 0.0), axis=1)
         if gradient is not None:
             kept = statistics + m[None, :].to(tl.int64) * rows + row[:, None]
@@ -163,7 +165,7 @@ def cross_entropy_kernel(
         tl.debug_barrier()
         upstream = tl.where(counts, 1.0, 0.0)
         if grad_loss is not None:
-            upstream = tl.load(grad_loss + row0 + row, mask=exists, other=0.0) / samples
+            upstream = tl.load(grad_loss + row0 + row, mask=exists, other=0.0).to(tl.float32) / samples
         for c0 in range(0, padded_classes, CLASSES):
             c = c0 + tl.arange(0, CLASSES)
             q = _coefficients(
@@ -259,3 +261,20 @@ def finish_kernel(
                 sums += tl.load(partial_bias + i.to(tl.int64)[:, None] * padded_classes + c[None, :], inside, 0.0)
             total = tl.sum(sums, axis=0) * gradient_factor(bias_scale, row_weights, weight_programs)
             tl.store(grad_bias + c, total.to(grad_bias.dtype.element_ty), mask=c < classes)
+
+
+# Bytes: none where the factor is one, as for a loss that backward() starts from, else every gradient read and written.
+@triton.jit
+def scale_kernel(grad_input, grad_weight, grad_bias, factor, inputs, weights, biases, BLOCK: tl.constexpr):
+    """Gradients times *factor, in place."""
+    times = tl.load(factor).to(tl.float32)
+    if times != 1.0:
+        first = tl.program_id(0) * BLOCK
+        for start in range(first, max(inputs, weights, biases), tl.num_programs(0) * BLOCK):
+            i = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
+            value = tl.load(grad_input + i, mask=i < inputs, other=0.0).to(tl.float32) * times
+            tl.store(grad_input + i, value.to(grad_input.dtype.element_ty), mask=i < inputs)
+            value = tl.load(grad_weight + i, mask=i < weights, other=0.0).to(tl.float32) * times
+            tl.store(grad_weight + i, value.to(grad_weight.dtype.element_ty), mask=i < weights)
+            value = tl.load(grad_bias + i, mask=i < biases, other=0.0).to(tl.float32) * times
+            tl.store(grad_bias + i, value.to(grad_bias.dtype.element_ty), mask=i < biases)

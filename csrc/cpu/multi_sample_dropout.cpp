@@ -16,7 +16,8 @@ namespace {
 
 constexpr std::string_view kOp = "multi_sample_dropout", kFold = "multi_sample_dropout_fold",
                            kHead = "multi_sample_dropout_cross_entropy",
-                           kHeadBackward = "multi_sample_dropout_cross_entropy_backward";
+                           kHeadBackward = "multi_sample_dropout_cross_entropy_backward",
+                           kHeadScale = "multi_sample_dropout_cross_entropy_scale_";
 
 at::Tensor expand(const at::Tensor& input, const at::Tensor& seed, at::IntArrayRef thresholds, bool antithetic) {
   check_float(kOp, "input", input);
@@ -187,9 +188,10 @@ HeadResult head(const at::Tensor& input, const at::Tensor& linear_weight, const 
                 const at::Tensor& target, const std::optional<at::Tensor>& target_b, const std::optional<at::Tensor>& lam,
                 const std::optional<at::Tensor>& weight, const at::Tensor& seed, at::IntArrayRef thresholds,
                 bool antithetic, bool combine_logits, int64_t ignore_index, double label_smoothing,
-                std::string_view reduction, std::array<bool, 3> needs_grad) {
+                std::string_view reduction, std::array<bool, 3> needs_grad, at::ScalarType loss_dtype) {
   check_head(kHead, input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, ignore_index,
              label_smoothing, reduction);
+  check_loss_dtype(kHead, "loss_dtype", loss_dtype, input.scalar_type());
   const bool none = reduction == "none", mean = reduction == "mean";
   if (none) needs_grad = {false, false, false};
   const Outcome outcome = run_head(
@@ -198,8 +200,9 @@ HeadResult head(const at::Tensor& input, const at::Tensor& linear_weight, const 
       // every row ignored: loss nan, gradients 0, as F.cross_entropy has them
       [&](double denominator) { return !mean ? 1.0 : denominator == 0 ? 0.0 : 1 / denominator; });
   const at::Tensor loss =
-      none ? outcome.row_loss
-           : at::full({}, mean ? outcome.loss / outcome.denominator : outcome.loss, outcome.row_loss.options());
+      none ? outcome.row_loss.to(loss_dtype)
+           : at::full({}, mean ? outcome.loss / outcome.denominator : outcome.loss,
+                      outcome.row_loss.options().dtype(loss_dtype));
   return {loss, outcome.grad_input, outcome.grad_weight, outcome.grad_bias};
 }
 
@@ -211,8 +214,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> head_backward(
     std::array<bool, 3> needs_grad) {
   check_head(kHeadBackward, input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds,
              ignore_index, label_smoothing, "none");
-  const auto accumulation = accumulation_dtype(input.scalar_type());
-  check_dtype(kHeadBackward, "grad_loss", grad_loss, accumulation);
+  check_loss_dtype(kHeadBackward, "grad_loss", grad_loss.scalar_type(), input.scalar_type());
   check_shape(kHeadBackward, "grad_loss", grad_loss, "[B]", {input.size(0)});
   check_device(kHeadBackward, "grad_loss", grad_loss, input.device());
   const Outcome outcome = run_head(kHeadBackward, input, linear_weight, linear_bias, target, target_b, lam, weight, seed,
@@ -221,11 +223,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> head_backward(
   return {outcome.grad_input, outcome.grad_weight, outcome.grad_bias};
 }
 
+void head_scale(at::Tensor grad_input, at::Tensor grad_weight, at::Tensor grad_bias, const at::Tensor& grad_loss) {
+  const std::array<at::Tensor, 3> gradients{grad_input, grad_weight, grad_bias};
+  check_scale(kHeadScale, gradients, grad_loss);
+  if (grad_loss.item<double>() == 1) return;
+  for (const at::Tensor& each : gradients) each.mul_(grad_loss);
+}
+
 TORCH_LIBRARY_IMPL(pyrx, CPU, m) {
   m.impl("multi_sample_dropout", &expand);
   m.impl("multi_sample_dropout_fold", &fold);
   m.impl("multi_sample_dropout_cross_entropy", &head);
   m.impl("multi_sample_dropout_cross_entropy_backward", &head_backward);
+  m.impl("multi_sample_dropout_cross_entropy_scale_", &head_scale);
 }
 
 }  // namespace

@@ -145,6 +145,14 @@ def _check_head(
         fail(op, "ignore_index", "negative where target holds probabilities", ignore_index)
 
 
+def _check_loss_dtype(op: str, argument: str, dtype: torch.dtype, input_dtype: torch.dtype) -> None:
+    """The loss, and so its gradient, is of the input's dtype or of the one it is summed in."""
+    accumulation = accumulation_dtype(input_dtype)
+    if dtype not in (input_dtype, accumulation):
+        expected = " or ".join(dict.fromkeys((str(input_dtype), str(accumulation))))
+        fail(op, argument, expected, dtype, TypeError)
+
+
 def _gradients(tensors: Sequence[Tensor | None], needs_grad: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
     """A tensor like each that needs a gradient, an empty one for each that does not."""
     return [
@@ -171,12 +179,14 @@ def _head_fake(
     label_smoothing: float,
     reduction: str,
     needs_grad: Sequence[bool],
+    loss_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (input, linear_weight, linear_bias)
     _check_head(
         HEAD, *tensors, target, target_b, lam, weight, seed, thresholds, ignore_index, label_smoothing, reduction
     )
-    loss = input.new_empty(input.shape[:1] if reduction == "none" else (), dtype=accumulation_dtype(input.dtype))
+    _check_loss_dtype(HEAD, "loss_dtype", loss_dtype, input.dtype)
+    loss = input.new_empty(input.shape[:1] if reduction == "none" else (), dtype=loss_dtype)
     if reduction == "none":
         needs_grad = (False, False, False)
     grad_input, grad_weight, grad_bias = _gradients(tensors, needs_grad, _saved_gradient_dtype(input.dtype))
@@ -203,7 +213,7 @@ def _head_backward_fake(
     op = HEAD + "_backward"
     tensors = (input, linear_weight, linear_bias)
     _check_head(op, *tensors, target, target_b, lam, weight, seed, thresholds, ignore_index, label_smoothing, "none")
-    check_dtype(op, "grad_loss", grad_loss, accumulation_dtype(input.dtype))
+    _check_loss_dtype(op, "grad_loss", grad_loss.dtype, input.dtype)
     check_shape(op, "grad_loss", grad_loss, "[B]", [input.shape[0]])
     check_device(op, "grad_loss", grad_loss, input.device)
     grad_input, grad_weight, grad_bias = _gradients(tensors, needs_grad, input.dtype)
@@ -225,18 +235,31 @@ def _head_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
         ctx.dtype = inputs[0].dtype
 
 
-def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    # an upstream gradient of one, which the CPU can see without a wait, saves a pass over every gradient; not where the
-    # graph is kept: its next backward must not find what the caller did to the gradients of this one
+def _scale_fake(grad_input: Tensor, grad_weight: Tensor, grad_bias: Tensor, grad_loss: Tensor) -> None:
+    op, dtype = HEAD + "_scale_", grad_input.dtype
+    check_float(op, "grad_input", grad_input)
+    for each in (grad_input, grad_weight, grad_bias):
+        check_dtype(op, "gradients", each, dtype)
+        check_device(op, "gradients", each, grad_loss.device)
+        if not each.is_contiguous():
+            fail(op, "gradients", "to be contiguous", list(each.stride()))
+    _check_loss_dtype(op, "grad_loss", grad_loss.dtype, dtype)
+    check_shape(op, "grad_loss", grad_loss, "[]", [])
+
+
+def _scaled(ops: Any, gradients: Sequence[Tensor], grad_loss: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+    """The gradients times the upstream one, which mostly is one: then no pass over them is spent.
+
+    In place, unless the graph is kept: its next backward must find them as they are, whatever was done to these.
+    """
     if (
         type(grad_loss) is Tensor
-        and grad_loss.device.type == "cpu"
-        and gradient.dtype == dtype
+        and gradients[0].dtype == dtype
         and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and grad_loss.item() == 1
     ):
-        return gradient
-    return (gradient * grad_loss).to(dtype)
+        ops.multi_sample_dropout_cross_entropy_scale_(*gradients, grad_loss)
+        return gradients
+    return [(each * grad_loss).to(dtype) for each in gradients]
 
 
 def _head_backward(ops: Any) -> Any:
@@ -248,14 +271,14 @@ def _head_backward(ops: Any) -> Any:
                     grad_loss.contiguous(), *ctx.saved_tensors, *ctx.options, ctx.needs
                 )
             else:
-                found = [_scaled(each, grad_loss, ctx.dtype) for each in ctx.saved_tensors]
+                found = _scaled(ops, ctx.saved_tensors, grad_loss, ctx.dtype)
             if torch.is_grad_enabled():
                 # create_graph=True: the gradients are constants here, so going through them once more must not pass
                 message = f"pyrx::{HEAD}: expected one differentiation, got a second: it has no double backward"
                 constants = [each.detach().requires_grad_() for each in found]
                 found = torch._C._functions.DelayedError(message.encode(), len(found))(*constants)
             gradients = [each if needed else None for each, needed in zip(found, ctx.needs, strict=True)]
-        return (*gradients, *[None] * 12)
+        return (*gradients, *[None] * 13)
 
     return backward
 
@@ -268,7 +291,8 @@ _OPTIONS = "int[] thresholds, bool antithetic, bool combine_logits, int ignore_i
 _library.define(
     ROW,
     HEAD,
-    f"({_TENSORS}, {_OPTIONS}, str reduction, bool[3] needs_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_TENSORS}, {_OPTIONS}, str reduction, bool[3] needs_grad, ScalarType loss_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _head_fake,
     _head_backward,
     _head_setup,
@@ -278,6 +302,12 @@ _library.define(
     HEAD + "_backward",
     f"(Tensor grad_loss, {_TENSORS}, {_OPTIONS}, bool[3] needs_grad) -> (Tensor, Tensor, Tensor)",
     _head_backward_fake,
+)
+_library.define(
+    ROW,
+    HEAD + "_scale_",
+    "(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor(c!) grad_bias, Tensor grad_loss) -> ()",
+    _scale_fake,
 )
 
 
@@ -453,6 +483,7 @@ def multi_sample_dropout_cross_entropy(
     if autocast:
         features, classifier, bias = _autocast((input, linear_weight, linear_bias), device_type)  # type: ignore[assignment]
     accumulation = accumulation_dtype(features.dtype)
+    loss_dtype = accumulation if autocast else features.dtype
     lead = features.shape[:-1]
     target_a, target_b, lam = _split_target(target, accumulation, lead)
     features = _rows(features)
@@ -466,11 +497,9 @@ def multi_sample_dropout_cross_entropy(
     options = (antithetic, combine == "logits", ignore_index, label_smoothing, reduction)
     if chosen == "reference":
         _check_head(HEAD, *arguments, *options[2:])
-        loss = reference.multi_sample_dropout_cross_entropy(*arguments, *options)
+        loss = reference.multi_sample_dropout_cross_entropy(*arguments, *options).to(loss_dtype)
     else:
         grad = torch.is_grad_enabled()
         needs = [grad and each is not None and each.requires_grad for each in (features, classifier, bias)]
-        loss = getattr(_library.namespace(chosen), HEAD)(*arguments, *options, needs)[0]
-    if reduction == "none":
-        loss = loss.reshape(lead)
-    return loss if autocast else loss.to(features.dtype)
+        loss = getattr(_library.namespace(chosen), HEAD)(*arguments, *options, needs, loss_dtype)[0]
+    return loss.reshape(lead) if reduction == "none" else loss

@@ -219,16 +219,16 @@ Results definition(const Case& c, const std::vector<int64_t>& thresholds, const 
 
 // out (m, n) of `a` (m, k) and `b` (k, n) by their strides, in double; what cuBLAS does in the launcher.
 template <typename Out, typename T>
-void multiply(Out* out, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, int64_t b_column,
+void multiply(Out* out, int64_t out_row, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, int64_t b_column,
               int64_t m, int64_t k, int64_t n, bool add) {
   Doubles result(m * n);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       for (int64_t l = 0; l < k; ++l)
         result[i * n + j] += double(widen(a[i * a_row + l * a_column])) * double(widen(b[l * b_row + j * b_column]));
-      if (add) result[i * n + j] += double(widen(out[i * n + j]));
+      if (add) result[i * n + j] += double(widen(out[i * out_row + j]));
     }
-  for (int64_t i = 0; i < m * n; ++i) out[i] = narrow<Out>(Acc<Out>(result[i]));
+  for (int64_t i = 0; i < m * n; ++i) out[i / n * out_row + i % n] = narrow<Out>(Acc<Out>(result[i]));
 }
 
 // The launcher's steps.
@@ -253,10 +253,12 @@ void test_head(const Case& c, const std::string& name) {
                          c.class_weight ? t.class_weight.data() : nullptr,
                          c.classes, -100, A(c.smoothing)};
   Buffer<HeadStats<A>> stats(1);
-  shim::launch(head_stats_kernel<A>, {1}, {kThreads}, 0, target, c.rows, c.reduction == Reduction::kMean,
-               double(c.combine_logits ? 1 : c.samples), largest_scale, stats.data());
+  StatsParams<A> make_stats{stats.data(), target, c.rows, c.reduction == Reduction::kMean,
+                            double(c.combine_logits ? 1 : c.samples), largest_scale};
 
-  Buffer<A> losses(c.rows * c.parts), weight_sum(c.classes * c.features), bias_sums(2 * c.classes);
+  const int64_t stride = (c.classes + kGroup - 1) / kGroup * kGroup;
+  const unsigned bias_parts = 3;
+  Buffer<A> losses(c.rows * c.parts), weight_sum(c.classes * c.features), bias_partials(bias_parts * c.classes);
   Buffer<Out> grad_input(c.rows * c.features), grad_weight(c.classes * c.features), grad_bias(c.classes);
   const int64_t most = c.combine_logits ? c.samples : c.slice_samples;
   for (int64_t first_row = 0; first_row < c.rows; first_row += c.chunk_rows) {
@@ -268,13 +270,15 @@ void test_head(const Case& c, const std::string& name) {
       const SamplePlan& plan = slice.plan;
       const int64_t k = plan.gemm_rows, gemm_rows = rows * k, first_group = element / kGroup;
       const Chunk chunk{element, rows, c.features, first_group, (element + rows * c.features + 7) / 8 - first_group};
-      Buffer<T> packed(gemm_rows * c.features), separate(sizeof(T) == 2 ? gemm_rows * c.classes : 0);
-      Buffer<A> logits(gemm_rows * c.classes);
+      Buffer<T> packed(gemm_rows * c.features), separate(sizeof(T) == 2 ? gemm_rows * stride : 0);
+      Buffer<A> logits(gemm_rows * stride);
       Buffer<uint8_t> bits(k * chunk.groups);
       const PackParams<T> pack{t.input.data() + element, packed.data(), plan.averaged ? nullptr : bits.data(),
-                               plan.averaged ? levels.data() : nullptr, &seed, c.samples, chunk, slice, table};
-      const dim3 pack_grid{unsigned((chunk.groups + kThreads - 1) / kThreads),
-                           unsigned((k + kPackSamples - 1) / kPackSamples)};
+                               plan.averaged ? levels.data() : nullptr, &seed, c.samples, chunk, slice, table,
+                               make_stats};
+      const unsigned blocks = unsigned((chunk.groups + kThreads - 1) / kThreads);
+      const dim3 pack_grid{blocks + (make_stats.stats != nullptr), unsigned((k + kPackSamples - 1) / kPackSamples)};
+      make_stats.stats = nullptr;
       shim::launch(aligned ? pack_kernel<T, true> : pack_kernel<T, false>, pack_grid, {kThreads}, 0, pack);
       for (int64_t i = 0; i < gemm_rows * c.features && !plan.averaged; ++i) {
         const int64_t row = i / c.features / k, d = i % c.features, sample = plan.mask_of(i / c.features % k);
@@ -283,40 +287,47 @@ void test_head(const Case& c, const std::string& name) {
         CHECK(same_bits(packed[i], keep ? t.input[element + row * c.features + d] : narrow<T>(0)),
               "%s: packed element %lld", name.c_str(), (long long)i);
       }
-      multiply(logits.data(), packed.data(), c.features, 1, t.weight.data(), 1, c.features, gemm_rows, c.features,
-               c.classes, false);
+      multiply(logits.data(), stride, packed.data(), c.features, 1, t.weight.data(), 1, c.features, gemm_rows,
+               c.features, c.classes, false);
       T* gradient = separate.data();
       if constexpr (std::is_same_v<T, A>) gradient = logits.data();
       const CrossEntropyParams<T> loss{logits.data(), gradient, c.bias ? t.bias.data() : nullptr,
                                        per_row ? t.upstream.data() : nullptr, stats.data(), losses.data(), first_row,
-                                       A(largest_scale), !kLate, target, slice, table};
-      const auto kernel = c.classes % 4
-                              ? plan.paired ? cross_entropy_kernel<T, 1, true> : cross_entropy_kernel<T, 1, false>
-                          : plan.paired ? cross_entropy_kernel<T, 4, true>
-                                        : cross_entropy_kernel<T, 4, false>;
-      shim::launch(kernel, {unsigned(rows), c.parts}, {kThreads}, 0, loss);
+                                       stride, A(largest_scale), !kLate, target, slice, table};
+      const auto kernel = plan.paired ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>;
+      const unsigned threads = plan.paired ? kWarp * unsigned(std::min<int64_t>(kWarps, k - 1)) : kThreads;
+      shim::launch(kernel, {unsigned(rows), c.parts}, {threads}, 0, loss);
       const bool begin = first_row == 0 && first == 0, last = first + most >= c.samples;
-      multiply(weight_sum.data(), gradient, 1, c.classes, packed.data(), c.features, 1, c.classes, gemm_rows,
+      multiply(weight_sum.data(), c.features, gradient, 1, stride, packed.data(), c.features, 1, c.classes, gemm_rows,
                c.features, !begin);
-      shim::launch(bias_kernel<T>, {unsigned((c.classes + kWarp - 1) / kWarp), 2}, {kThreads}, 0, gradient,
-                   bias_sums.data(), rows, c.classes, slice, table, begin);
-      multiply(packed.data(), gradient, c.classes, 1, t.weight.data(), c.features, 1, gemm_rows, c.classes, c.features,
-               false);
+      multiply(packed.data(), c.features, gradient, stride, 1, t.weight.data(), c.features, 1, gemm_rows, c.classes,
+               c.features, false);
+      const BiasParams<T> bias{gradient, bias_partials.data(), unsigned(gemm_rows), bias_parts, c.classes,
+                               stride,   begin,                slice,               table};
       const FoldParams<T, Out> fold{packed.data(), grad_input.data() + element, bits.data(),
                                     plan.averaged ? levels.data() : nullptr,
                                     kLate ? &stats[0].gradient_factor : nullptr, first ? carry.data() : nullptr,
-                                    last ? nullptr : carry.data(), chunk, plan};
-      shim::launch(aligned ? fold_kernel<T, Out, true> : fold_kernel<T, Out, false>, {pack_grid.x}, {kThreads}, 0,
-                   fold);
+                                    last ? nullptr : carry.data(), chunk, plan, blocks, bias};
+      shim::launch(aligned ? fold_kernel<T, Out, true> : fold_kernel<T, Out, false>,
+                   {blocks + bias.tiles() * bias_parts}, {kThreads}, 0, fold);
     }
   }
-  const A* late = kLate ? &stats[0].gradient_factor : nullptr;
-  shim::launch(finish_kernel<A, Out>, {1}, {kThreads}, 0, weight_sum.data(), 1, weight_sum.size(), late,
-               grad_weight.data());
-  shim::launch(finish_kernel<A, Out>, {1}, {kThreads}, 0, bias_sums.data(), 2, c.classes, late, grad_bias.data());
   Buffer<A> loss(per_row ? c.rows : 1);
-  shim::launch(loss_kernel<A>, {1}, {kThreads}, 0, losses.data(), c.rows, int(c.parts), per_row, stats.data(),
-               loss.data());
+  Buffer<T> narrow_loss(loss.size());
+  FinishParams<T, Out> finish{};
+  finish.stats = stats.data();
+  finish.factor = kLate ? &stats[0].gradient_factor : nullptr;
+  finish.losses = losses.data(), finish.loss = loss.data();
+  finish.rows = c.rows, finish.loss_parts = int(c.parts), finish.per_row = per_row;
+  finish.bias_partials = bias_partials.data(), finish.bias = grad_bias.data();
+  finish.bias_parts = bias_parts, finish.classes = c.classes;
+  finish.weight_sum = weight_sum.data(), finish.weight = grad_weight.data(), finish.weights = weight_sum.size();
+  finish.loss_blocks = 1, finish.bias_blocks = unsigned((c.classes + kWarp - 1) / kWarp), finish.weight_blocks = 2;
+  shim::launch(finish_kernel<T, Out>, {3 + finish.bias_blocks}, {kThreads}, 0, finish);
+  finish.loss = nullptr, finish.narrow_loss = narrow_loss.data(), finish.bias_blocks = finish.weight_blocks = 0;
+  shim::launch(finish_kernel<T, Out>, {1}, {kThreads}, 0, finish);
+  for (int64_t i = 0; i < loss.size(); ++i)
+    CHECK(same_bits(narrow_loss[i], narrow<T>(loss[i])), "%s: rounded loss", name.c_str());
 
   const Results expected = definition(c, thresholds, t, seed);
   const double allowed = 4 * tolerance<T>();
@@ -361,13 +372,17 @@ void test_shapes() {
       }
     }
   }
-  for (const int64_t classes : {1, 2, 31, 100, 1311}) {
+  for (const int64_t classes : {1, 2, 31, 100, 1024, 1311, 2500}) {
     test_head<float>({.rows = 2, .features = 16, .classes = classes, .samples = 2, .chunk_rows = 2},
                      "C = " + std::to_string(classes));
     test_head<float>(
         {.rows = 2, .features = 16, .classes = classes, .samples = 6, .antithetic = true, .smoothing = 0.1},
         "C = " + std::to_string(classes) + ", paired");
   }
+  // more pairs than warps; float64's registers hold half the columns
+  test_head<float>({.rows = 2, .features = 16, .classes = 1100, .samples = 21, .antithetic = true}, "21 paired, wide");
+  test_head<double>({.rows = 2, .features = 16, .classes = 700, .samples = 18, .antithetic = true}, "18 paired");
+  test_head<double>({.rows = 2, .features = 16, .classes = 700, .samples = 9}, "9 samples");
   // a row's samples in slices, and over blocks
   for (const bool antithetic : {false, true}) {
     Case c{.rows = 3, .features = 20, .classes = 8, .samples = 11, .antithetic = antithetic};
@@ -388,6 +403,11 @@ void test_shapes() {
   test_head<double>(many, "67 samples and thresholds");
   many.combine_logits = true;
   test_head<double>(many, "67 samples and thresholds, logits");
+  // a slice of pairs beside one that drops more
+  Case mixed{.rows = 2, .features = 9, .classes = 5, .samples = 7, .antithetic = true};
+  mixed.thresholds = {32768, 32768, 32768, 32768, 32768, 60000, 60000};
+  mixed.slice_samples = 4;
+  test_head<double>(mixed, "a slice of pairs beside another");
 }
 
 // NaN in, NaN out in that row alone; an ignored row counts nothing whatever it holds; a class id out of range is NaN.
@@ -415,8 +435,9 @@ void test_hostile_rows() {
     const HeadStats<float> stats{float(classes), 1, 1};
     const SamplePlan plan = sample_plan(thresholds, antithetic ? 4 : 3, antithetic, false);
     const CrossEntropyParams<T> params{logits.data(), gradients ? gradient.data() : nullptr, nullptr, nullptr, &stats,
-                                       losses.data(), 0, 2.0f, true, target, {0, plan}, table};
-    shim::launch(antithetic ? cross_entropy_kernel<T, 4, true> : cross_entropy_kernel<T, 4, false>, {3}, {kThreads}, 0,
+                                       losses.data(), 0, classes, 2.0f, true, target, {0, plan}, table};
+    const unsigned threads = antithetic ? 2 * kWarp : kThreads;
+    shim::launch(antithetic ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>, {3}, {threads}, 0,
                  params);
     for (int64_t row = 0; row < 3; ++row) {
       const bool is_nan = row == 1 && !ignored;
@@ -446,10 +467,36 @@ void test_empty_and_ignored() {
       Buffer<HeadStats<float>> stats(1);
       Buffer<float> losses(rows), loss(1);
       for (int64_t i = 0; i < rows; ++i) losses[i] = 0;
-      shim::launch(head_stats_kernel<float>, {1}, {kThreads}, 0, target, rows, mean, 2.0, 2.0, stats.data());
-      shim::launch(loss_kernel<float>, {1}, {kThreads}, 0, losses.data(), rows, 1, false, stats.data(), loss.data());
+      PackParams<float> pack{};
+      pack.stats = {stats.data(), target, rows, mean, 2.0, 2.0};
+      shim::launch(pack_kernel<float, true>, {1}, {kThreads}, 0, pack);
+      FinishParams<float, float> finish{};
+      finish.stats = stats.data(), finish.losses = losses.data(), finish.loss = loss.data();
+      finish.rows = rows, finish.loss_parts = 1, finish.loss_blocks = 1;
+      shim::launch(finish_kernel<float, float>, {1}, {kThreads}, 0, finish);
       CHECK(mean ? std::isnan(loss[0]) : loss[0] == 0, "the loss of no rows");
       CHECK_EQUAL(stats[0].gradient_factor, mean ? 0.0f : 1.0f, "the gradients' factor of no rows");
+    }
+  }
+}
+
+template <typename T>
+void test_scale() {
+  const Acc<T> factors[2] = {1, 0.25};
+  const T narrow_factors[2] = {narrow<T>(1), narrow<T>(0.25)};
+  for (const bool narrow_factor : {false, true}) {
+    for (const int f : {0, 1}) {
+      Buffer<T> gradients[3] = {Buffer<T>(1311), Buffer<T>(7), Buffer<T>(0)};
+      ScaleParams<T> params{{}, {}, narrow_factor ? nullptr : &factors[f], narrow_factor ? &narrow_factors[f] : nullptr};
+      for (int k = 0; k < 3; ++k) {
+        params.gradients[k] = gradients[k].data(), params.numel[k] = gradients[k].size();
+        for (int64_t i = 0; i < gradients[k].size(); ++i) gradients[k][i] = narrow<T>(Acc<T>(normal(i + 100 * k)));
+      }
+      shim::launch(scale_kernel<T>, {2}, {kThreads}, 0, params);
+      for (int k = 0; k < 3; ++k)
+        for (int64_t i = 0; i < gradients[k].size(); ++i)
+          CHECK(same_bits(gradients[k][i], narrow<T>(widen(narrow<T>(Acc<T>(normal(i + 100 * k)))) * factors[f])),
+                "scaled gradient %d, element %lld", k, (long long)i);
     }
   }
 }
@@ -473,5 +520,7 @@ int main() {
   test_heads<__nv_bfloat16>("bfloat16");
   test_shapes();
   test_empty_and_ignored();
+  test_scale<float>();
+  test_scale<__nv_bfloat16>();
   return report("multi-sample dropout kernels");
 }
