@@ -54,7 +54,7 @@ inline void check_device(std::string_view op, std::string_view argument, const a
 // `names` are the dimensions' names, as "[C, D]".
 inline void check_shape(std::string_view op, std::string_view argument, const at::Tensor& value, std::string_view names,
                         at::IntArrayRef shape) {
-  PYRX_CHECK_VALUE(value.sizes() == shape, op, argument, c10::str("of shape ", names, " = ", shape), value.sizes());
+  PYRX_CHECK_VALUE(value.sizes() == shape, op, argument, "of shape " + std::string(names) + " = " + text(shape), value.sizes());
 }
 
 inline void check_seed(std::string_view op, const at::Tensor& seed, at::Device device) {
@@ -90,7 +90,7 @@ inline void check_head(std::string_view op, const at::Tensor& input, const at::T
   const int64_t rows = input.size(0), features = input.size(1);
   check_dtype(op, "linear_weight", linear_weight, dtype);
   PYRX_CHECK_VALUE(linear_weight.dim() == 2 && linear_weight.size(1) == features, op, "linear_weight",
-                   c10::str("of shape [C, D] with D = ", features), linear_weight.sizes());
+                   "of shape [C, D] with D = " + text(features), linear_weight.sizes());
   const int64_t classes = linear_weight.size(0);
   PYRX_CHECK_VALUE(classes >= 1, op, "linear_weight", "of at least one class", linear_weight.sizes());
   check_device(op, "linear_weight", linear_weight, input.device());
@@ -126,7 +126,7 @@ inline void check_head(std::string_view op, const at::Tensor& input, const at::T
   check_thresholds(op, thresholds);
   PYRX_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, op, "label_smoothing", "in [0, 1]", label_smoothing);
   PYRX_CHECK_VALUE(reduction == "none" || reduction == "mean" || reduction == "sum", op, "reduction",
-                   "to be one of 'none', 'mean', 'sum'", c10::str("'", reduction, "'"));
+                   "to be one of 'none', 'mean', 'sum'", "'" + std::string(reduction) + "'");
   PYRX_CHECK_VALUE(ids || ignore_index < 0, op, "ignore_index", "negative where target holds probabilities",
                    ignore_index);
 }

@@ -52,7 +52,7 @@ at::Tensor fold(const at::Tensor& grad, const at::Tensor& seed, at::IntArrayRef 
   check_thresholds(kFold, thresholds);
   const int64_t samples = static_cast<int64_t>(thresholds.size());
   PYRX_CHECK_VALUE(grad.dim() > 0 && grad.size(0) == samples, kFold, "grad",
-                   c10::str("of shape [M, ...] with M = ", samples), grad.sizes());
+                   "of shape [M, ...] with M = " + text(samples), grad.sizes());
   const at::Tensor g = grad.contiguous(), out = at::empty_like(grad.select(0, 0)), y = contiguous_target(out);
   const uint64_t key = seed_value(seed);
   const int64_t numel = out.numel();
@@ -81,7 +81,7 @@ void check_classes(std::string_view op, const at::Tensor& target, int64_t classe
   const int64_t* ids = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < target.numel(); ++i)
     PYRX_CHECK_VALUE(ids[i] == ignore_index || (ids[i] >= 0 && ids[i] < classes), op, "target",
-                     c10::str("of class ids in [0, ", classes, ") or ignore_index = ", ignore_index), ids[i]);
+                     "of class ids in [0, " + text(classes) + ") or ignore_index = " + text(ignore_index), ids[i]);
 }
 
 struct Outcome {

@@ -86,6 +86,16 @@ __device__ inline Vector<T, kGroup> drop(Vector<T, kGroup> group, uint32_t bits,
   return group;
 }
 
+// exp(x) for a softmax, where x <= 0: the error grows with |x|, but not against exp(x)'s share of a sum of at least one.
+__device__ inline float exponential(float x) {
+#if defined(__CUDACC__)
+  return __expf(x);
+#else
+  return std::exp(x);
+#endif
+}
+__device__ inline double exponential(double x) { return std::exp(x); }
+
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 

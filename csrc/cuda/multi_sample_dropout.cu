@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <bit>
 #include <string_view>
 #include <tuple>
 #include <utility>
@@ -31,6 +32,9 @@ constexpr int64_t kChunkBytes = int64_t(64) << 20;
 constexpr int64_t kMinChunkRows = 1024, kMaxChunkRows = 65536;
 // Rows of G that a block sums for the bias, and the most partial sums.
 constexpr int64_t kBiasRows = 32, kMaxBiasParts = 64;
+// Threads a multiprocessor that hide the latency of the fold's loads, and the most lanes that share a group.
+constexpr int64_t kFoldThreads = 1024;
+constexpr uint64_t kMaxSplits = 8;
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 
@@ -88,7 +92,7 @@ at::Tensor fold(const at::Tensor& grad, const at::Tensor& seed, at::IntArrayRef 
   check_thresholds(kFold, thresholds);
   const int64_t samples = static_cast<int64_t>(thresholds.size());
   PYRX_CHECK_VALUE(grad.dim() > 0 && grad.size(0) == samples, kFold, "grad",
-                   c10::str("of shape [M, ...] with M = ", samples), grad.sizes());
+                   "of shape [M, ...] with M = " + text(samples), grad.sizes());
   const c10::cuda::CUDAGuard guard(grad.device());
   const at::Tensor g = grad.contiguous(), out = at::empty_like(grad.select(0, 0)), y = contiguous_target(out);
   const int64_t numel = out.numel();
@@ -346,7 +350,10 @@ class Head {
   // The input's gradient, and the bias's sums beside it.
   void fold(const Chunk& chunk, const Slice& slice, Out* output, bool first) {
     const bool last = slice.first == slices_.back().first;
-    const unsigned blocks = call_.needs_grad[0] ? unsigned(ceil_div(chunk.groups, kThreads)) : 0;
+    // few groups fill the device when lanes share the rows of each
+    const uint64_t wanted = std::bit_ceil<uint64_t>(ceil_div(multiprocessors() * kFoldThreads, chunk.groups + 1));
+    const int splits = int(std::min<uint64_t>({wanted, std::bit_floor<uint64_t>(slice.plan.gemm_rows), kMaxSplits}));
+    const unsigned blocks = call_.needs_grad[0] ? unsigned(ceil_div(chunk.groups * splits, kThreads)) : 0;
     FoldParams<T, Out> params{packed_,
                               blocks ? output + chunk.first_element : nullptr,
                               bits_,
@@ -356,6 +363,7 @@ class Head {
                               last ? nullptr : carry_,
                               chunk,
                               slice.plan,
+                              splits,
                               blocks,
                               {gradient_, bias_partials_, unsigned(chunk.rows * slice.plan.gemm_rows),
                                unsigned(bias_parts_), classes_, stride_, first, slice, table_}};

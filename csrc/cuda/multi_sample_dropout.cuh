@@ -184,6 +184,7 @@ struct FoldParams {
   Acc<T>* carry_out;       // where this one's go if it is not the last, or null
   Chunk chunk;
   SamplePlan plan;
+  int splits;              // lanes that share a group's GEMM rows, a power of two
   unsigned blocks;         // that fold; those after them sum G for the bias
   BiasParams<T> bias;
 };
@@ -193,25 +194,27 @@ struct FoldParams {
 template <typename T, typename Out, bool kAligned>
 __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ FoldParams<T, Out> p) {
   if (blockIdx.x >= p.blocks) return sum_bias(p.bias, blockIdx.x - p.blocks);
-  const int64_t group = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (group >= p.chunk.groups) return;
-  const SamplePlan& plan = p.plan;
-  const int64_t columns = p.chunk.features, begin = p.chunk.begin(group);
-  const int count = int(p.chunk.end(group) - begin);
+  const int lane = threadIdx.x % kWarp, warp_groups = kWarp / p.splits, split = lane / warp_groups;
+  const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  const int64_t group = warp * warp_groups + lane % warp_groups;
+  const bool inside = group < p.chunk.groups;  // the others still take part in the shuffles
+  const int64_t columns = p.chunk.features, begin = inside ? p.chunk.begin(group) : 0;
+  const int64_t gemm_rows = inside ? p.plan.gemm_rows : 0;
+  const int count = inside ? int(p.chunk.end(group) - begin) : 0;
   const RowColumn start{begin / columns, begin % columns};
   Acc<T> sum[kGroup];
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) sum[j] = p.carry_in && j < count ? p.carry_in[begin + j] : Acc<T>(0);
+  for (int j = 0; j < kGroup; ++j) sum[j] = p.carry_in && split == 0 && j < count ? p.carry_in[begin + j] : Acc<T>(0);
 #pragma unroll(sizeof(T) > 4 ? 2 : 4)
-  for (int64_t k = 0; k < plan.gemm_rows; ++k) {
+  for (int64_t k = split; k < gemm_rows; k += p.splits) {
     Vector<T, kGroup> g;
     if constexpr (kAligned) {
-      g = load<T, kGroup>(p.gradient + (start.row * plan.gemm_rows + k) * columns + start.column);
+      g = load<T, kGroup>(p.gradient + (start.row * gemm_rows + k) * columns + start.column);
     } else {
       RowColumn from = start;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        g.v[j] = j < count ? p.gradient[(from.row * plan.gemm_rows + k) * columns + from.column] : narrow<T>(0);
+        g.v[j] = j < count ? p.gradient[(from.row * gemm_rows + k) * columns + from.column] : narrow<T>(0);
         from.next(columns);
       }
     }
@@ -219,6 +222,10 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ 
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) sum[j] += bits >> j & 1 ? widen(g.v[j]) : Acc<T>(0);
   }
+  for (int offset = warp_groups; offset < kWarp; offset *= 2)
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) sum[j] += __shfl_xor_sync(kAllLanes, sum[j], offset);
+  if (!inside || split != 0) return;
   if (p.carry_out) {
 #pragma unroll
     for (int j = 0; j < kGroup; ++j)

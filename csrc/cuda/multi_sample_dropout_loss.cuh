@@ -98,93 +98,100 @@ struct Part {
   __device__ A shift() const { return peak == -INFINITY ? A(0) : peak; }
 };
 
-// Column spans of a row, kWarp * kSpan columns apart.
+// A lane's column spans, kWarp * kSpan columns apart, in a stretch of kHeldColumns of a row.
 template <typename A>
 struct Held {
   Vector<A, kSpan> spans[kHeld<A>];
 };
 
-// The column of a lane's span j in a stretch of kHeldColumns that starts at `start`.
-__device__ inline int64_t span_column(int64_t start, int j) {
-  return start + (j * kWarp + threadIdx.x % kWarp) * kSpan;
+// The column of a lane's span j in the stretch that begins at `start`.
+__device__ inline int span_column(int start, int j) { return start + (j * kWarp + int(threadIdx.x) % kWarp) * kSpan; }
+
+// Whether any lane's span j has columns before `end`.
+__device__ inline bool reaches(int start, int j, int end) { return start + j * kWarp * kSpan < end; }
+
+template <typename A>
+__device__ inline void load_spans(const A* row, Held<A>& z, int start, int end) {
+#pragma unroll
+  for (int j = 0; j < kHeld<A>; ++j) {
+    const int c = span_column(start, j);
+    z.spans[j] = c < end ? load<A, kSpan>(row + c) : Vector<A, kSpan>{};
+  }
 }
 
 // raw logits -> z = scale * raw + bias; -inf from column `end` on.
 template <typename T>
-__device__ inline void finish_logits(const CrossEntropyParams<T>& p, Held<Acc<T>>& z, Acc<T> scale, int64_t start,
-                                     int64_t end) {
+__device__ inline void finish_logits(const T* bias_at, Held<Acc<T>>& z, Acc<T> scale, int start, int end) {
 #pragma unroll
   for (int j = 0; j < kHeld<Acc<T>>; ++j) {
-    if (start + j * kWarp * kSpan >= end) break;
-    const int64_t c = span_column(start, j);
+    if (!reaches(start, j, end)) break;
+    const int c = span_column(start, j), left = end - c;
     Vector<T, kSpan> bias;
-    if (p.bias && c + kSpan <= end) {
-      bias = load<T, kSpan>(p.bias + c);
+    if (bias_at && left >= kSpan) {
+      bias = load<T, kSpan>(bias_at + c);
     } else {
 #pragma unroll
-      for (int i = 0; i < kSpan; ++i) bias.v[i] = p.bias && c + i < end ? p.bias[c + i] : narrow<T>(0);
+      for (int i = 0; i < kSpan; ++i) bias.v[i] = bias_at && left > i ? bias_at[c + i] : narrow<T>(0);
     }
 #pragma unroll
     for (int i = 0; i < kSpan; ++i)
-      z.spans[j].v[i] = c + i < end ? z.spans[j].v[i] * scale + widen(bias.v[i]) : Acc<T>(-INFINITY);
-  }
-}
-
-template <typename A>
-__device__ inline void load_spans(const A* row, Held<A>& z, int64_t start, int64_t end) {
-#pragma unroll
-  for (int j = 0; j < kHeld<A>; ++j) {
-    const int64_t c = span_column(start, j);
-    if (c < end) {
-      z.spans[j] = load<A, kSpan>(row + c);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSpan; ++i) z.spans[j].v[i] = 0;
-    }
+      z.spans[j].v[i] = left > i ? z.spans[j].v[i] * scale + widen(bias.v[i]) : Acc<T>(-INFINITY);
   }
 }
 
 // Takes a stretch of logits into `part`, whose sum, dot and weight are the lane's own; z becomes exp(z - part.shift()).
 template <typename A>
-__device__ inline void take(Part<A>& part, Held<A>& z, const Target<A>& target, int64_t row, bool uniform,
-                            int64_t start, int64_t end) {
+__device__ inline void take(Part<A>& part, Held<A>& z, const Target<A>& target, int64_t row, bool uniform, int start,
+                            int end) {
   A peak = part.peak;
 #pragma unroll
   for (int j = 0; j < kHeld<A>; ++j) {
-    if (start + j * kWarp * kSpan >= end) break;
+    if (!reaches(start, j, end)) break;
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) peak = fmax(peak, z.spans[j].v[i]);
   }
   const Part<A> before = part;
   part.peak = warp_max(peak);
   const A shift = part.shift();
-  if (before.peak != -INFINITY) part.sum *= std::exp(before.peak - shift);
-  part.dot += (before.shift() - shift) * before.weight;
+  if (before.peak != -INFINITY) part.sum *= exponential(before.peak - shift);
+  if (uniform) {
+    part.dot += (before.shift() - shift) * before.weight;
 #pragma unroll
-  for (int j = 0; j < kHeld<A>; ++j) {
-    if (start + j * kWarp * kSpan >= end) break;
-    const int64_t c = span_column(start, j);
+    for (int j = 0; j < kHeld<A>; ++j) {
+      const int c = span_column(start, j);
 #pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      const A relative = z.spans[j].v[i] - shift;
-      if (uniform && c + i < end) {
+      for (int i = 0; i < kSpan; ++i) {
+        if (c + i >= end) break;
         const A weight = target.column(row, c + i);
-        part.dot += weight * relative;
+        part.dot += weight * (z.spans[j].v[i] - shift);
         part.weight += weight;
       }
-      part.sum += z.spans[j].v[i] = std::exp(relative);
     }
+  }
+#pragma unroll
+  for (int j = 0; j < kHeld<A>; ++j) {
+    if (!reaches(start, j, end)) break;
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) part.sum += z.spans[j].v[i] = exponential(z.spans[j].v[i] - shift);
   }
 }
 
 template <typename A>
-__device__ inline void exponentials(Held<A>& z, A shift, int64_t start, int64_t end) {
+__device__ inline void exponentials(Held<A>& z, A shift, int start, int end) {
 #pragma unroll
   for (int j = 0; j < kHeld<A>; ++j) {
-    if (start + j * kWarp * kSpan >= end) break;
+    if (!reaches(start, j, end)) break;
 #pragma unroll
-    for (int i = 0; i < kSpan; ++i) z.spans[j].v[i] = std::exp(z.spans[j].v[i] - shift);
+    for (int i = 0; i < kSpan; ++i) z.spans[j].v[i] = exponential(z.spans[j].v[i] - shift);
   }
+}
+
+template <typename T>
+__device__ inline void store_span(T* to, const Vector<Acc<T>, kSpan>& value) {
+  Vector<T, kSpan> narrowed;
+#pragma unroll
+  for (int i = 0; i < kSpan; ++i) narrowed.v[i] = narrow<T>(value.v[i]);
+  store(to, narrowed);
 }
 
 // A block takes a part of the samples of one row (gridDim.y parts; one where they are paired). An item is a sample, or
@@ -192,24 +199,25 @@ __device__ inline void exponentials(Held<A>& z, A shift, int64_t start, int64_t 
 // row. The warps share the items, or where there are fewer samples than warps, the columns of each. Up to kHeldColumns
 // classes stay in registers between loss and gradient; wider rows are read again.
 // Bytes: rows K C (4 + sizeof(T)) over 4.8 TB/s, 2.6 us at 256 rows, K = 8, C = 1000, bfloat16, less where Z is still
-// in L2. Operations: one exponential and about 25 more an element, 2 us.
+// in L2. Operations: an exponential and about 20 more an element over 34e12, 1.5 us.
 template <typename T, bool kPaired>
 __global__ void __launch_bounds__(kThreads, kPaired || sizeof(T) == 8 ? 1 : 2)
     cross_entropy_kernel(const __grid_constant__ CrossEntropyParams<T> p) {
   using A = Acc<T>;
   constexpr int kEach = kPaired ? 2 : 1;  // samples an item
   constexpr A kPairedScale = 2;
-  constexpr int64_t kStretch = kHeldColumns<A>;
+  constexpr int kStretch = kHeldColumns<A>;
   __shared__ Part<A> parts[kSliceSamples];
   __shared__ A peaks[kSliceSamples], rates[kSliceSamples], losses[kSliceSamples];
   const SamplePlan& plan = p.slice.plan;
-  const int64_t classes = p.target.classes;
+  const int classes = int(p.target.classes);
   const int64_t row = p.first_row + blockIdx.x, gemm_row = int64_t(blockIdx.x) * plan.gemm_rows;
   const unsigned all = plan.averaged ? 1 : unsigned(plan.samples);
   const int begin = all * blockIdx.y / gridDim.y, count = int(all * (blockIdx.y + 1) / gridDim.y) - begin;
   if (count == 0) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const ClassTarget<A> goal = p.target.row(row, p.stats->class_weight_sum);
+  const HeadStats<A> stats = *p.stats;
+  const ClassTarget<A> goal = p.target.row(row, stats.class_weight_sum);
   const bool dense = p.target.probabilities != nullptr, uniform = dense || goal.uniform != 0;
   A* loss = p.losses ? p.losses + row * gridDim.y + blockIdx.y : nullptr;
 
@@ -225,33 +233,34 @@ __global__ void __launch_bounds__(kThreads, kPaired || sizeof(T) == 8 ? 1 : 2)
 
   const int items = (count + kEach - 1) / kEach;
   const int pieces = kPaired || count >= warps ? 1 : warps / count;  // of an item's columns
-  const int64_t piece_columns = (classes + pieces * kSpan - 1) / (pieces * kSpan) * kSpan;
+  const int piece_columns = (classes + pieces * kSpan - 1) / (pieces * kSpan) * kSpan;
+  const A* raw_rows = p.logits + (gemm_row + begin) * p.stride;
   const A* base_row = p.logits + (gemm_row + plan.gemm_rows - 1) * p.stride;
   const auto scale = [&](int local) {
     return plan.averaged ? A(1) : scale_of<A>(p.table.mask(p.slice.first + begin + local));
   };
   // logits [start, end) of an item's samples
-  const auto read = [&](int item, Held<A>(&z)[kEach], int64_t start, int64_t end) {
-    load_spans(p.logits + (gemm_row + begin + item) * p.stride, z[0], start, end);
+  const auto read = [&](int item, Held<A>(&z)[kEach], int start, int end) {
+    load_spans(raw_rows + item * p.stride, z[0], start, end);
     if constexpr (kPaired) {
       load_spans(base_row, z[1], start, end);
 #pragma unroll
       for (int j = 0; j < kHeld<A>; ++j)
 #pragma unroll
         for (int i = 0; i < kSpan; ++i) z[1].spans[j].v[i] -= z[0].spans[j].v[i];
-      finish_logits(p, z[1], kPairedScale, start, end);
+      finish_logits(p.bias, z[1], kPairedScale, start, end);
     }
-    finish_logits(p, z[0], kPaired ? kPairedScale : scale(item), start, end);
+    finish_logits(p.bias, z[0], kPaired ? kPairedScale : scale(item), start, end);
   };
 
   Held<A> z[kEach];
   for (int unit = warp; unit < items * pieces; unit += warps) {
     const int item = unit / pieces;
-    const int64_t from = unit % pieces * piece_columns, to = min(from + piece_columns, classes);
+    const int from = unit % pieces * piece_columns, to = min(from + piece_columns, classes);
     Part<A> part[kEach];
 #pragma unroll
     for (int s = 0; s < kEach; ++s) part[s] = {A(-INFINITY), A(0), A(0), A(0)};
-    for (int64_t start = from; start < to; start += kStretch) {
+    for (int start = from; start < to; start += kStretch) {
       read(item, z, start, to);
 #pragma unroll
       for (int s = 0; s < kEach; ++s) take(part[s], z[s], p.target, row, uniform, start, to);
@@ -279,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, kPaired || sizeof(T) == 8 ? 1 : 2)
       dot += mine[i].dot + (mine[i].shift() - peak) * mine[i].weight;
       weight += mine[i].weight;
     }
-    const A* raw = p.logits + (gemm_row + begin + local / kEach) * p.stride;
+    const A* raw = raw_rows + local / kEach * p.stride;
     const auto logit = [&](int64_t c) {
       const A value = kPaired && local % 2 ? base_row[c] - raw[c] : raw[c];
       return value * scale(local) + (p.bias ? widen(p.bias[c]) : A(0));
@@ -303,12 +312,20 @@ __global__ void __launch_bounds__(kThreads, kPaired || sizeof(T) == 8 ? 1 : 2)
   if (!p.gradient) return;
 
   // scales other than the largest, which is in gradient_factor, come in `relative`
-  const A factor = (p.early ? p.stats->gradient_factor : A(1)) * (p.upstream ? p.upstream[row] : A(1));
-  const auto target_part = [&](int64_t c) {
-    A part = uniform && c < classes ? goal.uniform * p.target.column(row, c) : A(0);
-    if (c == goal.a) part += goal.a_coefficient;
-    if (c == goal.b) part += goal.b_coefficient;
-    return part;
+  const A factor = (p.early ? stats.gradient_factor : A(1)) * (p.upstream ? p.upstream[row] : A(1));
+  T* gradients = p.gradient + (gemm_row + begin) * p.stride;
+  const int a = int(goal.a), b = int(goal.b);
+  // g -= times * target's part of the gradient
+  const auto subtract_target = [&](Vector<A, kSpan>& g, int c, A times) {
+    if (uniform) {
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i)
+        if (c + i < classes) g.v[i] -= times * goal.uniform * p.target.column(row, c + i);
+    }
+    if (unsigned(a - c) >= kSpan && unsigned(b - c) >= kSpan) return;
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i)
+      g.v[i] -= times * ((c + i == a ? goal.a_coefficient : A(0)) + (c + i == b ? goal.b_coefficient : A(0)));
   };
   // what makes softmax times the row's total of the exponentials that take() or exponentials() left
   const auto rate = [&](int local, const Part<A>& part) {
@@ -319,31 +336,33 @@ __global__ void __launch_bounds__(kThreads, kPaired || sizeof(T) == 8 ? 1 : 2)
     for (int unit = warp; unit < items * pieces; unit += warps) {
       const int item = unit / pieces;
       const Part<A> part = parts[unit];
-      const A relative = factor * (plan.averaged ? A(1) : scale(item) / p.largest_scale), times = rate(item, part);
-      T* gradient = p.gradient + (gemm_row + begin + item) * p.stride;
-      const int64_t from = unit % pieces * piece_columns, to = min(from + piece_columns, classes);
-      for (int64_t start = from; start < to; start += kStretch) {
+      const A relative = factor * (plan.averaged ? A(1) : scale(item) / p.largest_scale);
+      const A times = rate(item, part) * relative;
+      T* gradient = gradients + item * p.stride;
+      const int from = unit % pieces * piece_columns, to = min(from + piece_columns, classes);
+      for (int start = from; start < to; start += kStretch) {
         if (!held) {
           read(item, z, start, to);
           exponentials(z[0], part.shift(), start, to);
         }
 #pragma unroll
         for (int j = 0; j < kHeld<A>; ++j) {
-          const int64_t c = span_column(start, j);
+          const int c = span_column(start, j);
           if (c >= to) break;
-          Vector<T, kSpan> g;
+          Vector<A, kSpan> g;
 #pragma unroll
-          for (int i = 0; i < kSpan; ++i)
-            g.v[i] = narrow<T>((z[0].spans[j].v[i] * times - target_part(c + i)) * relative);
-          store(gradient + c, g);
+          for (int i = 0; i < kSpan; ++i) g.v[i] = z[0].spans[j].v[i] * times;
+          subtract_target(g, c, relative);
+          store_span(gradient + c, g);
         }
       }
     }
   } else {
-    // an odd sample's logits are base - even: its gradient goes to the base row and, negated, to the even one
+    // an odd sample's logits are base - even: its gradient goes to the base row and, negated, to the even one, where
+    // the targets of the two cancel
     __shared__ Vector<A, kSpan> odd_sums[kWarps][kStretch / kSpan];
     const A relative = factor * (kPairedScale / p.largest_scale);
-    for (int64_t start = 0; start < classes; start += kStretch) {
+    for (int start = 0; start < classes; start += kStretch) {
       Held<A> odd_sum = {};
       for (int pair = warp; pair < items; pair += warps) {
         const bool has_odd = 2 * pair + 1 < count;
@@ -353,25 +372,27 @@ __global__ void __launch_bounds__(kThreads, kPaired || sizeof(T) == 8 ? 1 : 2)
           exponentials(z[0], even_part.shift(), start, classes);
           exponentials(z[1], odd_part.shift(), start, classes);
         }
-        const A even_times = rate(2 * pair, even_part), odd_times = rate(2 * pair + has_odd, odd_part);
-        T* gradient = p.gradient + (gemm_row + pair) * p.stride;
+        const A even_times = rate(2 * pair, even_part) * relative;
+        const A odd_times = rate(2 * pair + has_odd, odd_part) * relative;
+        T* gradient = gradients + pair * p.stride;
 #pragma unroll
         for (int j = 0; j < kHeld<A>; ++j) {
-          const int64_t c = span_column(start, j);
+          const int c = span_column(start, j);
           if (c >= classes) break;
-          Vector<T, kSpan> g;
+          Vector<A, kSpan> g;
 #pragma unroll
-          for (int i = 0; i < kSpan; ++i) {
-            const A target = target_part(c + i);
-            A value = z[0].spans[j].v[i] * even_times - target;
-            if (has_odd) {
-              const A odd = z[1].spans[j].v[i] * odd_times - target;
+          for (int i = 0; i < kSpan; ++i) g.v[i] = z[0].spans[j].v[i] * even_times;
+          if (has_odd) {
+#pragma unroll
+            for (int i = 0; i < kSpan; ++i) {
+              const A odd = z[1].spans[j].v[i] * odd_times;
               odd_sum.spans[j].v[i] += odd;
-              value -= odd;
+              g.v[i] -= odd;
             }
-            g.v[i] = narrow<T>(value * relative);
+          } else {
+            subtract_target(g, c, relative);
           }
-          store(gradient + c, g);
+          store_span(gradient + c, g);
         }
       }
 #pragma unroll
@@ -382,10 +403,8 @@ __global__ void __launch_bounds__(kThreads, kPaired || sizeof(T) == 8 ? 1 : 2)
         for (int other = 1; other < min(warps, items); ++other)
 #pragma unroll
           for (int i = 0; i < kSpan; ++i) sum.v[i] += odd_sums[other][span].v[i];
-        Vector<T, kSpan> g;
-#pragma unroll
-        for (int i = 0; i < kSpan; ++i) g.v[i] = narrow<T>(sum.v[i] * relative);
-        store(p.gradient + (gemm_row + plan.gemm_rows - 1) * p.stride + start + span * kSpan, g);
+        subtract_target(sum, start + span * kSpan, relative * A(count / 2));
+        store_span(gradients + (plan.gemm_rows - 1) * p.stride + start + span * kSpan, sum);
       }
       __syncthreads();
     }

@@ -302,14 +302,16 @@ void test_head(const Case& c, const std::string& name) {
                c.features, !begin);
       multiply(packed.data(), c.features, gradient, stride, 1, t.weight.data(), c.features, 1, gemm_rows, c.classes,
                c.features, false);
+      const int splits = k >= 8 ? 8 : k >= 2 ? 2 : 1;
+      const unsigned fold_blocks = unsigned((chunk.groups * splits + kThreads - 1) / kThreads);
       const BiasParams<T> bias{gradient, bias_partials.data(), unsigned(gemm_rows), bias_parts, c.classes,
                                stride,   begin,                slice,               table};
       const FoldParams<T, Out> fold{packed.data(), grad_input.data() + element, bits.data(),
                                     plan.averaged ? levels.data() : nullptr,
                                     kLate ? &stats[0].gradient_factor : nullptr, first ? carry.data() : nullptr,
-                                    last ? nullptr : carry.data(), chunk, plan, blocks, bias};
+                                    last ? nullptr : carry.data(), chunk, plan, splits, fold_blocks, bias};
       shim::launch(aligned ? fold_kernel<T, Out, true> : fold_kernel<T, Out, false>,
-                   {blocks + bias.tiles() * bias_parts}, {kThreads}, 0, fold);
+                   {fold_blocks + bias.tiles() * bias_parts}, {kThreads}, 0, fold);
     }
   }
   Buffer<A> loss(per_row ? c.rows : 1);
