@@ -59,18 +59,12 @@ def _reasons(op: str, backend: str, device_type: str, dtype: torch.dtype) -> lis
     return found
 
 
-def select(
-    op: str,
-    device_type: str,
-    dtype: torch.dtype,
-    backend: str | None,
-    preference: tuple[str, ...] = ("cpu", "cuda", "triton"),
-) -> str:
+def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -> str:
     """The backend that serves this call: the one asked for (argument, then PYRX_BACKEND) or the first that can."""
     if backend is None:
         backend = os.environ.get("PYRX_BACKEND") or None
     if backend is None or backend == "auto":
-        for each in preference:
+        for each in ("cpu", "cuda", "triton"):
             if not reasons(op, each, device_type, dtype):
                 return each
         return "reference"

@@ -181,6 +181,13 @@ def test_fold_of_an_expanded_gradient(device):
 # The head.
 
 
+@pytest.fixture(params=["fused", "library"])
+def products(request, monkeypatch):
+    """Whose matrix products the head takes: its own kernels', or the library's."""
+    most = 0 if request.param == "library" else 2**31
+    monkeypatch.setattr(launcher, "LIBRARY_CLASSES", {2: most, 4: most})
+
+
 @pytest.mark.parametrize("classes", [1, 10, 37, 300])
 @pytest.mark.parametrize("target", helpers.TARGETS)
 @pytest.mark.parametrize("reduction", helpers.REDUCTIONS)
@@ -197,7 +204,7 @@ def test_head_targets(device, classes, target, reduction):
 @pytest.mark.parametrize(
     "samples, p", [(1, 0.5), (2, 0.5), (3, 0.5), (8, 0.5), (4, 0.3), (2, 0.0), (3, (0.1, 0.5, 0.9))]
 )
-def test_head_samples(device, combine, sampling, samples, p):
+def test_head_samples(device, products, combine, sampling, samples, p):
     options = {"num_samples": samples, "p": p, "combine": combine, "sampling": sampling, "seed": -2}
     for features in (27, 40):
         head = head_on(device, 9, features, 10, ignored=0.2)
@@ -208,7 +215,7 @@ def test_head_samples(device, combine, sampling, samples, p):
 @pytest.mark.parametrize("dtype", helpers.LOW, ids=helpers.name_of)
 @pytest.mark.parametrize("combine", helpers.COMBINES)
 @pytest.mark.parametrize("sampling", helpers.SAMPLINGS)
-def test_head_low_precision(device, dtype, combine, sampling):
+def test_head_low_precision(device, products, dtype, combine, sampling):
     head = head_on(device, 21, 64, 37, dtype=dtype)
     for options in ({"reduction": "none"}, {"p": (0.5, 0.2, 0.8, 0.5)}):
         helpers.assert_head_within_budget(
@@ -217,7 +224,7 @@ def test_head_low_precision(device, dtype, combine, sampling):
 
 
 def test_head_splits_sums(device):
-    plan = launcher._plan(33, 272, 16, 4, 4, 4, False, False, True, True)
+    plan = launcher._plan(33, 272, 16, 4, 4, 4, False, False, True, True, False)
     assert plan.logit_splits > 1 and plan.gradient_splits > 1
     helpers.assert_head_within_budget(head_on(device, 33, 272, 10), "triton", seed=1, num_samples=4)
 
@@ -226,14 +233,14 @@ def test_head_large_blocks(device, monkeypatch):
     monkeypatch.setattr(launcher, "FILL", 4)
     monkeypatch.setattr(launcher, "LARGE", 1)
     launcher._plan.cache_clear()
-    plan = launcher._plan(70, 144, 48, 4, 4, 4, False, False, False, True)
+    plan = launcher._plan(70, 144, 48, 4, 4, 4, False, False, False, True, False)
     assert plan.logits[0] == 64 and plan.gradients == (64, 64, 128)
     head = head_on(device, 70, 144, 37, dtype=torch.bfloat16)
     helpers.assert_head_within_budget(head, "triton", seed=1, num_samples=4)
     launcher._plan.cache_clear()
 
 
-def test_head_layouts(device):
+def test_head_layouts(device, products):
     head = head_on(device, 6, 40, 10)
     expected = helpers.run(head, backend="triton", seed=3, num_samples=3)
     for lead in (lambda t: t.t().contiguous().t(), lambda t: torch.cat([t[:, :1], t], 1)[:, 1:]):
@@ -246,7 +253,7 @@ def test_head_layouts(device):
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_head_computes_what_is_needed(device, needs, reduction):
+def test_head_computes_what_is_needed(device, products, needs, reduction):
     head = head_on(device, 5, 24, 10)
     options = {"backend": "triton", "seed": 1, "num_samples": 3, "reduction": reduction}
     loss, expected = helpers.run(head, **options)
@@ -260,7 +267,7 @@ def test_head_computes_what_is_needed(device, needs, reduction):
 @pytest.mark.parametrize("sampling", helpers.SAMPLINGS)
 @pytest.mark.parametrize("combine", helpers.COMBINES)
 @pytest.mark.parametrize("target", ["ids", "mixed"])
-def test_head_chunks(device, monkeypatch, sampling, combine, target):
+def test_head_chunks(device, products, monkeypatch, sampling, combine, target):
     """Chunks of 16 rows, the last one smaller, give what one chunk gives."""
     options = {"backend": "triton", "seed": 1, "num_samples": 4, "sampling": sampling, "combine": combine}
     features = 24 if target == "ids" else 27
@@ -307,7 +314,7 @@ def test_head_poisons_invalid_classes(device, bad, mixed):
 
 
 @pytest.mark.parametrize("reduction", helpers.REDUCTIONS)
-def test_head_without_rows_or_features(device, reduction):
+def test_head_without_rows_or_features(device, products, reduction):
     options = {"seed": 1, "num_samples": 3, "reduction": reduction}
     head = head_on(device, 0, 24, 10)
     loss, gradients = helpers.run(head, backend="triton", **options)
@@ -325,7 +332,7 @@ def test_head_infinite_logits(device):
     helpers.assert_head_within_budget(head, "triton", seed=1, num_samples=3)
 
 
-def test_head_is_deterministic(device):
+def test_head_is_deterministic(device, products):
     head = head_on(device, 20, 24, 10)
     first, second = (helpers.run(head, backend="triton", seed=1, num_samples=4) for _ in range(2))
     helpers.assert_same_bits(first[0], second[0])

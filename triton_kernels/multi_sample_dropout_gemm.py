@@ -1,5 +1,7 @@
 """The multi-sample dropout head's matrix products: logits of masked features, and the gradients through the same masks.
 
+Few classes: both in kernels here. Many: masked copies and the fold of their gradients, around products of cuBLAS.
+
 Masks are drawn once and kept as bits in a chunk-sized scratch. Drawing takes ~80 operations a group of eight elements,
 as much time as the group's share of a product with 100 classes on the tensor cores; reading takes one byte.
 """
@@ -135,6 +137,55 @@ def logits_kernel(
         total = tl.dot(x, w, total, input_precision=PRECISION)
     out = raw + (tl.cast(split * gemm_rows + k, tl.int64) * rows + row)[:, None] * padded_classes + c[None, :]
     tl.store(out, total, mask=(row < rows)[:, None] & (c < padded_classes)[None, :])
+
+
+# Bytes: x read and M masked copies written. Operations: few, the masks are bits already.
+@triton.jit(do_not_specialize=_VARYING)
+def pack_kernel(
+    input, packed, bits, thresholds, mask_bytes, row_bytes, rows, features, samples, gemm_rows, input_row, input_column,
+    AVERAGED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """packed[k, row] (features,): x under mask k, not scaled."""
+    tiles = tl.cdiv(features, COLUMNS)
+    program = tl.program_id(0)
+    k = program // tiles % gemm_rows
+    row = program // (tiles * gemm_rows) * ROWS + tl.arange(0, ROWS)
+    d0 = program % tiles * COLUMNS
+    d = d0 + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (d < features)[None, :]
+    masks = (bits, mask_bytes, row_bytes, 0, None, thresholds, 0, 0)
+    x = tl.load(
+        input + row.to(tl.int64)[:, None] * input_row + d.to(tl.int64)[None, :] * input_column, mask=inside, other=0.0
+    )
+    x = _masked(x, masks, k, row, d0, rows, features, samples, AVERAGED, False, False, ALIGNED, False, False)
+    out = packed + (tl.cast(k, tl.int64) * rows + row)[:, None] * features + d[None, :]
+    tl.store(out, x, mask=inside)
+
+
+# Bytes: M gradients read and one written. Operations: few.
+@triton.jit(do_not_specialize=_VARYING)
+def fold_kernel(
+    product, grad_input, bits, thresholds, mask_bytes, row_bytes, row_weights, programs, scale,
+    rows, features, samples, gemm_rows,
+    AVERAGED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """grad_input: sum_k mask_k o product[k], times what the gradients of logits did not hold."""
+    tiles = tl.cdiv(features, COLUMNS)
+    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
+    d0 = tl.program_id(0) % tiles * COLUMNS
+    d = d0 + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (d < features)[None, :]
+    masks = (bits, mask_bytes, row_bytes, 0, None, thresholds, 0, 0)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(gemm_rows):
+        place = product + (tl.cast(k, tl.int64) * rows + row)[:, None] * features + d[None, :]
+        value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        total += _masked(
+            value, masks, k, row, d0, rows, features, samples, AVERAGED, False, False, ALIGNED, False, False
+        )
+    total *= gradient_factor(scale, row_weights, programs)
+    out = grad_input + row.to(tl.int64)[:, None] * features + d[None, :]
+    tl.store(out, total.to(grad_input.dtype.element_ty), mask=inside)
 
 
 @triton.jit

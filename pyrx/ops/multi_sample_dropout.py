@@ -20,9 +20,6 @@ HEAD = "multi_sample_dropout_cross_entropy"
 COMBINES = ("losses", "logits")
 REDUCTIONS = ("none", "mean", "sum")
 
-# Above this many classes the logits of a row no longer fit the fused Triton kernel's registers and shared memory.
-TRITON_MAX_CLASSES = 256
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -488,10 +485,7 @@ def multi_sample_dropout_cross_entropy(
     target_a, target_b, lam = _split_target(target, accumulation, lead)
     features = _rows(features)
     class_weight = None if weight is None else weight.to(accumulation)
-    preference = (
-        ("cpu", "triton", "cuda") if linear_weight.shape[0] <= TRITON_MAX_CLASSES else ("cpu", "cuda", "triton")
-    )
-    chosen = select(ROW, device_type, features.dtype, backend, preference)
+    chosen = select(ROW, device_type, features.dtype, backend)
     seed = seed_tensor(HEAD, seed, generator, input.device)
     arguments = (features, classifier, bias, target_a, target_b, lam, class_weight, seed, t)
     options = (antithetic, combine == "logits", ignore_index, label_smoothing, reduction)
