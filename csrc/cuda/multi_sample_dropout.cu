@@ -33,7 +33,7 @@ constexpr int64_t kMinChunkRows = 1024, kMaxChunkRows = 65536;
 // Rows of G that a block sums for the bias, and the most partial sums.
 constexpr int64_t kBiasRows = 32, kMaxBiasParts = 64;
 // Threads a multiprocessor that hide the latency of the fold's loads, and the most lanes that share a group.
-constexpr int64_t kFoldThreads = 1024;
+constexpr int64_t kFoldThreads = 768;
 constexpr uint64_t kMaxSplits = 8;
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
@@ -247,10 +247,10 @@ class Head {
     chunk_rows_ = std::clamp<int64_t>(budget / gemm_rows, 1, std::max<int64_t>(rows_, 1));
     const int64_t most = chunk_rows_ * gemm_rows;
 
-    // a block takes as many samples of a row as it has warps, or fewer so that few rows fill the device; pairs stay
+    // a block takes as many samples of a row as it has teams of warps for; pairs stay together
+    pieces_ = int(std::min<uint64_t>(std::bit_ceil<uint64_t>(ceil_div(classes_, kWarpColumns)), kWarps));
     const SamplePlan& plan = slices_[0].plan;
-    const uint64_t wanted = std::max(ceil_div(multiprocessors(), chunk_rows_), ceil_div(plan.samples, kWarps));
-    parts_ = plan.paired || plan.averaged ? 1 : std::min<int64_t>(wanted, plan.samples);
+    parts_ = plan.paired || plan.averaged ? 1 : ceil_div(plan.samples, kWarps / pieces_);
 
     Scratch& to = scratch_;
     to.reserve(stats_, 1);
@@ -335,14 +335,18 @@ class Head {
                                  losses_,
                                  first_row,
                                  stride_,
+                                 pieces_,
                                  A(largest_scale_),
                                  !kLate,
                                  target(),
                                  slice,
                                  table_};
-    const bool paired = slice.plan.paired;
-    const unsigned threads = paired ? kWarp * std::min<int64_t>(kWarps, slice.plan.gemm_rows - 1) : kThreads;
-    const auto kernel = paired ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>;
+    const bool paired = slice.plan.paired, wide = classes_ > kWarps * kWarpColumns;
+    const int64_t items = slice.plan.averaged ? 1 : paired ? slice.plan.gemm_rows - 1 : ceil_div(slice.plan.samples, parts_);
+    const unsigned threads = kWarp * pieces_ * unsigned(std::min<int64_t>(items, kWarps / pieces_));
+    const auto kernel = paired ? wide ? cross_entropy_kernel<T, true, true> : cross_entropy_kernel<T, true, false>
+                        : wide ? cross_entropy_kernel<T, false, true>
+                               : cross_entropy_kernel<T, false, false>;
     kernel<<<dim3{unsigned(rows), unsigned(parts_)}, threads, 0, stream()>>>(params);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -351,8 +355,9 @@ class Head {
   void fold(const Chunk& chunk, const Slice& slice, Out* output, bool first) {
     const bool last = slice.first == slices_.back().first;
     // few groups fill the device when lanes share the rows of each
-    const uint64_t wanted = std::bit_ceil<uint64_t>(ceil_div(multiprocessors() * kFoldThreads, chunk.groups + 1));
-    const int splits = int(std::min<uint64_t>({wanted, std::bit_floor<uint64_t>(slice.plan.gemm_rows), kMaxSplits}));
+    const uint64_t wanted = multiprocessors() * kFoldThreads / std::max<int64_t>(chunk.groups, 1);
+    const uint64_t most = std::min<uint64_t>(slice.plan.gemm_rows, kMaxSplits);
+    const int splits = int(std::bit_floor(std::clamp<uint64_t>(wanted, 1, most)));
     const unsigned blocks = call_.needs_grad[0] ? unsigned(ceil_div(chunk.groups * splits, kThreads)) : 0;
     FoldParams<T, Out> params{packed_,
                               blocks ? output + chunk.first_element : nullptr,
@@ -416,6 +421,7 @@ class Head {
   const SampleTable table_;
   std::vector<Slice> slices_;
   int64_t losses_a_row_ = 1, chunk_rows_ = 1, parts_ = 1, bias_parts_ = 1;
+  int pieces_ = 1;
   double largest_scale_ = 1;
   bool direct_weight_ = true;
   StatsParams<A> stats_params_{};

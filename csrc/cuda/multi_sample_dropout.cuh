@@ -91,6 +91,10 @@ struct Chunk {
   __device__ int lane(int64_t group, int64_t at) const {
     return int(at + first_element - (first_group + group) * kGroup);
   }
+  __device__ RowColumn place(int64_t at) const {
+    if (rows * features > INT32_MAX) return {at / features, at % features};  // 64-bit division is a subroutine
+    return {int64_t(uint32_t(at) / uint32_t(features)), int64_t(uint32_t(at) % uint32_t(features))};
+  }
 };
 
 template <typename T>
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   const SamplePlan& plan = p.slice.plan;
   const int64_t columns = p.chunk.features, begin = p.chunk.begin(group);
   const int count = int(p.chunk.end(group) - begin), first_lane = p.chunk.lane(group, begin);
-  const RowColumn start{begin / columns, begin % columns};
+  const RowColumn start = p.chunk.place(begin);
   GroupMasks masks{static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.chunk.first_group + group), {}};
   const Vector<T, kGroup> x = load_group(p.input + begin, count, kAligned);
 
@@ -157,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
     return write(0, mean);
   }
   const int64_t first = int64_t(blockIdx.y) * kPackSamples;
-#pragma unroll
+#pragma unroll 1  // Philox is long: its instructions are to be fetched once
   for (int i = 0; i < kPackSamples; ++i) {
     const int64_t k = first + i;
     if (k >= plan.gemm_rows) return;
@@ -201,15 +205,17 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ 
   const int64_t columns = p.chunk.features, begin = inside ? p.chunk.begin(group) : 0;
   const int64_t gemm_rows = inside ? p.plan.gemm_rows : 0;
   const int count = inside ? int(p.chunk.end(group) - begin) : 0;
-  const RowColumn start{begin / columns, begin % columns};
+  const RowColumn start = p.chunk.place(begin);
   Acc<T> sum[kGroup];
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) sum[j] = p.carry_in && split == 0 && j < count ? p.carry_in[begin + j] : Acc<T>(0);
+  const T* row = p.gradient + (start.row * gemm_rows + split) * columns + start.column;
+  const uint8_t* mask = p.bits + split * p.chunk.groups + group;
 #pragma unroll(sizeof(T) > 4 ? 2 : 4)
   for (int64_t k = split; k < gemm_rows; k += p.splits) {
     Vector<T, kGroup> g;
     if constexpr (kAligned) {
-      g = load<T, kGroup>(p.gradient + (start.row * gemm_rows + k) * columns + start.column);
+      g = load<T, kGroup>(row);
     } else {
       RowColumn from = start;
 #pragma unroll
@@ -218,7 +224,9 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ 
         from.next(columns);
       }
     }
-    const uint32_t bits = p.levels ? 0xFF : p.bits[k * p.chunk.groups + group];
+    const uint32_t bits = p.levels ? 0xFF : *mask;
+    row += p.splits * columns;
+    mask += p.splits * p.chunk.groups;
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) sum[j] += bits >> j & 1 ? widen(g.v[j]) : Acc<T>(0);
   }

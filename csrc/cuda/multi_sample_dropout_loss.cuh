@@ -66,12 +66,9 @@ __device__ void head_stats(const StatsParams<A>& p) {
   *p.stats = {A(class_weight_sum), A(denominator == 0 ? 0.0 : p.largest_scale / denominator), A(denominator)};
 }
 
-// Columns of Z and G a lane takes at once, and how many such spans of a row it holds in registers.
+// Columns of Z and G a lane takes at once, and a warp.
 constexpr int kSpan = 4;
-template <typename A>
-constexpr int kHeld = sizeof(A) == 8 ? 4 : 8;
-template <typename A>
-constexpr int kHeldColumns = kWarp * kSpan * kHeld<A>;
+constexpr int kWarpColumns = kWarp * kSpan;
 
 template <typename T>
 struct CrossEntropyParams {
@@ -83,6 +80,7 @@ struct CrossEntropyParams {
   Acc<T>* losses;      // (B, gridDim.y), the sum over the samples of a block; or null
   int64_t first_row;   // of the chunk among the B rows
   int64_t stride;      // C rounded up to a multiple of kSpan at least
+  int pieces;          // warps that share a row: as many as C fills, a power of two
   Acc<T> largest_scale;
   bool early;          // G holds stats->gradient_factor; float16's range leaves that to float32 afterwards
   Target<Acc<T>> target;
@@ -93,129 +91,60 @@ struct CrossEntropyParams {
 // Sums of one sample over a part of the columns; sum and dot are relative to shift.
 template <typename A>
 struct Part {
-  A peak, sum, dot, weight;
+  A peak = -INFINITY, sum = 0, dot = 0, weight = 0;
 
   __device__ A shift() const { return peak == -INFINITY ? A(0) : peak; }
+
+  // Adds another part, shifting this one where that one's peak is higher.
+  __device__ void add(const Part& other) {
+    const Part before = *this;
+    peak = fmax(peak, other.peak);
+    sum = before.sum * exponential(before.peak - shift()) + other.sum * exponential(other.peak - shift());
+    dot = before.dot + (before.shift() - shift()) * before.weight + other.dot +
+          (other.shift() - shift()) * other.weight;
+    weight += other.weight;
+  }
 };
 
-// A lane's column spans, kWarp * kSpan columns apart, in a stretch of kHeldColumns of a row.
+// The lanes' parts, added up; `uniform`: whether they have dots and weights.
 template <typename A>
-struct Held {
-  Vector<A, kSpan> spans[kHeld<A>];
-};
-
-// The column of a lane's span j in the stretch that begins at `start`.
-__device__ inline int span_column(int start, int j) { return start + (j * kWarp + int(threadIdx.x) % kWarp) * kSpan; }
-
-// Whether any lane's span j has columns before `end`.
-__device__ inline bool reaches(int start, int j, int end) { return start + j * kWarp * kSpan < end; }
-
-template <typename A>
-__device__ inline void load_spans(const A* row, Held<A>& z, int start, int end) {
-#pragma unroll
-  for (int j = 0; j < kHeld<A>; ++j) {
-    const int c = span_column(start, j);
-    z.spans[j] = c < end ? load<A, kSpan>(row + c) : Vector<A, kSpan>{};
-  }
-}
-
-// raw logits -> z = scale * raw + bias; -inf from column `end` on.
-template <typename T>
-__device__ inline void finish_logits(const T* bias_at, Held<Acc<T>>& z, Acc<T> scale, int start, int end) {
-#pragma unroll
-  for (int j = 0; j < kHeld<Acc<T>>; ++j) {
-    if (!reaches(start, j, end)) break;
-    const int c = span_column(start, j), left = end - c;
-    Vector<T, kSpan> bias;
-    if (bias_at && left >= kSpan) {
-      bias = load<T, kSpan>(bias_at + c);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSpan; ++i) bias.v[i] = bias_at && left > i ? bias_at[c + i] : narrow<T>(0);
-    }
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i)
-      z.spans[j].v[i] = left > i ? z.spans[j].v[i] * scale + widen(bias.v[i]) : Acc<T>(-INFINITY);
-  }
-}
-
-// Takes a stretch of logits into `part`, whose sum, dot and weight are the lane's own; z becomes exp(z - part.shift()).
-template <typename A>
-__device__ inline void take(Part<A>& part, Held<A>& z, const Target<A>& target, int64_t row, bool uniform, int start,
-                            int end) {
-  A peak = part.peak;
-#pragma unroll
-  for (int j = 0; j < kHeld<A>; ++j) {
-    if (!reaches(start, j, end)) break;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) peak = fmax(peak, z.spans[j].v[i]);
-  }
-  const Part<A> before = part;
-  part.peak = warp_max(peak);
-  const A shift = part.shift();
-  if (before.peak != -INFINITY) part.sum *= exponential(before.peak - shift);
+__device__ inline Part<A> warp_part(const Part<A>& part, bool uniform) {
+  Part<A> all;
+  all.peak = warp_max(part.peak);
+  all.sum = warp_sum(part.sum * exponential(part.peak - all.shift()));
   if (uniform) {
-    part.dot += (before.shift() - shift) * before.weight;
-#pragma unroll
-    for (int j = 0; j < kHeld<A>; ++j) {
-      const int c = span_column(start, j);
-#pragma unroll
-      for (int i = 0; i < kSpan; ++i) {
-        if (c + i >= end) break;
-        const A weight = target.column(row, c + i);
-        part.dot += weight * (z.spans[j].v[i] - shift);
-        part.weight += weight;
-      }
-    }
+    all.dot = warp_sum(part.dot + (part.shift() - all.shift()) * part.weight);
+    all.weight = warp_sum(part.weight);
   }
-#pragma unroll
-  for (int j = 0; j < kHeld<A>; ++j) {
-    if (!reaches(start, j, end)) break;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) part.sum += z.spans[j].v[i] = exponential(z.spans[j].v[i] - shift);
-  }
+  return all;
 }
 
-template <typename A>
-__device__ inline void exponentials(Held<A>& z, A shift, int start, int end) {
-#pragma unroll
-  for (int j = 0; j < kHeld<A>; ++j) {
-    if (!reaches(start, j, end)) break;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) z.spans[j].v[i] = exponential(z.spans[j].v[i] - shift);
-  }
-}
-
-template <typename T>
-__device__ inline void store_span(T* to, const Vector<Acc<T>, kSpan>& value) {
-  Vector<T, kSpan> narrowed;
-#pragma unroll
-  for (int i = 0; i < kSpan; ++i) narrowed.v[i] = narrow<T>(value.v[i]);
-  store(to, narrowed);
-}
-
-// A block takes a part of the samples of one row (gridDim.y parts; one where they are paired). An item is a sample, or
-// where kPaired a pair of them, whose odd one has the logits scale * (base - raw) + bias, base being the row's last GEMM
-// row. The warps share the items, or where there are fewer samples than warps, the columns of each. Up to kHeldColumns
-// classes stay in registers between loss and gradient; wider rows are read again.
+// A block takes a part of the samples of one row (gridDim.y parts; one where they are paired), a team of p.pieces warps
+// an item: a sample, or where kPaired a pair of them, whose odd one has the logits scale * (base - raw) + bias, base
+// being the row's last GEMM row. A lane has one span of columns; only where kWide they do not cover a row, and Z is
+// read a second time. Little code, since every warp fetches all of it for few elements.
 // Bytes: rows K C (4 + sizeof(T)) over 4.8 TB/s, 2.6 us at 256 rows, K = 8, C = 1000, bfloat16, less where Z is still
-// in L2. Operations: an exponential and about 20 more an element over 34e12, 1.5 us.
-template <typename T, bool kPaired>
-__global__ void __launch_bounds__(kThreads, kPaired || sizeof(T) == 8 ? 1 : 2)
+// in L2. Operations: an exponential and about 40 more an element over 34e12, 2.5 us.
+template <typename T, bool kPaired, bool kWide>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)
     cross_entropy_kernel(const __grid_constant__ CrossEntropyParams<T> p) {
   using A = Acc<T>;
+  using Span = Vector<A, kSpan>;
   constexpr int kEach = kPaired ? 2 : 1;  // samples an item
   constexpr A kPairedScale = 2;
-  constexpr int kStretch = kHeldColumns<A>;
-  __shared__ Part<A> parts[kSliceSamples];
-  __shared__ A peaks[kSliceSamples], rates[kSliceSamples], losses[kSliceSamples];
+  // of one item and the next, so that a barrier an item is enough
+  __shared__ Part<A> parts[2][kWarps][kEach];
+  __shared__ A chosen[2][kWarps][kEach][2];  // the logits of the two classes of a team's row
+  __shared__ A team_losses[kWarps];
   const SamplePlan& plan = p.slice.plan;
   const int classes = int(p.target.classes);
   const int64_t row = p.first_row + blockIdx.x, gemm_row = int64_t(blockIdx.x) * plan.gemm_rows;
   const unsigned all = plan.averaged ? 1 : unsigned(plan.samples);
   const int begin = all * blockIdx.y / gridDim.y, count = int(all * (blockIdx.y + 1) / gridDim.y) - begin;
-  if (count == 0) return;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int team = warp / p.pieces, teams = blockDim.x / kWarp / p.pieces;
+  const int first_column = (warp % p.pieces * kWarp + lane) * kSpan, stretch = p.pieces * kWarpColumns;
+  const bool leads = warp % p.pieces == 0 && lane == 0;
   const HeadStats<A> stats = *p.stats;
   const ClassTarget<A> goal = p.target.row(row, stats.class_weight_sum);
   const bool dense = p.target.probabilities != nullptr, uniform = dense || goal.uniform != 0;
@@ -231,184 +160,223 @@ __global__ void __launch_bounds__(kThreads, kPaired || sizeof(T) == 8 ? 1 : 2)
     return;
   }
 
-  const int items = (count + kEach - 1) / kEach;
-  const int pieces = kPaired || count >= warps ? 1 : warps / count;  // of an item's columns
-  const int piece_columns = (classes + pieces * kSpan - 1) / (pieces * kSpan) * kSpan;
+  const int items = (count + kEach - 1) / kEach, a = int(goal.a), b = int(goal.b);
   const A* raw_rows = p.logits + (gemm_row + begin) * p.stride;
   const A* base_row = p.logits + (gemm_row + plan.gemm_rows - 1) * p.stride;
-  const auto scale = [&](int local) {
-    return plan.averaged ? A(1) : scale_of<A>(p.table.mask(p.slice.first + begin + local));
-  };
-  // logits [start, end) of an item's samples
-  const auto read = [&](int item, Held<A>(&z)[kEach], int start, int end) {
-    load_spans(raw_rows + item * p.stride, z[0], start, end);
-    if constexpr (kPaired) {
-      load_spans(base_row, z[1], start, end);
+  const auto raw_span = [&](const A* row, int c) { return c < classes ? load<A, kSpan>(row + c) : Span{}; };
+  const auto bias_span = [&](int c) {
+    Span bias{};
+    if (p.bias && c + kSpan <= classes) {
+      const Vector<T, kSpan> values = load<T, kSpan>(p.bias + c);
 #pragma unroll
-      for (int j = 0; j < kHeld<A>; ++j)
-#pragma unroll
-        for (int i = 0; i < kSpan; ++i) z[1].spans[j].v[i] -= z[0].spans[j].v[i];
-      finish_logits(p.bias, z[1], kPairedScale, start, end);
+      for (int i = 0; i < kSpan; ++i) bias.v[i] = widen(values.v[i]);
+    } else if (p.bias) {
+      for (int i = 0; i < kSpan; ++i)
+        if (c + i < classes) bias.v[i] = widen(p.bias[c + i]);
     }
-    finish_logits(p.bias, z[0], kPaired ? kPairedScale : scale(item), start, end);
+    return bias;
   };
-
-  Held<A> z[kEach];
-  for (int unit = warp; unit < items * pieces; unit += warps) {
-    const int item = unit / pieces;
-    const int from = unit % pieces * piece_columns, to = min(from + piece_columns, classes);
-    Part<A> part[kEach];
+  const auto scale = [&](int item) {
+    return kPaired ? kPairedScale : plan.averaged ? A(1) : scale_of<A>(p.table.mask(p.slice.first + begin + item));
+  };
+  // of sample s of an item; -inf beyond the classes
+  const auto logits = [&](const Span& raw, const Span& base, const Span& bias, int s, A scale, int c) {
+    Span z;
 #pragma unroll
-    for (int s = 0; s < kEach; ++s) part[s] = {A(-INFINITY), A(0), A(0), A(0)};
-    for (int start = from; start < to; start += kStretch) {
-      read(item, z, start, to);
-#pragma unroll
-      for (int s = 0; s < kEach; ++s) take(part[s], z[s], p.target, row, uniform, start, to);
+    for (int i = 0; i < kSpan; ++i) {
+      const A value = s == 0 ? raw.v[i] : base.v[i] - raw.v[i];
+      z.v[i] = c + i < classes ? value * scale + bias.v[i] : A(-INFINITY);
     }
+    return z;
+  };
+  // into a lane's part; z becomes exp(z - part.shift())
+  const auto take = [&](Part<A>& part, Span& z, int c) {
+    Part<A> mine;
 #pragma unroll
-    for (int s = 0; s < kEach; ++s) {
-      part[s].sum = warp_sum(part[s].sum);
-      if (uniform) {
-        part[s].dot = warp_sum(part[s].dot);
-        part[s].weight = warp_sum(part[s].weight);
+    for (int i = 0; i < kSpan; ++i) mine.peak = fmax(mine.peak, z.v[i]);
+    if (kWide) mine.peak = fmax(mine.peak, part.peak);
+    if (uniform) {
+      for (int i = 0; i < kSpan && c + i < classes; ++i) {
+        const A weight = p.target.column(row, c + i);
+        mine.dot += weight * (z.v[i] - mine.shift());
+        mine.weight += weight;
       }
-      if (lane == 0 && unit * kEach + s < kSliceSamples) parts[unit * kEach + s] = part[s];
     }
-  }
-  const bool held = items * pieces <= warps && piece_columns <= kStretch;  // z is what the gradient needs
-  __syncthreads();
-
-  if (int(threadIdx.x) < count) {
-    const int local = threadIdx.x;
-    const Part<A>* mine = parts + local * pieces;
-    A peak = -INFINITY, sum = 0, dot = 0, weight = 0;
-    for (int i = 0; i < pieces; ++i) peak = fmax(peak, mine[i].peak);
-    for (int i = 0; i < pieces; ++i) {
-      sum += mine[i].sum * (mine[i].peak == peak ? A(1) : std::exp(mine[i].peak - peak));
-      dot += mine[i].dot + (mine[i].shift() - peak) * mine[i].weight;
-      weight += mine[i].weight;
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) mine.sum += z.v[i] = exponential(z.v[i] - mine.shift());
+    if (kWide) {
+      part.add(mine);
+    } else {
+      part = mine;
     }
-    const A* raw = raw_rows + local / kEach * p.stride;
-    const auto logit = [&](int64_t c) {
-      const A value = kPaired && local % 2 ? base_row[c] - raw[c] : raw[c];
-      return value * scale(local) + (p.bias ? widen(p.bias[c]) : A(0));
-    };
-    const A total = dense ? weight : goal.total;
-    A value = total * std::log(sum);
-    if (goal.a_coefficient != 0) value -= goal.a_coefficient * (logit(goal.a) - peak);
-    if (goal.b_coefficient != 0) value -= goal.b_coefficient * (logit(goal.b) - peak);
-    if (uniform) value -= goal.uniform * dot;
-    peaks[local] = peak;
-    rates[local] = total / sum;
-    losses[local] = value;
-  }
-  __syncthreads();
-
-  if (loss && threadIdx.x == 0) {
-    A sum = p.slice.first == 0 ? A(0) : *loss;
-    for (int i = 0; i < count; ++i) sum += losses[i];
-    *loss = sum;
-  }
-  if (!p.gradient) return;
-
+  };
+  const auto note_chosen = [&](const Span& z, int c, int turn, int s) {
+    if (unsigned(a - c) >= kSpan && unsigned(b - c) >= kSpan) return;
+    for (int i = 0; i < kSpan; ++i) {
+      if (c + i == a) chosen[turn % 2][team][s][0] = z.v[i];
+      if (c + i == b) chosen[turn % 2][team][s][1] = z.v[i];
+    }
+  };
+  // a sample's sums over all of its team's columns
+  const auto whole = [&](int turn, int s) {
+    const Part<A>(*mine)[kEach] = parts[turn % 2] + team * p.pieces;
+    Part<A> sum;
+    for (int i = 0; i < p.pieces; ++i) sum.peak = fmax(sum.peak, mine[i][s].peak);
+    for (int i = 0; i < p.pieces; ++i) {
+      sum.sum += mine[i][s].sum * exponential(mine[i][s].peak - sum.shift());
+      if (uniform) {
+        sum.dot += mine[i][s].dot + (mine[i][s].shift() - sum.shift()) * mine[i][s].weight;
+        sum.weight += mine[i][s].weight;
+      }
+    }
+    return sum;
+  };
+  const auto total = [&](const Part<A>& sum) { return dense ? sum.weight : goal.total; };
+  const auto loss_of = [&](const Part<A>& sum, int turn, int s) {
+    A value = total(sum) * std::log(sum.sum);
+    if (goal.a_coefficient != 0) value -= goal.a_coefficient * (chosen[turn % 2][team][s][0] - sum.shift());
+    if (goal.b_coefficient != 0) value -= goal.b_coefficient * (chosen[turn % 2][team][s][1] - sum.shift());
+    if (uniform) value -= goal.uniform * sum.dot;
+    return value;
+  };
   // scales other than the largest, which is in gradient_factor, come in `relative`
   const A factor = (p.early ? stats.gradient_factor : A(1)) * (p.upstream ? p.upstream[row] : A(1));
-  T* gradients = p.gradient + (gemm_row + begin) * p.stride;
-  const int a = int(goal.a), b = int(goal.b);
-  // g -= times * target's part of the gradient
-  const auto subtract_target = [&](Vector<A, kSpan>& g, int c, A times) {
+  const auto relative = [&](int item) { return plan.averaged ? factor : factor * (scale(item) / p.largest_scale); };
+  T* gradients = p.gradient ? p.gradient + (gemm_row + begin) * p.stride : nullptr;
+  // g less `times` the target's part of it, rounded
+  const auto store_gradient = [&](int64_t gradient_row, Span g, int c, A times) {
     if (uniform) {
+      for (int i = 0; i < kSpan && c + i < classes; ++i)
+        g.v[i] -= times * goal.uniform * p.target.column(row, c + i);
+    }
+    if (unsigned(a - c) < kSpan || unsigned(b - c) < kSpan) {
 #pragma unroll
       for (int i = 0; i < kSpan; ++i)
-        if (c + i < classes) g.v[i] -= times * goal.uniform * p.target.column(row, c + i);
+        g.v[i] -= times * ((c + i == a ? goal.a_coefficient : A(0)) + (c + i == b ? goal.b_coefficient : A(0)));
     }
-    if (unsigned(a - c) >= kSpan && unsigned(b - c) >= kSpan) return;
+    Vector<T, kSpan> rounded;
 #pragma unroll
-    for (int i = 0; i < kSpan; ++i)
-      g.v[i] -= times * ((c + i == a ? goal.a_coefficient : A(0)) + (c + i == b ? goal.b_coefficient : A(0)));
+    for (int i = 0; i < kSpan; ++i) rounded.v[i] = narrow<T>(g.v[i]);
+    store(gradients + gradient_row * p.stride + c, rounded);
   };
-  // what makes softmax times the row's total of the exponentials that take() or exponentials() left
-  const auto rate = [&](int local, const Part<A>& part) {
-    if (part.peak == peaks[local]) return rates[local];
-    return (part.peak == -INFINITY ? A(0) : std::exp(part.peak - peaks[local])) * rates[local];
+  // e: the exponentials of an item's samples, times[s] what makes gradients of them. An odd sample's logits are
+  // base - even: its gradient goes to the base row and, negated, to the even one, where the targets of the two cancel.
+  const auto gradient = [&](int item, const Span (&e)[kEach], const A (&times)[kEach], Span& odd_sum, int c) {
+    if (c >= classes) return;
+    Span g;
+    const bool has_odd = kPaired && 2 * item + 1 < count;
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      g.v[i] = e[0].v[i] * times[0];
+      if (has_odd) {
+        const A odd = e[kEach - 1].v[i] * times[kEach - 1];
+        g.v[i] -= odd;
+        odd_sum.v[i] += odd;
+      }
+    }
+    store_gradient(item, g, c, has_odd ? A(0) : relative(item));
   };
-  if constexpr (!kPaired) {
-    for (int unit = warp; unit < items * pieces; unit += warps) {
-      const int item = unit / pieces;
-      const Part<A> part = parts[unit];
-      const A relative = factor * (plan.averaged ? A(1) : scale(item) / p.largest_scale);
-      const A times = rate(item, part) * relative;
-      T* gradient = gradients + item * p.stride;
-      const int from = unit % pieces * piece_columns, to = min(from + piece_columns, classes);
-      for (int start = from; start < to; start += kStretch) {
-        if (!held) {
-          read(item, z, start, to);
-          exponentials(z[0], part.shift(), start, to);
-        }
+
+  A team_loss = 0;
+  const int turns = (items + teams - 1) / teams;
+  if constexpr (!kWide) {
+    const int c = first_column;
+    const Span bias = bias_span(c), base = kPaired ? raw_span(base_row, c) : Span{};
+    Span odd_sum{};
+    Span raw = team < items ? raw_span(raw_rows + team * p.stride, c) : Span{};
+    for (int turn = 0; turn < turns; ++turn) {
+      const int item = turn * teams + team;
+      Span e[kEach];
+      Part<A> part[kEach];
 #pragma unroll
-        for (int j = 0; j < kHeld<A>; ++j) {
-          const int c = span_column(start, j);
-          if (c >= to) break;
-          Vector<A, kSpan> g;
+      for (int s = 0; s < kEach; ++s) {
+        e[s] = logits(raw, base, bias, s, scale(min(item, items - 1)), c);
+        note_chosen(e[s], c, turn, s);
+        take(part[s], e[s], c);
+        const Part<A> of_warp = warp_part(part[s], uniform);
+        if (lane == 0) parts[turn % 2][warp][s] = of_warp;
+      }
+      if (item + teams < items) raw = raw_span(raw_rows + (item + teams) * p.stride, c);
+      __syncthreads();
+      if (item >= items) continue;
+      A times[kEach];
 #pragma unroll
-          for (int i = 0; i < kSpan; ++i) g.v[i] = z[0].spans[j].v[i] * times;
-          subtract_target(g, c, relative);
-          store_span(gradient + c, g);
-        }
+      for (int s = 0; s < kEach; ++s) {
+        const Part<A> sum = whole(turn, s);
+        if (leads && item * kEach + s < count) team_loss += loss_of(sum, turn, s);
+        times[s] = exponential(part[s].peak - sum.shift()) * (total(sum) / sum.sum) * relative(item);
+      }
+      if (gradients) gradient(item, e, times, odd_sum, c);
+    }
+    if (kPaired && gradients) {
+      __shared__ Span odd_sums[kWarps][kWarp];
+      odd_sums[warp][lane] = odd_sum;
+      __syncthreads();
+      if (team == 0 && c < classes) {
+        for (int other = 1; other < teams; ++other)
+#pragma unroll
+          for (int i = 0; i < kSpan; ++i) odd_sum.v[i] += odd_sums[other * p.pieces + warp][lane].v[i];
+        store_gradient(plan.gemm_rows - 1, odd_sum, c, relative(0) * A(count / 2));
       }
     }
   } else {
-    // an odd sample's logits are base - even: its gradient goes to the base row and, negated, to the even one, where
-    // the targets of the two cancel
-    __shared__ Vector<A, kSpan> odd_sums[kWarps][kStretch / kSpan];
-    const A relative = factor * (kPairedScale / p.largest_scale);
-    for (int start = 0; start < classes; start += kStretch) {
-      Held<A> odd_sum = {};
-      for (int pair = warp; pair < items; pair += warps) {
-        const bool has_odd = 2 * pair + 1 < count;
-        const Part<A> even_part = parts[2 * pair], odd_part = parts[2 * pair + has_odd];
-        if (!held) {
-          read(pair, z, start, classes);
-          exponentials(z[0], even_part.shift(), start, classes);
-          exponentials(z[1], odd_part.shift(), start, classes);
-        }
-        const A even_times = rate(2 * pair, even_part) * relative;
-        const A odd_times = rate(2 * pair + has_odd, odd_part) * relative;
-        T* gradient = gradients + pair * p.stride;
+    __shared__ A shifts[kSliceSamples], rates[kSliceSamples];
+    for (int turn = 0; turn < turns; ++turn) {  // one team
+      Part<A> part[kEach];
+      for (int start = 0; start < classes; start += stretch) {
+        const int c = start + first_column;
+        const Span bias = bias_span(c), raw = raw_span(raw_rows + turn * p.stride, c);
+        const Span base = kPaired ? raw_span(base_row, c) : Span{};
 #pragma unroll
-        for (int j = 0; j < kHeld<A>; ++j) {
-          const int c = span_column(start, j);
-          if (c >= classes) break;
-          Vector<A, kSpan> g;
-#pragma unroll
-          for (int i = 0; i < kSpan; ++i) g.v[i] = z[0].spans[j].v[i] * even_times;
-          if (has_odd) {
-#pragma unroll
-            for (int i = 0; i < kSpan; ++i) {
-              const A odd = z[1].spans[j].v[i] * odd_times;
-              odd_sum.spans[j].v[i] += odd;
-              g.v[i] -= odd;
-            }
-          } else {
-            subtract_target(g, c, relative);
-          }
-          store_span(gradient + c, g);
+        for (int s = 0; s < kEach; ++s) {
+          Span z = logits(raw, base, bias, s, scale(turn), c);
+          note_chosen(z, c, turn, s);
+          take(part[s], z, c);
         }
       }
 #pragma unroll
-      for (int j = 0; j < kHeld<A>; ++j) odd_sums[warp][j * kWarp + lane] = odd_sum.spans[j];
-      __syncthreads();
-      for (int span = threadIdx.x; span < kStretch / kSpan && start + span * kSpan < classes; span += blockDim.x) {
-        Vector<A, kSpan> sum = odd_sums[0][span];
-        for (int other = 1; other < min(warps, items); ++other)
-#pragma unroll
-          for (int i = 0; i < kSpan; ++i) sum.v[i] += odd_sums[other][span].v[i];
-        subtract_target(sum, start + span * kSpan, relative * A(count / 2));
-        store_span(gradients + (plan.gemm_rows - 1) * p.stride + start + span * kSpan, sum);
+      for (int s = 0; s < kEach; ++s) {
+        const Part<A> of_warp = warp_part(part[s], uniform);
+        if (lane == 0) parts[turn % 2][warp][s] = of_warp;
       }
       __syncthreads();
+      for (int s = 0; s < kEach && turn * kEach + s < count && leads; ++s) {
+        const Part<A> sum = whole(turn, s);
+        team_loss += loss_of(sum, turn, s);
+        shifts[turn * kEach + s] = sum.shift();
+        rates[turn * kEach + s] = total(sum) / sum.sum;
+      }
+    }
+    __syncthreads();
+    for (int start = 0; start < classes && gradients; start += stretch) {
+      const int c = start + first_column;
+      const Span bias = bias_span(c), base = kPaired ? raw_span(base_row, c) : Span{};
+      Span odd_sum{};
+      for (int item = 0; item < items; ++item) {
+        const Span raw = raw_span(raw_rows + item * p.stride, c);
+        Span e[kEach];
+        A times[kEach];
+#pragma unroll
+        for (int s = 0; s < kEach; ++s) {
+          const int local = min(item * kEach + s, count - 1);
+          e[s] = logits(raw, base, bias, s, scale(item), c);
+#pragma unroll
+          for (int i = 0; i < kSpan; ++i) e[s].v[i] = exponential(e[s].v[i] - shifts[local]);
+          times[s] = rates[local] * relative(item);
+        }
+        gradient(item, e, times, odd_sum, c);
+      }
+      if (kPaired && c < classes) store_gradient(plan.gemm_rows - 1, odd_sum, c, relative(0) * A(count / 2));
     }
   }
+
+  if (!loss) return;
+  if (leads) team_losses[team] = team_loss;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  A sum = p.slice.first == 0 ? A(0) : *loss;
+  for (int i = 0; i < teams; ++i) sum += team_losses[i];
+  *loss = sum;
 }
 
 // What takes a row of G back to the gradient of the bias: the dropout scale out, a paired base row for both of a pair.

@@ -110,6 +110,7 @@ struct Case {
   Reduction reduction = Reduction::kMean;
   int64_t chunk_rows = 3, slice_samples = kSliceSamples;
   unsigned parts = 1;  // of a row's samples, one block each
+  int teams = 3;       // of warps in a block, as far as they fit
   int64_t bad_class = -1;  // of row 1
 };
 
@@ -258,6 +259,9 @@ void test_head(const Case& c, const std::string& name) {
 
   const int64_t stride = (c.classes + kGroup - 1) / kGroup * kGroup;
   const unsigned bias_parts = 3;
+  const bool wide = c.classes > kWarps * kWarpColumns;
+  const int pieces = c.classes > 512 ? 8 : c.classes > 256 ? 4 : c.classes > 128 ? 2 : 1;
+  const int teams = wide ? 1 : std::min(c.teams, kWarps / pieces);
   Buffer<A> losses(c.rows * c.parts), weight_sum(c.classes * c.features), bias_partials(bias_parts * c.classes);
   Buffer<Out> grad_input(c.rows * c.features), grad_weight(c.classes * c.features), grad_bias(c.classes);
   const int64_t most = c.combine_logits ? c.samples : c.slice_samples;
@@ -293,10 +297,11 @@ void test_head(const Case& c, const std::string& name) {
       if constexpr (std::is_same_v<T, A>) gradient = logits.data();
       const CrossEntropyParams<T> loss{logits.data(), gradient, c.bias ? t.bias.data() : nullptr,
                                        per_row ? t.upstream.data() : nullptr, stats.data(), losses.data(), first_row,
-                                       stride, A(largest_scale), !kLate, target, slice, table};
-      const auto kernel = plan.paired ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>;
-      const unsigned threads = plan.paired ? kWarp * unsigned(std::min<int64_t>(kWarps, k - 1)) : kThreads;
-      shim::launch(kernel, {unsigned(rows), c.parts}, {threads}, 0, loss);
+                                       stride, pieces, A(largest_scale), !kLate, target, slice, table};
+      const auto kernel = plan.paired ? wide ? cross_entropy_kernel<T, true, true> : cross_entropy_kernel<T, true, false>
+                          : wide      ? cross_entropy_kernel<T, false, true>
+                                      : cross_entropy_kernel<T, false, false>;
+      shim::launch(kernel, {unsigned(rows), c.parts}, {unsigned(kWarp * pieces * teams)}, 0, loss);
       const bool begin = first_row == 0 && first == 0, last = first + most >= c.samples;
       multiply(weight_sum.data(), c.features, gradient, 1, stride, packed.data(), c.features, 1, c.classes, gemm_rows,
                c.features, !begin);
@@ -374,7 +379,7 @@ void test_shapes() {
       }
     }
   }
-  for (const int64_t classes : {1, 2, 31, 100, 1024, 1311, 2500}) {
+  for (const int64_t classes : {1, 2, 31, 100, 200, 300, 1024, 1311, 2500}) {
     test_head<float>({.rows = 2, .features = 16, .classes = classes, .samples = 2, .chunk_rows = 2},
                      "C = " + std::to_string(classes));
     test_head<float>(
@@ -437,10 +442,9 @@ void test_hostile_rows() {
     const HeadStats<float> stats{float(classes), 1, 1};
     const SamplePlan plan = sample_plan(thresholds, antithetic ? 4 : 3, antithetic, false);
     const CrossEntropyParams<T> params{logits.data(), gradients ? gradient.data() : nullptr, nullptr, nullptr, &stats,
-                                       losses.data(), 0, classes, 2.0f, true, target, {0, plan}, table};
-    const unsigned threads = antithetic ? 2 * kWarp : kThreads;
-    shim::launch(antithetic ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>, {3}, {threads}, 0,
-                 params);
+                                       losses.data(), 0, classes, 1, 2.0f, true, target, {0, plan}, table};
+    shim::launch(antithetic ? cross_entropy_kernel<T, true, false> : cross_entropy_kernel<T, false, false>, {3},
+                 {2 * kWarp}, 0, params);
     for (int64_t row = 0; row < 3; ++row) {
       const bool is_nan = row == 1 && !ignored;
       CHECK_EQUAL(std::isnan(losses[row]), is_nan || std::isinf(losses[row]), "loss of row %lld", (long long)row);
