@@ -173,7 +173,7 @@ def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool) -> tuple[list[
 
 
 def decide_sources(root: Path, cuda: bool) -> list[str]:
-    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if cuda else [])
+    patterns = ["csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if cuda else [])
     return sorted(str(p.relative_to(root)) for pattern in patterns for p in root.glob(pattern))
 
 

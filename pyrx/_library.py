@@ -59,17 +59,19 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[[Any], Callable[..., Any]] | None = None,
     setup_context: Callable[..., None] | None = None,
+    native_autograd: bool = False,
 ) -> None:
     """Defines `name` + `schema` in both namespaces. `backward(namespace)` gives the formula over that namespace's ops.
 
-    The C++ kernels of the native op register themselves when the extension is loaded; the Triton op's kernel is the
-    function of the same name in pyrx._triton.<row>.
+    The C++ kernels of the native op register themselves when the extension is loaded, with `native_autograd` its
+    formula too; the Triton op's kernel is the function of the same name in pyrx._triton.<row>.
     """
     for library in (NATIVE, TRITON):
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"{library.ns}::{name}"
         torch.library.register_fake(qualified, fake, lib=library)
-        if backward is not None and setup_context is not None:
+        native = native_autograd and library is NATIVE
+        if backward is not None and setup_context is not None and not native:
             ops = getattr(torch.ops, library.ns)
             kernel = _autograd_kernel(getattr(ops, name).default, setup_context, backward(ops))
             library.impl(name, kernel, "Autograd", with_keyset=True)

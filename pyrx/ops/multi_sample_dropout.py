@@ -293,6 +293,7 @@ _library.define(
     _head_fake,
     _head_backward,
     _head_setup,
+    native_autograd=True,
 )
 _library.define(
     ROW,

@@ -1,0 +1,154 @@
+// The head's autograd formula over the native backends. In C++, since a Python one costs a small head as much as its
+// kernels: about 50 us a step. pyrx/ops/multi_sample_dropout.py has the same formula for Triton's kernels.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/mul.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include <array>
+#include <string>
+#include <string_view>
+#include <tuple>
+
+namespace pyrx {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Needs = std::array<bool, 3>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+#define PYRX_HEAD "pyrx::multi_sample_dropout_cross_entropy"
+
+#define PYRX_HEAD_TENSORS                                                                                      \
+  const Tensor &input, const Tensor &linear_weight, const OptionalTensor &linear_bias, const Tensor &target,   \
+      const OptionalTensor &target_b, const OptionalTensor &lam, const OptionalTensor &weight, const Tensor &seed
+#define PYRX_HEAD_OPTIONS \
+  at::IntArrayRef thresholds, bool antithetic, bool combine_logits, int64_t ignore_index, double label_smoothing
+
+template <typename Signature>
+const auto& find(const char* name) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  return op;
+}
+
+Outputs head_below(PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS, std::string_view reduction, Needs needs_grad,
+                   at::ScalarType loss_dtype) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return find<decltype(head_below)>(PYRX_HEAD)
+      .call(input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, antithetic,
+            combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype);
+}
+
+using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS, Needs);
+using Scale = void(Tensor, Tensor, Tensor, const Tensor&);
+
+// Neither traced nor transformed.
+bool is_plain(const Tensor& tensor) {
+  using enum c10::DispatchKey;
+  return !tensor.key_set().has_any(
+      c10::DispatchKeySet{Python, Functionalize, FuncTorchBatched, FuncTorchGradWrapper});
+}
+
+class HeadFunction : public torch::autograd::Function<HeadFunction> {
+ public:
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, PYRX_HEAD_TENSORS,
+                                                PYRX_HEAD_OPTIONS, std::string_view reduction, Needs needs_grad,
+                                                at::ScalarType loss_dtype) {
+    auto [loss, grad_input, grad_weight, grad_bias] =
+        head_below(input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, antithetic,
+                   combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype);
+    context->mark_non_differentiable({grad_input, grad_weight, grad_bias});
+    context->set_materialize_grads(false);
+    auto& saved = context->saved_data;
+    const bool recompute = reduction == "none";
+    saved["recompute"] = recompute;
+    saved["needs_grad"] = int64_t(needs_grad[0] | needs_grad[1] << 1 | needs_grad[2] << 2);
+    if (recompute) {
+      const auto or_undefined = [](const OptionalTensor& tensor) { return tensor.value_or(Tensor()); };
+      context->save_for_backward({input, linear_weight, or_undefined(linear_bias), target, or_undefined(target_b),
+                                  or_undefined(lam), or_undefined(weight), seed});
+      saved["thresholds"] = thresholds;
+      saved["antithetic"] = antithetic;
+      saved["combine_logits"] = combine_logits;
+      saved["ignore_index"] = ignore_index;
+      saved["label_smoothing"] = label_smoothing;
+    } else {
+      context->save_for_backward({grad_input, grad_weight, grad_bias});
+      saved["dtype"] = input.scalar_type();
+    }
+    return {loss, grad_input, grad_weight, grad_bias};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& upstream) {
+    torch::autograd::variable_list gradients(kArguments);
+    if (!upstream[0].defined()) return gradients;
+    auto& saved = context->saved_data;
+    const int64_t needs = saved["needs_grad"].toInt();
+    torch::autograd::variable_list found =
+        saved["recompute"].toBool() ? recomputed(context, upstream[0], needs) : scaled(context, upstream[0]);
+    if (at::GradMode::is_enabled()) {
+      // create_graph: the gradients are constants here, so going through them once more must not pass
+      for (Tensor& each : found) each = each.detach().requires_grad_();
+      const auto error = std::make_shared<torch::autograd::DelayedError>(
+          PYRX_HEAD ": expected one differentiation, got a second: it has no double backward", int64_t(found.size()));
+      found = (*error)(std::move(found));
+    }
+    for (int i = 0; i < 3; ++i)
+      if (needs >> i & 1) gradients[i] = found[i];
+    return gradients;
+  }
+
+ private:
+  static constexpr size_t kArguments = 16;
+
+  static torch::autograd::variable_list recomputed(torch::autograd::AutogradContext* context, const Tensor& upstream,
+                                                   int64_t needs) {
+    auto& saved = context->saved_data;
+    const auto t = context->get_saved_variables();
+    const auto optional = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; };
+    const auto [grad_input, grad_weight, grad_bias] =
+        find<Backward>(PYRX_HEAD "_backward")
+            .call(upstream.contiguous(), t[0], t[1], optional(t[2]), t[3], optional(t[4]), optional(t[5]),
+                  optional(t[6]), t[7], saved["thresholds"].toIntVector(), saved["antithetic"].toBool(),
+                  saved["combine_logits"].toBool(), saved["ignore_index"].toInt(), saved["label_smoothing"].toDouble(),
+                  Needs{bool(needs & 1), bool(needs & 2), bool(needs & 4)});
+    return {grad_input, grad_weight, grad_bias};
+  }
+
+  // The gradients times the upstream one, which mostly is one: then no pass over them is spent. In place, unless the
+  // graph is kept: its next backward must find them as they are, whatever was done to these.
+  static torch::autograd::variable_list scaled(torch::autograd::AutogradContext* context, const Tensor& upstream) {
+    const at::ScalarType dtype = context->saved_data["dtype"].toScalarType();
+    torch::autograd::variable_list gradients = context->get_saved_variables();
+    if (is_plain(upstream) && gradients[0].scalar_type() == dtype &&
+        !torch::autograd::get_current_graph_task_keep_graph()) {
+      find<Scale>(PYRX_HEAD "_scale_").call(gradients[0], gradients[1], gradients[2], upstream);
+    } else {
+      for (Tensor& each : gradients) each = each.mul(upstream).to(dtype);
+    }
+    return gradients;
+  }
+};
+
+Outputs head(PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS, std::string_view reduction, Needs needs_grad,
+             at::ScalarType loss_dtype) {
+  const bool differentiable =
+      input.requires_grad() || linear_weight.requires_grad() || (linear_bias && linear_bias->requires_grad());
+  if (!at::GradMode::is_enabled() || !differentiable) {
+    return head_below(input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, antithetic,
+                      combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype);
+  }
+  const auto outputs =
+      HeadFunction::apply(input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, antithetic,
+                          combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype);
+  return {outputs[0], outputs[1], outputs[2], outputs[3]};
+}
+
+TORCH_LIBRARY_IMPL(pyrx, Autograd, m) { m.impl("multi_sample_dropout_cross_entropy", &head); }
+
+}  // namespace
+}  // namespace pyrx
