@@ -225,6 +225,7 @@ class Head {
   }
 
  private:
+  bool wide() const { return classes_ > kHeldColumns<A>; }
   const A* late_factor() const { return kLate ? &stats_->gradient_factor : nullptr; }
 
   Target<A> target() const {
@@ -247,10 +248,9 @@ class Head {
     chunk_rows_ = std::clamp<int64_t>(budget / gemm_rows, 1, std::max<int64_t>(rows_, 1));
     const int64_t most = chunk_rows_ * gemm_rows;
 
-    // a block takes as many samples of a row as it has teams of warps for; pairs stay together
-    pieces_ = int(std::min<uint64_t>(std::bit_ceil<uint64_t>(ceil_div(classes_, kWarpColumns)), kWarps));
+    // a block takes as many samples of a row as it has warps, or of a wide row one; pairs stay together
     const SamplePlan& plan = slices_[0].plan;
-    parts_ = plan.paired || plan.averaged ? 1 : ceil_div(plan.samples, kWarps / pieces_);
+    parts_ = plan.paired || plan.averaged ? 1 : wide() ? plan.samples : ceil_div(plan.samples, kWarps);
 
     Scratch& to = scratch_;
     to.reserve(stats_, 1);
@@ -327,6 +327,8 @@ class Head {
   }
 
   void cross_entropy(int64_t first_row, int64_t rows, const Slice& slice) {
+    const bool paired = slice.plan.paired;
+    const int items = int(slice.plan.averaged ? 1 : paired ? slice.plan.gemm_rows - 1 : slice.plan.samples);
     CrossEntropyParams<T> params{logits_,
                                  gradient_,
                                  data<T>(call_.linear_bias),
@@ -335,19 +337,21 @@ class Head {
                                  losses_,
                                  first_row,
                                  stride_,
-                                 pieces_,
+                                 items,
                                  A(largest_scale_),
                                  !kLate,
                                  target(),
                                  slice,
                                  table_};
-    const bool paired = slice.plan.paired, wide = classes_ > kWarps * kWarpColumns;
-    const int64_t items = slice.plan.averaged ? 1 : paired ? slice.plan.gemm_rows - 1 : ceil_div(slice.plan.samples, parts_);
-    const unsigned threads = kWarp * pieces_ * unsigned(std::min<int64_t>(items, kWarps / pieces_));
-    const auto kernel = paired ? wide ? cross_entropy_kernel<T, true, true> : cross_entropy_kernel<T, true, false>
-                        : wide ? cross_entropy_kernel<T, false, true>
-                               : cross_entropy_kernel<T, false, false>;
-    kernel<<<dim3{unsigned(rows), unsigned(parts_)}, threads, 0, stream()>>>(params);
+    const unsigned warps = wide() ? kWarps : unsigned(std::min<int64_t>(ceil_div(items, parts_), kWarps));
+    const bool uniform = params.target.probabilities || call_.label_smoothing != 0;
+    const auto kernel = paired ? wide()    ? cross_entropy_wide_kernel<T, true>
+                                 : uniform ? cross_entropy_kernel<T, true, true>
+                                           : cross_entropy_kernel<T, true, false>
+                        : wide()  ? cross_entropy_wide_kernel<T, false>
+                        : uniform ? cross_entropy_kernel<T, false, true>
+                                  : cross_entropy_kernel<T, false, false>;
+    kernel<<<dim3{unsigned(rows), unsigned(parts_)}, warps * kWarp, 0, stream()>>>(params);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
@@ -421,7 +425,6 @@ class Head {
   const SampleTable table_;
   std::vector<Slice> slices_;
   int64_t losses_a_row_ = 1, chunk_rows_ = 1, parts_ = 1, bias_parts_ = 1;
-  int pieces_ = 1;
   double largest_scale_ = 1;
   bool direct_weight_ = true;
   StatsParams<A> stats_params_{};

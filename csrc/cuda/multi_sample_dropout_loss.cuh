@@ -66,9 +66,12 @@ __device__ void head_stats(const StatsParams<A>& p) {
   *p.stats = {A(class_weight_sum), A(denominator == 0 ? 0.0 : p.largest_scale / denominator), A(denominator)};
 }
 
-// Columns of Z and G a lane takes at once, and a warp.
+// Columns of Z and G a lane takes at once, and how many such spans a warp's registers hold of one row.
 constexpr int kSpan = 4;
-constexpr int kWarpColumns = kWarp * kSpan;
+template <typename A>
+constexpr int kHeld = sizeof(A) == 8 ? 4 : 8;
+template <typename A>
+constexpr int kHeldColumns = kWarp * kSpan * kHeld<A>;
 
 template <typename T>
 struct CrossEntropyParams {
@@ -80,13 +83,255 @@ struct CrossEntropyParams {
   Acc<T>* losses;      // (B, gridDim.y), the sum over the samples of a block; or null
   int64_t first_row;   // of the chunk among the B rows
   int64_t stride;      // C rounded up to a multiple of kSpan at least
-  int pieces;          // warps that share a row: as many as C fills, a power of two
+  int items;           // of a row: samples, or pairs of them
   Acc<T> largest_scale;
   bool early;          // G holds stats->gradient_factor; float16's range leaves that to float32 afterwards
   Target<Acc<T>> target;
   Slice slice;
   SampleTable table;
 };
+
+// What the kernels know of their block's row.
+template <typename T>
+struct LossRow {
+  using A = Acc<T>;
+  static constexpr A kPairedScale = 2;
+  const CrossEntropyParams<T>& p;
+  int64_t row, gemm_row;
+  HeadStats<A> stats;
+  ClassTarget<A> goal;
+
+  __device__ explicit LossRow(const CrossEntropyParams<T>& params)
+      : p(params),
+        row(p.first_row + blockIdx.x),
+        gemm_row(int64_t(blockIdx.x) * p.slice.plan.gemm_rows),
+        stats(*p.stats),
+        goal(p.target.row(row, stats.class_weight_sum)) {
+    if (goal.b_coefficient == 0) goal.b = goal.a;
+  }
+
+  __device__ const A* raw(int item) const { return p.logits + (gemm_row + item) * p.stride; }
+  __device__ const A* base() const { return raw(int(p.slice.plan.gemm_rows) - 1); }
+  __device__ T* gradient(int item) const { return p.gradient + (gemm_row + item) * p.stride; }
+  __device__ T* base_gradient() const { return gradient(int(p.slice.plan.gemm_rows) - 1); }
+
+  template <bool kPaired>
+  __device__ A scale(int item) const {
+    if (kPaired) return kPairedScale;
+    return p.slice.plan.averaged ? A(1) : scale_of<A>(p.table.mask(p.slice.first + item));
+  }
+  // What makes G's row of an item from the gradient of its logits: the largest scale is in gradient_factor.
+  template <bool kPaired>
+  __device__ A factor(int item) const {
+    const A common = (p.early ? stats.gradient_factor : A(1)) * (p.upstream ? p.upstream[row] : A(1));
+    return p.slice.plan.averaged ? common : common * (scale<kPaired>(item) / p.largest_scale);
+  }
+
+  // A lane's logits of an item from column c on, of the odd one of a pair too; -inf beyond the classes.
+  template <int kEach>
+  __device__ void finish(Vector<A, kSpan> (&z)[kEach], A scale, int c) const {
+    const int left = int(p.target.classes) - c;
+    Vector<T, kSpan> bias;
+    if (p.bias && left >= kSpan) {
+      bias = load<T, kSpan>(p.bias + c);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) bias.v[i] = p.bias && left > i ? p.bias[c + i] : narrow<T>(0);
+    }
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      if (kEach == 2) z[kEach - 1].v[i] -= z[0].v[i];
+#pragma unroll
+      for (int s = 0; s < kEach; ++s)
+        z[s].v[i] = left > i ? z[s].v[i] * scale + widen(bias.v[i]) : A(-INFINITY);
+    }
+  }
+
+  // The logit of a class, for a sample s of an item.
+  __device__ A logit(int item, int s, A scale, int64_t c) const {
+    const A value = s == 0 ? raw(item)[c] : base()[c] - raw(item)[c];
+    return value * scale + (p.bias ? widen(p.bias[c]) : A(0));
+  }
+
+  // g -= times * the target's part of a sample's gradient
+  template <bool kUniform>
+  __device__ void subtract_target(Vector<A, kSpan>& g, int c, A times) const {
+    if constexpr (kUniform) {
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i)
+        if (c + i < p.target.classes) g.v[i] -= times * goal.uniform * p.target.column(row, c + i);
+    }
+    const int a = int(goal.a), b = int(goal.b);
+    if (unsigned(a - c) >= kSpan && unsigned(b - c) >= kSpan) return;
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i)
+      g.v[i] -= times * ((c + i == a ? goal.a_coefficient : A(0)) + (c + i == b ? goal.b_coefficient : A(0)));
+  }
+
+  // Of one sample: the logits of its classes; dot and weight are sums over the columns within goal.uniform, relative
+  // to shift.
+  struct Sums {
+    A a, b, shift, sum = 0, dot = 0, weight = 0;
+  };
+  __device__ A total(const Sums& sums) const { return p.target.probabilities ? sums.weight : goal.total; }
+  __device__ A loss(const Sums& sums) const {
+    A value = total(sums) * std::log(sums.sum);
+    if (goal.a_coefficient != 0) value -= goal.a_coefficient * (sums.a - sums.shift);
+    if (goal.b_coefficient != 0) value -= goal.b_coefficient * (sums.b - sums.shift);
+    return value - (goal.uniform != 0 ? goal.uniform * sums.dot : A(0));
+  }
+
+  // An ignored row counts nothing, whatever its logits are.
+  __device__ void ignore(A* loss) const {
+    if (loss && threadIdx.x == 0 && p.slice.first == 0) *loss = 0;
+    if (!p.gradient || blockIdx.y != 0) return;
+    T* to = gradient(0);
+    for (int64_t i = threadIdx.x; i < p.slice.plan.gemm_rows * p.stride; i += blockDim.x) to[i] = narrow<T>(0);
+  }
+};
+
+template <typename T>
+__device__ inline void store_span(T* to, const Vector<Acc<T>, kSpan>& value) {
+  Vector<T, kSpan> rounded;
+#pragma unroll
+  for (int i = 0; i < kSpan; ++i) rounded.v[i] = narrow<T>(value.v[i]);
+  store(to, rounded);
+}
+
+// Adds the warps' losses (their lane 0's) to the row's.
+template <typename A>
+__device__ inline void add_losses(A* row_loss, A loss, bool first) {
+  __shared__ A losses[kWarps];
+  if (!row_loss) return;
+  if (threadIdx.x % kWarp == 0) losses[threadIdx.x / kWarp] = loss;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  A sum = first ? A(0) : *row_loss;
+  for (int i = 0; i < int(blockDim.x) / kWarp; ++i) sum += losses[i];
+  *row_loss = sum;
+}
+
+// Up to kHeldColumns classes. A block has a row, or gridDim.y of them its samples where they are not paired; a warp
+// takes item after item, all of a GEMM row in its registers from loss to gradient, so that it waits for no other. An
+// item is a sample, or where kPaired a pair, whose odd one has the logits scale * (base - raw) + bias, base being the
+// row's last GEMM row. kUniform: ClassTarget::uniform is not always 0.
+// Bytes: rows K C (4 + sizeof(T)) over 4.8 TB/s, 2.6 us at 256 rows, K = 8, C = 1000, bfloat16, less where Z is still
+// in L2. Operations: an exponential and about 20 more an element over 34e12, 1.5 us.
+template <typename T, bool kPaired, bool kUniform>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kPaired ? 1 : 2)
+    cross_entropy_kernel(const __grid_constant__ CrossEntropyParams<T> p) {
+  using A = Acc<T>;
+  using Span = Vector<A, kSpan>;
+  constexpr int kEach = kPaired ? 2 : 1;
+  const LossRow<T> row(p);
+  const int classes = int(p.target.classes), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int warps = blockDim.x / kWarp, columns = (classes + kSpan - 1) / kSpan;  // in spans
+  A* row_loss = p.losses ? p.losses + row.row * gridDim.y + blockIdx.y : nullptr;
+  if (!row.goal.counts) return row.ignore(row_loss);
+
+  A loss = 0;
+  Span odd_sum[kPaired ? kHeld<A> : 1] = {};
+  for (int item = blockIdx.y * warps + warp; item < p.items; item += gridDim.y * warps) {
+    const A scale = row.template scale<kPaired>(item), factor = row.template factor<kPaired>(item);
+    const A* raw = row.raw(item);
+    const bool has_odd = kPaired && 2 * item + 1 < p.slice.plan.samples;
+    Span z[kHeld<A>][kEach];
+#pragma unroll
+    for (int j = 0; j < kHeld<A>; ++j) {
+      const int span = j * kWarp + lane;
+      z[j][0] = span < columns ? load<A, kSpan>(raw + span * kSpan) : Span{};
+      if constexpr (kPaired) z[j][1] = span < columns ? load<A, kSpan>(row.base() + span * kSpan) : Span{};
+    }
+    A peak[kEach];
+    typename LossRow<T>::Sums sums[kEach];
+#pragma unroll
+    for (int s = 0; s < kEach; ++s) {
+      peak[s] = -INFINITY;
+      // before any lane may have written G over Z
+      sums[s].a = row.logit(item, s, scale, row.goal.a);
+      sums[s].b = row.logit(item, s, scale, row.goal.b);
+    }
+#pragma unroll
+    for (int j = 0; j < kHeld<A>; ++j) {
+      row.template finish<kEach>(z[j], scale, (j * kWarp + lane) * kSpan);
+#pragma unroll
+      for (int s = 0; s < kEach; ++s)
+#pragma unroll
+        for (int i = 0; i < kSpan; ++i) peak[s] = fmax(peak[s], z[j][s].v[i]);
+    }
+    A times[kEach];
+#pragma unroll
+    for (int s = 0; s < kEach; ++s) {
+      peak[s] = warp_max(peak[s]);
+      sums[s].shift = peak[s] == -INFINITY ? A(0) : peak[s];
+#pragma unroll
+      for (int j = 0; j < kHeld<A>; ++j) {
+#pragma unroll
+        for (int i = 0; i < kSpan; ++i) {
+          A& value = z[j][s].v[i];
+          value -= sums[s].shift;
+          if constexpr (kUniform) {
+            const int c = (j * kWarp + lane) * kSpan + i;
+            if (c < classes) {
+              const A weight = p.target.column(row.row, c);
+              sums[s].dot += weight * value;
+              sums[s].weight += weight;
+            }
+          }
+          sums[s].sum += value = exponential(value);
+        }
+      }
+      sums[s].sum = warp_sum(sums[s].sum);
+      if constexpr (kUniform) {
+        sums[s].dot = warp_sum(sums[s].dot);
+        sums[s].weight = warp_sum(sums[s].weight);
+      }
+      times[s] = row.total(sums[s]) / sums[s].sum * factor;
+      if (lane == 0 && (s == 0 || has_odd)) loss += row.loss(sums[s]);
+    }
+    if (!p.gradient) continue;
+    // an odd sample's gradient goes to the base row and, negated, to the even one, where the targets of the two cancel
+    T* gradient = row.gradient(item);
+#pragma unroll
+    for (int j = 0; j < kHeld<A>; ++j) {
+      const int span = j * kWarp + lane;
+      if (span >= columns) break;
+      Span g;
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) {
+        g.v[i] = z[j][0].v[i] * times[0];
+        if (has_odd) {
+          const A odd = z[j][kEach - 1].v[i] * times[kEach - 1];
+          g.v[i] -= odd;
+          odd_sum[kPaired ? j : 0].v[i] += odd;
+        }
+      }
+      if (!has_odd) row.template subtract_target<kUniform>(g, span * kSpan, factor);
+      store_span(gradient + span * kSpan, g);
+    }
+  }
+  if (kPaired && p.gradient) {
+    __shared__ Span odd_sums[kWarps][kWarp];
+    const A factor = row.template factor<true>(0) * A(p.slice.plan.samples / 2);
+#pragma unroll
+    for (int j = 0; j < (kPaired ? kHeld<A> : 0); ++j) {  // a stretch of kWarp spans after the other
+      if (j * kWarp >= columns) break;
+      odd_sums[warp][lane] = odd_sum[j];
+      __syncthreads();
+      const int span = j * kWarp + lane;
+      if (warp == j % warps && span < columns) {
+        Span sum = odd_sums[0][lane];
+        for (int other = 1; other < warps; ++other)
+#pragma unroll
+          for (int i = 0; i < kSpan; ++i) sum.v[i] += odd_sums[other][lane].v[i];
+        row.template subtract_target<kUniform>(sum, span * kSpan, factor);
+        store_span(row.base_gradient() + span * kSpan, sum);
+      }
+      __syncthreads();
+    }
+  }
+  add_losses(row_loss, loss, p.slice.first == 0);
+}
 
 // Sums of one sample over a part of the columns; sum and dot are relative to shift.
 template <typename A>
@@ -95,7 +340,6 @@ struct Part {
 
   __device__ A shift() const { return peak == -INFINITY ? A(0) : peak; }
 
-  // Adds another part, shifting this one where that one's peak is higher.
   __device__ void add(const Part& other) {
     const Part before = *this;
     peak = fmax(peak, other.peak);
@@ -106,277 +350,103 @@ struct Part {
   }
 };
 
-// The lanes' parts, added up; `uniform`: whether they have dots and weights.
-template <typename A>
-__device__ inline Part<A> warp_part(const Part<A>& part, bool uniform) {
-  Part<A> all;
-  all.peak = warp_max(part.peak);
-  all.sum = warp_sum(part.sum * exponential(part.peak - all.shift()));
-  if (uniform) {
-    all.dot = warp_sum(part.dot + (part.shift() - all.shift()) * part.weight);
-    all.weight = warp_sum(part.weight);
-  }
-  return all;
-}
-
-// A block takes a part of the samples of one row (gridDim.y parts; one where they are paired), a team of p.pieces warps
-// an item: a sample, or where kPaired a pair of them, whose odd one has the logits scale * (base - raw) + bias, base
-// being the row's last GEMM row. A lane has one span of columns; only where kWide they do not cover a row, and Z is
-// read a second time. Little code, since every warp fetches all of it for few elements.
-// Bytes: rows K C (4 + sizeof(T)) over 4.8 TB/s, 2.6 us at 256 rows, K = 8, C = 1000, bfloat16, less where Z is still
-// in L2. Operations: an exponential and about 40 more an element over 34e12, 2.5 us.
-template <typename T, bool kPaired, bool kWide>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)
-    cross_entropy_kernel(const __grid_constant__ CrossEntropyParams<T> p) {
+// Any number of classes: a block has a row, or gridDim.y of them its items where they are not paired; all its threads
+// share an item, whose logits are read once for the loss and once more for the gradient.
+// Bytes: rows K C (8 + sizeof(T)) over 4.8 TB/s. Operations: two exponentials and about 60 more an element.
+template <typename T, bool kPaired>
+__global__ void __launch_bounds__(kThreads)
+    cross_entropy_wide_kernel(const __grid_constant__ CrossEntropyParams<T> p) {
   using A = Acc<T>;
   using Span = Vector<A, kSpan>;
-  constexpr int kEach = kPaired ? 2 : 1;  // samples an item
-  constexpr A kPairedScale = 2;
-  // of one item and the next, so that a barrier an item is enough
-  __shared__ Part<A> parts[2][kWarps][kEach];
-  __shared__ A chosen[2][kWarps][kEach][2];  // the logits of the two classes of a team's row
-  __shared__ A team_losses[kWarps];
-  const SamplePlan& plan = p.slice.plan;
-  const int classes = int(p.target.classes);
-  const int64_t row = p.first_row + blockIdx.x, gemm_row = int64_t(blockIdx.x) * plan.gemm_rows;
-  const unsigned all = plan.averaged ? 1 : unsigned(plan.samples);
-  const int begin = all * blockIdx.y / gridDim.y, count = int(all * (blockIdx.y + 1) / gridDim.y) - begin;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int team = warp / p.pieces, teams = blockDim.x / kWarp / p.pieces;
-  const int first_column = (warp % p.pieces * kWarp + lane) * kSpan, stretch = p.pieces * kWarpColumns;
-  const bool leads = warp % p.pieces == 0 && lane == 0;
-  const HeadStats<A> stats = *p.stats;
-  const ClassTarget<A> goal = p.target.row(row, stats.class_weight_sum);
-  const bool dense = p.target.probabilities != nullptr, uniform = dense || goal.uniform != 0;
-  A* loss = p.losses ? p.losses + row * gridDim.y + blockIdx.y : nullptr;
+  constexpr int kEach = kPaired ? 2 : 1;
+  __shared__ Part<A> parts[kWarps][kEach];
+  __shared__ A shifts[kSliceSamples], rates[kSliceSamples];
+  const LossRow<T> row(p);
+  const int classes = int(p.target.classes), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int stretch = blockDim.x * kSpan;
+  const bool uniform = p.target.probabilities || row.goal.uniform != 0;
+  A* row_loss = p.losses ? p.losses + row.row * gridDim.y + blockIdx.y : nullptr;
+  if (!row.goal.counts) return row.ignore(row_loss);
 
-  if (!goal.counts) {  // nothing, whatever the logits are
-    if (loss && threadIdx.x == 0 && p.slice.first == 0) *loss = 0;
-    if (p.gradient) {
-      const int64_t gemm_rows = kPaired ? plan.gemm_rows : count;
-      T* to = p.gradient + (gemm_row + begin) * p.stride;
-      for (int64_t i = threadIdx.x; i < gemm_rows * p.stride; i += blockDim.x) to[i] = narrow<T>(0);
-    }
-    return;
-  }
-
-  const int items = (count + kEach - 1) / kEach, a = int(goal.a), b = int(goal.b);
-  const A* raw_rows = p.logits + (gemm_row + begin) * p.stride;
-  const A* base_row = p.logits + (gemm_row + plan.gemm_rows - 1) * p.stride;
-  const auto raw_span = [&](const A* row, int c) { return c < classes ? load<A, kSpan>(row + c) : Span{}; };
-  const auto bias_span = [&](int c) {
-    Span bias{};
-    if (p.bias && c + kSpan <= classes) {
-      const Vector<T, kSpan> values = load<T, kSpan>(p.bias + c);
-#pragma unroll
-      for (int i = 0; i < kSpan; ++i) bias.v[i] = widen(values.v[i]);
-    } else if (p.bias) {
-      for (int i = 0; i < kSpan; ++i)
-        if (c + i < classes) bias.v[i] = widen(p.bias[c + i]);
-    }
-    return bias;
-  };
-  const auto scale = [&](int item) {
-    return kPaired ? kPairedScale : plan.averaged ? A(1) : scale_of<A>(p.table.mask(p.slice.first + begin + item));
-  };
-  // of sample s of an item; -inf beyond the classes
-  const auto logits = [&](const Span& raw, const Span& base, const Span& bias, int s, A scale, int c) {
-    Span z;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      const A value = s == 0 ? raw.v[i] : base.v[i] - raw.v[i];
-      z.v[i] = c + i < classes ? value * scale + bias.v[i] : A(-INFINITY);
-    }
-    return z;
-  };
-  // into a lane's part; z becomes exp(z - part.shift())
-  const auto take = [&](Part<A>& part, Span& z, int c) {
-    Part<A> mine;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) mine.peak = fmax(mine.peak, z.v[i]);
-    if (kWide) mine.peak = fmax(mine.peak, part.peak);
-    if (uniform) {
-      for (int i = 0; i < kSpan && c + i < classes; ++i) {
-        const A weight = p.target.column(row, c + i);
-        mine.dot += weight * (z.v[i] - mine.shift());
-        mine.weight += weight;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) mine.sum += z.v[i] = exponential(z.v[i] - mine.shift());
-    if (kWide) {
-      part.add(mine);
-    } else {
-      part = mine;
-    }
-  };
-  const auto note_chosen = [&](const Span& z, int c, int turn, int s) {
-    if (unsigned(a - c) >= kSpan && unsigned(b - c) >= kSpan) return;
-    for (int i = 0; i < kSpan; ++i) {
-      if (c + i == a) chosen[turn % 2][team][s][0] = z.v[i];
-      if (c + i == b) chosen[turn % 2][team][s][1] = z.v[i];
-    }
-  };
-  // a sample's sums over all of its team's columns
-  const auto whole = [&](int turn, int s) {
-    const Part<A>(*mine)[kEach] = parts[turn % 2] + team * p.pieces;
-    Part<A> sum;
-    for (int i = 0; i < p.pieces; ++i) sum.peak = fmax(sum.peak, mine[i][s].peak);
-    for (int i = 0; i < p.pieces; ++i) {
-      sum.sum += mine[i][s].sum * exponential(mine[i][s].peak - sum.shift());
-      if (uniform) {
-        sum.dot += mine[i][s].dot + (mine[i][s].shift() - sum.shift()) * mine[i][s].weight;
-        sum.weight += mine[i][s].weight;
-      }
-    }
-    return sum;
-  };
-  const auto total = [&](const Part<A>& sum) { return dense ? sum.weight : goal.total; };
-  const auto loss_of = [&](const Part<A>& sum, int turn, int s) {
-    A value = total(sum) * std::log(sum.sum);
-    if (goal.a_coefficient != 0) value -= goal.a_coefficient * (chosen[turn % 2][team][s][0] - sum.shift());
-    if (goal.b_coefficient != 0) value -= goal.b_coefficient * (chosen[turn % 2][team][s][1] - sum.shift());
-    if (uniform) value -= goal.uniform * sum.dot;
-    return value;
-  };
-  // scales other than the largest, which is in gradient_factor, come in `relative`
-  const A factor = (p.early ? stats.gradient_factor : A(1)) * (p.upstream ? p.upstream[row] : A(1));
-  const auto relative = [&](int item) { return plan.averaged ? factor : factor * (scale(item) / p.largest_scale); };
-  T* gradients = p.gradient ? p.gradient + (gemm_row + begin) * p.stride : nullptr;
-  // g less `times` the target's part of it, rounded
-  const auto store_gradient = [&](int64_t gradient_row, Span g, int c, A times) {
-    if (uniform) {
-      for (int i = 0; i < kSpan && c + i < classes; ++i)
-        g.v[i] -= times * goal.uniform * p.target.column(row, c + i);
-    }
-    if (unsigned(a - c) < kSpan || unsigned(b - c) < kSpan) {
-#pragma unroll
-      for (int i = 0; i < kSpan; ++i)
-        g.v[i] -= times * ((c + i == a ? goal.a_coefficient : A(0)) + (c + i == b ? goal.b_coefficient : A(0)));
-    }
-    Vector<T, kSpan> rounded;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) rounded.v[i] = narrow<T>(g.v[i]);
-    store(gradients + gradient_row * p.stride + c, rounded);
-  };
-  // e: the exponentials of an item's samples, times[s] what makes gradients of them. An odd sample's logits are
-  // base - even: its gradient goes to the base row and, negated, to the even one, where the targets of the two cancel.
-  const auto gradient = [&](int item, const Span (&e)[kEach], const A (&times)[kEach], Span& odd_sum, int c) {
-    if (c >= classes) return;
-    Span g;
-    const bool has_odd = kPaired && 2 * item + 1 < count;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      g.v[i] = e[0].v[i] * times[0];
-      if (has_odd) {
-        const A odd = e[kEach - 1].v[i] * times[kEach - 1];
-        g.v[i] -= odd;
-        odd_sum.v[i] += odd;
-      }
-    }
-    store_gradient(item, g, c, has_odd ? A(0) : relative(item));
+  const auto read = [&](int item, Span(&z)[kEach], int c) {
+    z[0] = c < classes ? load<A, kSpan>(row.raw(item) + c) : Span{};
+    if constexpr (kPaired) z[1] = c < classes ? load<A, kSpan>(row.base() + c) : Span{};
+    row.template finish<kEach>(z, row.template scale<kPaired>(item), c);
   };
 
-  A team_loss = 0;
-  const int turns = (items + teams - 1) / teams;
-  if constexpr (!kWide) {
-    const int c = first_column;
-    const Span bias = bias_span(c), base = kPaired ? raw_span(base_row, c) : Span{};
-    Span odd_sum{};
-    Span raw = team < items ? raw_span(raw_rows + team * p.stride, c) : Span{};
-    for (int turn = 0; turn < turns; ++turn) {
-      const int item = turn * teams + team;
-      Span e[kEach];
-      Part<A> part[kEach];
+  A loss = 0;
+  for (int item = blockIdx.y; item < p.items; item += gridDim.y) {
+    Part<A> part[kEach];
+#pragma unroll 2
+    for (int c = threadIdx.x * kSpan; c < classes; c += stretch) {
+      Span z[kEach];
+      read(item, z, c);
 #pragma unroll
       for (int s = 0; s < kEach; ++s) {
-        e[s] = logits(raw, base, bias, s, scale(min(item, items - 1)), c);
-        note_chosen(e[s], c, turn, s);
-        take(part[s], e[s], c);
-        const Part<A> of_warp = warp_part(part[s], uniform);
-        if (lane == 0) parts[turn % 2][warp][s] = of_warp;
-      }
-      if (item + teams < items) raw = raw_span(raw_rows + (item + teams) * p.stride, c);
-      __syncthreads();
-      if (item >= items) continue;
-      A times[kEach];
+        Part<A> mine;
 #pragma unroll
-      for (int s = 0; s < kEach; ++s) {
-        const Part<A> sum = whole(turn, s);
-        if (leads && item * kEach + s < count) team_loss += loss_of(sum, turn, s);
-        times[s] = exponential(part[s].peak - sum.shift()) * (total(sum) / sum.sum) * relative(item);
-      }
-      if (gradients) gradient(item, e, times, odd_sum, c);
-    }
-    if (kPaired && gradients) {
-      __shared__ Span odd_sums[kWarps][kWarp];
-      odd_sums[warp][lane] = odd_sum;
-      __syncthreads();
-      if (team == 0 && c < classes) {
-        for (int other = 1; other < teams; ++other)
+        for (int i = 0; i < kSpan; ++i) mine.peak = fmax(mine.peak, z[s].v[i]);
 #pragma unroll
-          for (int i = 0; i < kSpan; ++i) odd_sum.v[i] += odd_sums[other * p.pieces + warp][lane].v[i];
-        store_gradient(plan.gemm_rows - 1, odd_sum, c, relative(0) * A(count / 2));
-      }
-    }
-  } else {
-    __shared__ A shifts[kSliceSamples], rates[kSliceSamples];
-    for (int turn = 0; turn < turns; ++turn) {  // one team
-      Part<A> part[kEach];
-      for (int start = 0; start < classes; start += stretch) {
-        const int c = start + first_column;
-        const Span bias = bias_span(c), raw = raw_span(raw_rows + turn * p.stride, c);
-        const Span base = kPaired ? raw_span(base_row, c) : Span{};
-#pragma unroll
-        for (int s = 0; s < kEach; ++s) {
-          Span z = logits(raw, base, bias, s, scale(turn), c);
-          note_chosen(z, c, turn, s);
-          take(part[s], z, c);
+        for (int i = 0; i < kSpan; ++i) {
+          const A value = z[s].v[i] - mine.shift();
+          mine.sum += exponential(value);
+          if (uniform && c + i < classes) {
+            const A weight = p.target.column(row.row, c + i);
+            mine.dot += weight * value;
+            mine.weight += weight;
+          }
         }
+        part[s].add(mine);
       }
+    }
 #pragma unroll
-      for (int s = 0; s < kEach; ++s) {
-        const Part<A> of_warp = warp_part(part[s], uniform);
-        if (lane == 0) parts[turn % 2][warp][s] = of_warp;
+    for (int s = 0; s < kEach; ++s) {
+#pragma unroll 1
+      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        part[s].add({__shfl_xor_sync(kAllLanes, part[s].peak, offset), __shfl_xor_sync(kAllLanes, part[s].sum, offset),
+                     __shfl_xor_sync(kAllLanes, part[s].dot, offset),
+                     __shfl_xor_sync(kAllLanes, part[s].weight, offset)});
       }
-      __syncthreads();
-      for (int s = 0; s < kEach && turn * kEach + s < count && leads; ++s) {
-        const Part<A> sum = whole(turn, s);
-        team_loss += loss_of(sum, turn, s);
-        shifts[turn * kEach + s] = sum.shift();
-        rates[turn * kEach + s] = total(sum) / sum.sum;
-      }
+      if (lane == 0) parts[warp][s] = part[s];
     }
     __syncthreads();
-    for (int start = 0; start < classes && gradients; start += stretch) {
-      const int c = start + first_column;
-      const Span bias = bias_span(c), base = kPaired ? raw_span(base_row, c) : Span{};
-      Span odd_sum{};
-      for (int item = 0; item < items; ++item) {
-        const Span raw = raw_span(raw_rows + item * p.stride, c);
-        Span e[kEach];
-        A times[kEach];
+    for (int s = 0; s < kEach && threadIdx.x == 0 && item * kEach + s < p.slice.plan.samples; ++s) {
+      Part<A> all = parts[0][s];
+      for (int i = 1; i < int(blockDim.x) / kWarp; ++i) all.add(parts[i][s]);
+      const A scale = row.template scale<kPaired>(item);
+      const typename LossRow<T>::Sums sums{row.logit(item, s, scale, row.goal.a), row.logit(item, s, scale, row.goal.b),
+                                           all.shift(), all.sum, all.dot, all.weight};
+      loss += row.loss(sums);
+      shifts[item * kEach + s] = sums.shift;
+      rates[item * kEach + s] = row.total(sums) / sums.sum;
+    }
+    __syncthreads();
+  }
+  for (int c = threadIdx.x * kSpan; c < classes && p.gradient; c += stretch) {
+    Span odd_sum{};
+    for (int item = blockIdx.y; item < p.items; item += gridDim.y) {
+      const A factor = row.template factor<kPaired>(item);
+      const bool has_odd = kPaired && 2 * item + 1 < p.slice.plan.samples;
+      Span z[kEach], g;
+      read(item, z, c);
 #pragma unroll
-        for (int s = 0; s < kEach; ++s) {
-          const int local = min(item * kEach + s, count - 1);
-          e[s] = logits(raw, base, bias, s, scale(item), c);
-#pragma unroll
-          for (int i = 0; i < kSpan; ++i) e[s].v[i] = exponential(e[s].v[i] - shifts[local]);
-          times[s] = rates[local] * relative(item);
+      for (int i = 0; i < kSpan; ++i) {
+        g.v[i] = exponential(z[0].v[i] - shifts[item * kEach]) * rates[item * kEach] * factor;
+        if (has_odd) {
+          const A odd = exponential(z[kEach - 1].v[i] - shifts[2 * item + 1]) * rates[2 * item + 1] * factor;
+          g.v[i] -= odd;
+          odd_sum.v[i] += odd;
         }
-        gradient(item, e, times, odd_sum, c);
       }
-      if (kPaired && c < classes) store_gradient(plan.gemm_rows - 1, odd_sum, c, relative(0) * A(count / 2));
+      if (!has_odd) row.template subtract_target<true>(g, c, factor);
+      store_span(row.gradient(item) + c, g);
+    }
+    if constexpr (kPaired) {
+      row.template subtract_target<true>(odd_sum, c, row.template factor<true>(0) * A(p.slice.plan.samples / 2));
+      store_span(row.base_gradient() + c, odd_sum);
     }
   }
-
-  if (!loss) return;
-  if (leads) team_losses[team] = team_loss;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  A sum = p.slice.first == 0 ? A(0) : *loss;
-  for (int i = 0; i < teams; ++i) sum += team_losses[i];
-  *loss = sum;
+  add_losses(row_loss, loss, p.slice.first == 0);
 }
 
 // What takes a row of G back to the gradient of the bias: the dropout scale out, a paired base row for both of a pair.
@@ -465,8 +535,16 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
     };
     if (!p.per_row) {
       double sum = 0;
-#pragma unroll 4
-      for (int64_t i = threadIdx.x; i < p.rows * p.loss_parts; i += blockDim.x) sum += double(p.losses[i]);
+      const int64_t count = p.rows * p.loss_parts;
+#pragma unroll 2
+      for (int64_t i = threadIdx.x * kSpan; i < count; i += blockDim.x * kSpan) {
+        if (i + kSpan <= count) {
+          const Vector<A, kSpan> four = load<A, kSpan>(p.losses + i);
+          sum += (double(four.v[0]) + double(four.v[1])) + (double(four.v[2]) + double(four.v[3]));
+        } else {
+          for (int64_t j = i; j < count; ++j) sum += double(p.losses[j]);
+        }
+      }
       sum = block_sum(sum);
       if (threadIdx.x == 0) write(0, A(sum / double(p.stats->denominator)));
       return;

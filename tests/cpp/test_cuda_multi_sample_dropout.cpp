@@ -110,7 +110,8 @@ struct Case {
   Reduction reduction = Reduction::kMean;
   int64_t chunk_rows = 3, slice_samples = kSliceSamples;
   unsigned parts = 1;  // of a row's samples, one block each
-  int teams = 3;       // of warps in a block, as far as they fit
+  unsigned warps = 3;  // of a block
+  bool wide = false;   // the kernel for more classes than a warp's registers hold
   int64_t bad_class = -1;  // of row 1
 };
 
@@ -259,9 +260,7 @@ void test_head(const Case& c, const std::string& name) {
 
   const int64_t stride = (c.classes + kGroup - 1) / kGroup * kGroup;
   const unsigned bias_parts = 3;
-  const bool wide = c.classes > kWarps * kWarpColumns;
-  const int pieces = c.classes > 512 ? 8 : c.classes > 256 ? 4 : c.classes > 128 ? 2 : 1;
-  const int teams = wide ? 1 : std::min(c.teams, kWarps / pieces);
+  const bool wide = c.wide || c.classes > kHeldColumns<A>;
   Buffer<A> losses(c.rows * c.parts), weight_sum(c.classes * c.features), bias_partials(bias_parts * c.classes);
   Buffer<Out> grad_input(c.rows * c.features), grad_weight(c.classes * c.features), grad_bias(c.classes);
   const int64_t most = c.combine_logits ? c.samples : c.slice_samples;
@@ -295,13 +294,18 @@ void test_head(const Case& c, const std::string& name) {
                c.features, c.classes, false);
       T* gradient = separate.data();
       if constexpr (std::is_same_v<T, A>) gradient = logits.data();
+      const int items = int(plan.averaged ? 1 : plan.paired ? k - 1 : plan.samples);
       const CrossEntropyParams<T> loss{logits.data(), gradient, c.bias ? t.bias.data() : nullptr,
                                        per_row ? t.upstream.data() : nullptr, stats.data(), losses.data(), first_row,
-                                       stride, pieces, A(largest_scale), !kLate, target, slice, table};
-      const auto kernel = plan.paired ? wide ? cross_entropy_kernel<T, true, true> : cross_entropy_kernel<T, true, false>
-                          : wide      ? cross_entropy_kernel<T, false, true>
-                                      : cross_entropy_kernel<T, false, false>;
-      shim::launch(kernel, {unsigned(rows), c.parts}, {unsigned(kWarp * pieces * teams)}, 0, loss);
+                                       stride, items, A(largest_scale), !kLate, target, slice, table};
+      const bool uniform = c.kind == Kind::kProbabilities || c.smoothing != 0;
+      const auto kernel = plan.paired ? wide      ? cross_entropy_wide_kernel<T, true>
+                                        : uniform ? cross_entropy_kernel<T, true, true>
+                                                  : cross_entropy_kernel<T, true, false>
+                          : wide    ? cross_entropy_wide_kernel<T, false>
+                          : uniform ? cross_entropy_kernel<T, false, true>
+                                    : cross_entropy_kernel<T, false, false>;
+      shim::launch(kernel, {unsigned(rows), c.parts}, {unsigned(kWarp * c.warps)}, 0, loss);
       const bool begin = first_row == 0 && first == 0, last = first + most >= c.samples;
       multiply(weight_sum.data(), c.features, gradient, 1, stride, packed.data(), c.features, 1, c.classes, gemm_rows,
                c.features, !begin);
@@ -360,6 +364,10 @@ void test_heads(const std::string& type) {
       c.antithetic = true;
       c.reduction = Reduction::kNone;
       test_head<T>(c, name + ", paired");
+      c.wide = true;
+      test_head<T>(c, name + ", paired, wide");
+      c.antithetic = false;
+      test_head<T>(c, name + ", independent, wide");
     }
   }
 }
@@ -442,8 +450,8 @@ void test_hostile_rows() {
     const HeadStats<float> stats{float(classes), 1, 1};
     const SamplePlan plan = sample_plan(thresholds, antithetic ? 4 : 3, antithetic, false);
     const CrossEntropyParams<T> params{logits.data(), gradients ? gradient.data() : nullptr, nullptr, nullptr, &stats,
-                                       losses.data(), 0, classes, 1, 2.0f, true, target, {0, plan}, table};
-    shim::launch(antithetic ? cross_entropy_kernel<T, true, false> : cross_entropy_kernel<T, false, false>, {3},
+                                       losses.data(), 0, classes, antithetic ? 2 : 3, 2.0f, true, target, {0, plan}, table};
+    shim::launch(antithetic ? cross_entropy_kernel<T, true, true> : cross_entropy_kernel<T, false, true>, {3},
                  {2 * kWarp}, 0, params);
     for (int64_t row = 0; row < 3; ++row) {
       const bool is_nan = row == 1 && !ignored;
