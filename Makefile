@@ -66,9 +66,10 @@ gpu:
 # the benchmarks run also when a test failed; the exit status tells of both
 gpu-here: $(call extras,test) $(call extras,bench) build
 	$(call say,'gpu tests (up to 4 minutes)')
-	@failed=0; timeout 240 $(PY) -m pytest -q -m gpu || failed=$$?; \
-	printf '\n== %s\n' 'GPU benchmarks (up to 4 minutes): results in bench/results'; \
-	timeout 240 $(PY) bench/run.py --device cuda --out bench/results || failed=$$?; \
+	@failed=0; jobs=$$($(PY) -c 'import xdist' 2>/dev/null && echo '-n 8' || true); \
+	timeout 240 $(PY) -m pytest -q -m gpu $$jobs || failed=$$?; \
+	printf '\n== %s\n' 'GPU benchmarks (up to 5 minutes): results in bench/results'; \
+	timeout 290 $(PY) bench/run.py --device cuda --out bench/results || failed=$$?; \
 	$(PY) bench/report.py || failed=$$?; \
 	exit $$failed
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, Contender, Target, error, expect, finish, run_case, same_mean, set_threads
+from harness import SETTINGS, Contender, Target, error, expect, finish, graphed, run_case, same_mean, set_threads
 from peak_memory import added_peak
 from torch import Tensor
 
@@ -154,7 +154,10 @@ def gemm_floor(name: str, rows: int, d: int, c: int, dtype: torch.dtype) -> Cont
         for _, product in picked:
             product()
 
-    return Contender(name, run, "floor", note=", ".join(dict.fromkeys(library for library, _ in picked)))
+    note = ", ".join(dict.fromkeys(library for library, _ in picked))
+    if device == "cuda":
+        return Contender(name, graphed(run), "floor", note=f"{note}, CUDA graph")
+    return Contender(name, run, "floor", note=note)
 
 
 def floor_rows(b: int, samples: int) -> dict[str, int]:
@@ -193,6 +196,11 @@ def make_contenders(size: tuple[int, int, int, int], dtype: torch.dtype, inputs:
         found.append(Contender(f"pyrx {mode}", run, "pyrx", group, note))
         for backend in serving if len(serving) > 1 else ():
             found.append(Contender(f"pyrx {mode}, {backend}", partial(run, backend=backend), "pyrx", group))
+    if SETTINGS.device == "cuda":  # the device's time too: launches hide it at these sizes
+        for each in list(found):
+            if each.kind == "pyrx" or each.name in ("eager batched", "compiled batched"):
+                name, group = f"{each.name}, CUDA graph", f"{each.group}, CUDA graph"
+                found.append(Contender(name, graphed(each.step), each.kind, group, each.note))
     rows = floor_rows(b, samples)
     return found + [gemm_floor(f"floor {mode}", n, d, c, dtype) for mode, n in rows.items()]
 
@@ -239,9 +247,11 @@ def check(
 
 def make_targets(size: tuple[int, int, int, int], dtype: torch.dtype) -> list[Target]:
     if SETTINGS.device == "cuda":
-        found = [Target(f"pyrx {mode}", "best peer", 1.0) for mode in ("independent", "antithetic")]
+        modes = [f"pyrx {mode}{how}" for how in ("", ", CUDA graph") for mode in ("independent", "antithetic")]
+        found = [Target(mode, "best peer", 1.0) for mode in modes]
         if size == GPU_SIZE and dtype == torch.bfloat16:
             found.append(Target("pyrx independent", "compiled batched", 2.0))
+            found.append(Target("pyrx independent, CUDA graph", "compiled batched, CUDA graph", 2.0))
         return found
     independent, antithetic = TARGETS[size]
     found = [

@@ -31,9 +31,9 @@ constexpr int64_t kChunkBytes = int64_t(64) << 20;
 // ... but a chunk has enough GEMM rows to pay for reading the weight.
 constexpr int64_t kMinChunkRows = 1024, kMaxChunkRows = 65536;
 // Rows of G that a block sums for the bias, and the most partial sums.
-constexpr int64_t kBiasRows = 32, kMaxBiasParts = 64;
+constexpr int64_t kBiasRows = 32, kMaxBiasParts = 128;
 // Threads a multiprocessor that hide the latency of the fold's loads, and the most lanes that share a group.
-constexpr int64_t kFoldThreads = 768;
+constexpr int64_t kFoldThreads = 512;
 constexpr uint64_t kMaxSplits = 8;
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
@@ -343,7 +343,9 @@ class Head {
                                  target(),
                                  slice,
                                  table_};
-    const unsigned warps = wide() ? kWarps : unsigned(std::min<int64_t>(ceil_div(items, parts_), kWarps));
+    // pairs need so many registers that blocks of fewer warps fill a multiprocessor better
+    const int64_t most = paired ? kWarps / 2 : kWarps;
+    const unsigned warps = wide() ? kWarps : unsigned(std::min(ceil_div(items, parts_), most));
     const bool uniform = params.target.probabilities || call_.label_smoothing != 0;
     const auto kernel = paired ? wide()    ? cross_entropy_wide_kernel<T, true>
                                  : uniform ? cross_entropy_kernel<T, true, true>

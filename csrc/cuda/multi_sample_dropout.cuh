@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
     return write(0, mean);
   }
   const int64_t first = int64_t(blockIdx.y) * kPackSamples;
-#pragma unroll 1  // Philox is long: its instructions are to be fetched once
+#pragma unroll 2
   for (int i = 0; i < kPackSamples; ++i) {
     const int64_t k = first + i;
     if (k >= plan.gemm_rows) return;

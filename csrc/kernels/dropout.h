@@ -61,17 +61,19 @@ PYRX_HOST_DEVICE SampleMask sample_mask(int64_t sample, int64_t threshold, bool 
 // Lane j (0..7) of a group's words, low half first.
 PYRX_HOST_DEVICE uint32_t lane(const PhiloxWords& words, int j) { return (words.w[j >> 1] >> ((j & 1) * 16)) & 0xFFFFu; }
 
-PYRX_HOST_DEVICE bool keeps(const SampleMask& mask, uint32_t u) {
-  return (mask.complement ? 65535u - u : u) >= mask.threshold;
-}
-
 // Bit j = lane j is kept.
 PYRX_HOST_DEVICE uint8_t mask_bits(const PhiloxWords& words, const SampleMask& mask) {
+  // compared in the upper half, where the low half of a word cannot turn the comparison; 65535 - u flips every bit
+  const uint32_t level = mask.threshold << 16, flip = mask.complement ? ~0u : 0u;
   uint32_t bits = 0;
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
-  for (int j = 0; j < kGroup; ++j) bits |= static_cast<uint32_t>(keeps(mask, lane(words, j))) << j;
+  for (int k = 0; k < kGroup / 2; ++k) {
+    const uint32_t word = words.w[k] ^ flip;
+    bits |= static_cast<uint32_t>((word << 16) >= level) << (2 * k);
+    bits |= static_cast<uint32_t>(word >= level) << (2 * k + 1);
+  }
   return static_cast<uint8_t>(bits);
 }
 
