@@ -57,24 +57,21 @@ def define(
     name: str,
     schema: str,
     fake: Callable[..., Any],
-    backward: Callable[[Any], Callable[..., Any]] | None = None,
+    backward: Callable[..., tuple[Any, ...]] | None = None,
     setup_context: Callable[..., None] | None = None,
-    native_autograd: bool = False,
 ) -> None:
-    """Defines `name` + `schema` in both namespaces. `backward(namespace)` gives the formula over that namespace's ops.
+    """Defines `name` + `schema` in both namespaces.
 
-    The C++ kernels of the native op register themselves when the extension is loaded, with `native_autograd` its
-    formula too; the Triton op's kernel is the function of the same name in pyrx._triton.<row>.
+    The native op's kernels and autograd formula register themselves when the extension is loaded (csrc/autograd). The
+    Triton op's kernel is the function of the same name in pyrx._triton.<row>, its formula is `backward`.
     """
     for library in (NATIVE, TRITON):
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"{library.ns}::{name}"
         torch.library.register_fake(qualified, fake, lib=library)
-        native = native_autograd and library is NATIVE
-        if backward is not None and setup_context is not None and not native:
-            ops = getattr(torch.ops, library.ns)
-            kernel = _autograd_kernel(getattr(ops, name).default, setup_context, backward(ops))
-            library.impl(name, kernel, "Autograd", with_keyset=True)
+    if backward is not None and setup_context is not None:
+        kernel = _autograd_kernel(getattr(torch.ops.pyrx_triton, name).default, setup_context, backward)
+        TRITON.impl(name, kernel, "Autograd", with_keyset=True)
     keys = ("CUDA", "CPU") if TRITON_INTERPRETED else ("CUDA",)
     for key in keys:
         TRITON.impl(name, _launcher(row, name), key)

@@ -1,14 +1,11 @@
-// The head's autograd formula over the native backends. In C++, since a Python one costs a small head as much as its
-// kernels: about 50 us a step. pyrx/ops/multi_sample_dropout.py has the same formula for Triton's kernels.
-#include <ATen/core/dispatch/Dispatcher.h>
+// Multi-sample dropout's autograd formulas: the copies and their fold, which are each other's, and the head's.
+#include "autograd/dispatch.h"
+
 #include <ATen/ops/mul.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/graph_task.h>
-#include <torch/library.h>
 
 #include <array>
-#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -16,6 +13,41 @@ namespace pyrx {
 namespace {
 
 using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Copies = Tensor(const Tensor&, const Tensor&, at::IntArrayRef, bool);
+
+const c10::TypedOperatorHandle<Copies>& copies_op(bool fold) {
+  static const std::array ops{find<Copies>("pyrx::multi_sample_dropout"), find<Copies>("pyrx::multi_sample_dropout_fold")};
+  return ops[fold];
+}
+
+template <bool kFold>
+class CopiesFunction : public torch::autograd::Function<CopiesFunction<kFold>> {
+ public:
+  static Tensor forward(AutogradContext* context, const Tensor& input, const Tensor& seed, at::IntArrayRef thresholds,
+                        bool antithetic) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({seed});
+    context->saved_data["thresholds"] = thresholds;
+    context->saved_data["antithetic"] = antithetic;
+    return copies_op(kFold).call(input, seed, thresholds, antithetic);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& upstream) {
+    const Tensor seed = context->get_saved_variables()[0];
+    return {copies_op(!kFold).call(upstream[0], seed, context->saved_data["thresholds"].toIntVector(),
+                                   context->saved_data["antithetic"].toBool()),
+            Tensor(), Tensor(), Tensor()};
+  }
+};
+
+template <bool kFold>
+Tensor copies(const Tensor& input, const Tensor& seed, at::IntArrayRef thresholds, bool antithetic) {
+  return CopiesFunction<kFold>::apply(input, seed, thresholds, antithetic);
+}
+
 using OptionalTensor = std::optional<Tensor>;
 using Needs = std::array<bool, 3>;
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -28,17 +60,11 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 #define PYRX_HEAD_OPTIONS \
   at::IntArrayRef thresholds, bool antithetic, bool combine_logits, int64_t ignore_index, double label_smoothing
 
-template <typename Signature>
-const auto& find(const char* name) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-  return op;
-}
-
 Outputs head_below(PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS, std::string_view reduction, Needs needs_grad,
                    at::ScalarType loss_dtype) {
+  static const auto op = find<decltype(head_below)>(PYRX_HEAD);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return find<decltype(head_below)>(PYRX_HEAD)
-      .call(input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, antithetic,
+  return op.call(input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, antithetic,
             combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype);
 }
 
@@ -54,7 +80,7 @@ bool is_plain(const Tensor& tensor) {
 
 class HeadFunction : public torch::autograd::Function<HeadFunction> {
  public:
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, PYRX_HEAD_TENSORS,
+  static variable_list forward(AutogradContext* context, PYRX_HEAD_TENSORS,
                                                 PYRX_HEAD_OPTIONS, std::string_view reduction, Needs needs_grad,
                                                 at::ScalarType loss_dtype) {
     auto [loss, grad_input, grad_weight, grad_bias] =
@@ -82,13 +108,13 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
     return {loss, grad_input, grad_weight, grad_bias};
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 const torch::autograd::variable_list& upstream) {
-    torch::autograd::variable_list gradients(kArguments);
+  static variable_list backward(AutogradContext* context,
+                                                 const variable_list& upstream) {
+    variable_list gradients(kArguments);
     if (!upstream[0].defined()) return gradients;
     auto& saved = context->saved_data;
     const int64_t needs = saved["needs_grad"].toInt();
-    torch::autograd::variable_list found =
+    variable_list found =
         saved["recompute"].toBool() ? recomputed(context, upstream[0], needs) : scaled(context, upstream[0]);
     if (at::GradMode::is_enabled()) {
       // create_graph: the gradients are constants here, so going through them once more must not pass
@@ -105,14 +131,14 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
  private:
   static constexpr size_t kArguments = 16;
 
-  static torch::autograd::variable_list recomputed(torch::autograd::AutogradContext* context, const Tensor& upstream,
+  static variable_list recomputed(AutogradContext* context, const Tensor& upstream,
                                                    int64_t needs) {
+    static const auto op = find<Backward>(PYRX_HEAD "_backward");
     auto& saved = context->saved_data;
     const auto t = context->get_saved_variables();
     const auto optional = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; };
     const auto [grad_input, grad_weight, grad_bias] =
-        find<Backward>(PYRX_HEAD "_backward")
-            .call(upstream.contiguous(), t[0], t[1], optional(t[2]), t[3], optional(t[4]), optional(t[5]),
+        op.call(upstream.contiguous(), t[0], t[1], optional(t[2]), t[3], optional(t[4]), optional(t[5]),
                   optional(t[6]), t[7], saved["thresholds"].toIntVector(), saved["antithetic"].toBool(),
                   saved["combine_logits"].toBool(), saved["ignore_index"].toInt(), saved["label_smoothing"].toDouble(),
                   Needs{bool(needs & 1), bool(needs & 2), bool(needs & 4)});
@@ -121,12 +147,13 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
 
   // The gradients times the upstream one, which mostly is one: then no pass over them is spent. In place, unless the
   // graph is kept: its next backward must find them as they are, whatever was done to these.
-  static torch::autograd::variable_list scaled(torch::autograd::AutogradContext* context, const Tensor& upstream) {
+  static variable_list scaled(AutogradContext* context, const Tensor& upstream) {
+    static const auto op = find<Scale>(PYRX_HEAD "_scale_");
     const at::ScalarType dtype = context->saved_data["dtype"].toScalarType();
-    torch::autograd::variable_list gradients = context->get_saved_variables();
+    variable_list gradients = context->get_saved_variables();
     if (is_plain(upstream) && gradients[0].scalar_type() == dtype &&
         !torch::autograd::get_current_graph_task_keep_graph()) {
-      find<Scale>(PYRX_HEAD "_scale_").call(gradients[0], gradients[1], gradients[2], upstream);
+      op.call(gradients[0], gradients[1], gradients[2], upstream);
     } else {
       for (Tensor& each : gradients) each = each.mul(upstream).to(dtype);
     }
@@ -148,7 +175,11 @@ Outputs head(PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS, std::string_view reduction, N
   return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
 
-TORCH_LIBRARY_IMPL(pyrx, Autograd, m) { m.impl("multi_sample_dropout_cross_entropy", &head); }
+TORCH_LIBRARY_IMPL(pyrx, Autograd, m) {
+  m.impl("multi_sample_dropout", &copies<false>);
+  m.impl("multi_sample_dropout_fold", &copies<true>);
+  m.impl("multi_sample_dropout_cross_entropy", &head);
+}
 
 }  // namespace
 }  // namespace pyrx

@@ -50,11 +50,9 @@ def _dropout_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(seed)
 
 
-def _dropout_backward(ops: Any) -> Any:
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ops.dropout(grad, *ctx.saved_tensors, ctx.threshold, ctx.sample), None, None, None
-
-    return backward
+def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    ops = _library.namespace("triton")
+    return ops.dropout(grad, *ctx.saved_tensors, ctx.threshold, ctx.sample), None, None, None
 
 
 _library.define(

@@ -61,23 +61,14 @@ def _copies_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(seed)
 
 
-def _expand_backward(ops: Any) -> Any:
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return (
-            ops.multi_sample_dropout_fold(grad, *ctx.saved_tensors, ctx.thresholds, ctx.antithetic),
-            None,
-            None,
-            None,
-        )
-
-    return backward
+def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    fold = _library.namespace("triton").multi_sample_dropout_fold
+    return fold(grad, *ctx.saved_tensors, ctx.thresholds, ctx.antithetic), None, None, None
 
 
-def _fold_backward(ops: Any) -> Any:
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ops.multi_sample_dropout(grad, *ctx.saved_tensors, ctx.thresholds, ctx.antithetic), None, None, None
-
-    return backward
+def _fold_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    expand = _library.namespace("triton").multi_sample_dropout
+    return expand(grad, *ctx.saved_tensors, ctx.thresholds, ctx.antithetic), None, None, None
 
 
 _COPIES = "(Tensor {}, Tensor seed, int[] thresholds, bool antithetic) -> Tensor"
@@ -244,7 +235,7 @@ def _scale_fake(grad_input: Tensor, grad_weight: Tensor, grad_bias: Tensor, grad
     check_shape(op, "grad_loss", grad_loss, "[]", [])
 
 
-def _scaled(ops: Any, gradients: Sequence[Tensor], grad_loss: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+def _scaled(gradients: Sequence[Tensor], grad_loss: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
     """The gradients times the upstream one, which mostly is one: then no pass over them is spent.
 
     In place, unless the graph is kept: its next backward must find them as they are, whatever was done to these.
@@ -254,30 +245,27 @@ def _scaled(ops: Any, gradients: Sequence[Tensor], grad_loss: Tensor, dtype: tor
         and gradients[0].dtype == dtype
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     ):
-        ops.multi_sample_dropout_cross_entropy_scale_(*gradients, grad_loss)
+        _library.namespace("triton").multi_sample_dropout_cross_entropy_scale_(*gradients, grad_loss)
         return gradients
     return [(each * grad_loss).to(dtype) for each in gradients]
 
 
-def _head_backward(ops: Any) -> Any:
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None, None, None]
-        if grad_loss is not None:
-            if ctx.recompute:
-                found = ops.multi_sample_dropout_cross_entropy_backward(
-                    grad_loss.contiguous(), *ctx.saved_tensors, *ctx.options, ctx.needs
-                )
-            else:
-                found = _scaled(ops, ctx.saved_tensors, grad_loss, ctx.dtype)
-            if torch.is_grad_enabled():
-                # create_graph=True: the gradients are constants here, so going through them once more must not pass
-                message = f"pyrx::{HEAD}: expected one differentiation, got a second: it has no double backward"
-                constants = [each.detach().requires_grad_() for each in found]
-                found = torch._C._functions.DelayedError(message.encode(), len(found))(*constants)
-            gradients = [each if needed else None for each, needed in zip(found, ctx.needs, strict=True)]
-        return (*gradients, *[None] * 13)
-
-    return backward
+def _head_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None, None, None]
+    if grad_loss is not None:
+        if ctx.recompute:
+            found = _library.namespace("triton").multi_sample_dropout_cross_entropy_backward(
+                grad_loss.contiguous(), *ctx.saved_tensors, *ctx.options, ctx.needs
+            )
+        else:
+            found = _scaled(ctx.saved_tensors, grad_loss, ctx.dtype)
+        if torch.is_grad_enabled():
+            # create_graph=True: the gradients are constants here, so going through them once more must not pass
+            message = f"pyrx::{HEAD}: expected one differentiation, got a second: it has no double backward"
+            constants = [each.detach().requires_grad_() for each in found]
+            found = torch._C._functions.DelayedError(message.encode(), len(found))(*constants)
+        gradients = [each if needed else None for each, needed in zip(found, ctx.needs, strict=True)]
+    return (*gradients, *[None] * 13)
 
 
 _TENSORS = (
@@ -293,7 +281,6 @@ _library.define(
     _head_fake,
     _head_backward,
     _head_setup,
-    native_autograd=True,
 )
 _library.define(
     ROW,
