@@ -114,6 +114,7 @@ class Head {
         // partial sums on the vector units; 16-bit operands have matrix units, which the GEMMs use
         subset_(std::is_same_v<G, Acc> && !in_.plan.averaged && gemm_rows_ >= kSubsetLeast &&
                 (out_.grad_input || out_.grad_weight)),
+        lookup_(subset_ && accumulator_.lookup_gradients && in_.classes <= kLookupClasses && groups_ <= 2),
         direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0),
         threads_(std::max(1, at::get_num_threads())) {}
 
@@ -125,7 +126,8 @@ class Head {
       const int64_t end = std::min(row + chunk_rows_, in_.rows);
       rows_chunk(row, end);
       if constexpr (std::is_same_v<G, Acc>) {
-        if (subset_) subset_gradients(row, end, !first);
+        if (lookup_) lookup_gradients(row, end, !first);
+        else if (subset_) subset_gradients(row, end, !first);
       }
       if (out_.grad_weight && !subset_) weight_gradient(row, end, !first);
       first = false;
@@ -149,6 +151,7 @@ class Head {
     Acc* tables;    // (kSubsetTables or one row's, 16, kPanel)
     Acc* x;         // (chunk_rows, kSubsetFeatures)
     Acc* input;     // the same of the input gradient
+    Acc* weight;    // (kLookupClasses, kSubsetFeatures)
   };
 
   void reserve() {
@@ -162,11 +165,11 @@ class Head {
     const int64_t rows_offset = memory_.reserve<Acc>(subset_ ? chunk_rows_ * gemm_rows_ * logits_stride_ : 0);
     const int64_t codes_offset = memory_.reserve<uint8_t>(subset_ ? chunk_rows_ * code_rows() * padded_features_ : 0);
     const int64_t panel_sum_offset =
-        memory_.reserve<Acc>(subset_ && out_.grad_weight ? Panels<Acc>::elements(features, classes) : 0);
+        memory_.reserve<Acc>(subset_ && !lookup_ && out_.grad_weight ? Panels<Acc>::elements(features, classes) : 0);
     const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ ? classes * padded_features_ : 0);
     const int64_t bias_offset = memory_.reserve<Acc>(out_.grad_bias ? (tiles_ + 1) * logits_stride_ : 0);
     const bool convert = !std::is_same_v<G, Acc>;
-    int64_t offsets[11];
+    int64_t offsets[12];
     const auto cut = [&](Workspace& part) {
       offsets[0] = part.template reserve<G>(std::max(padded_tile_, kPanel) * packed_depth());
       offsets[1] = part.template reserve<Acc>(padded_tile_ * logits_stride_);
@@ -176,15 +179,16 @@ class Head {
       offsets[5] = part.template reserve<uint8_t>(2 * (bits_stride_ + 10));
       offsets[6] = part.template reserve<G>(out_.grad_weight && !subset_ ? kDepth * kWeightPanels * kPanel : 0);
       offsets[7] = part.template reserve<G>(2 * kPanel);
-      offsets[8] = part.template reserve<Acc>(subset_ ? subset_rows() * groups_ * kSubsetEntries * kPanel : 0);
-      offsets[9] = part.template reserve<Acc>(subset_ ? chunk_rows_ * kSubsetFeatures : 0);
-      offsets[10] = part.template reserve<Acc>(subset_ ? chunk_rows_ * kSubsetFeatures : 0);
+      offsets[8] = part.template reserve<Acc>(subset_ && !lookup_ ? subset_rows() * groups_ * kSubsetEntries * kPanel : 0);
+      offsets[9] = part.template reserve<Acc>(subset_ ? (lookup_ ? 1 : chunk_rows_) * kSubsetFeatures : 0);
+      offsets[10] = part.template reserve<Acc>(subset_ ? (lookup_ ? 1 : chunk_rows_) * kSubsetFeatures : 0);
+      offsets[11] = part.template reserve<Acc>(lookup_ ? kLookupClasses * kSubsetFeatures : 0);
     };
     std::vector<Scratch> scratch(threads_);
-    std::vector<std::array<int64_t, 11>> cuts(threads_);
+    std::vector<std::array<int64_t, 12>> cuts(threads_);
     for (auto& each : cuts) {
       cut(memory_);
-      std::copy(offsets, offsets + 11, each.begin());
+      std::copy(offsets, offsets + 12, each.begin());
     }
     memory_.allocate();
     for (int64_t t = 0; t < threads_; ++t) {
@@ -192,7 +196,7 @@ class Head {
       scratch[t] = {memory_.at_offset<G>(o[0]),   memory_.at_offset<Acc>(o[1]),     memory_.at_offset<G>(o[2]),
                     memory_.at_offset<Acc>(o[3]), memory_.at_offset<Acc>(o[4]),     memory_.at_offset<uint8_t>(o[5]),
                     memory_.at_offset<G>(o[6]),   memory_.at_offset<G>(o[7]),       memory_.at_offset<Acc>(o[8]),
-                    memory_.at_offset<Acc>(o[9]), memory_.at_offset<Acc>(o[10])};
+                    memory_.at_offset<Acc>(o[9]), memory_.at_offset<Acc>(o[10]), memory_.at_offset<Acc>(o[11])};
     }
     scratch_ = std::move(scratch);
     weight_ = memory_.at_offset<G>(weight_offset);
@@ -489,14 +493,7 @@ class Head {
     const int64_t range = std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
     parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
       const int64_t from = task * range, n = std::min(range, features - from);
-      for (int64_t r = 0; r < rows; ++r) {
-        // features that every sample drops are 0, whatever they are
-        std::fill_n(scratch.bits, (n + 7) / 8, uint8_t(0));
-        for (int64_t k = 0; k < gemm_rows_; ++k)
-          for (int64_t i = 0; i < (n + 7) / 8; ++i)
-            scratch.bits[i] |= bits_[(r * gemm_rows_ + k) * bits_stride_ + from / 8 + i];
-        head_.select(in_.input + (begin + r) * in_.input_stride + from, scratch.bits, n, scratch.x + r * range);
-      }
+      for (int64_t r = 0; r < rows; ++r) ever_kept(begin, r, from, n, scratch, scratch.x + r * range);
       if (out_.grad_input) std::fill_n(scratch.input, rows * range, Acc(0));
       for (int64_t p = 0; p < weight.count(); ++p) {
         const int64_t width = weight.width(p);
@@ -531,6 +528,60 @@ class Head {
     });
   }
 
+  // Features from .. from + n of the chunk's row r: those that every sample drops are 0, whatever they are.
+  void ever_kept(int64_t begin, int64_t r, int64_t from, int64_t n, const Scratch& scratch, Acc* out) const {
+    for (int64_t i = 0; i < n; i += 64) {  // a row of bits has whole words
+      uint64_t kept = 0;
+      for (int64_t k = 0; k < gemm_rows_; ++k) {
+        uint64_t word;
+        std::memcpy(&word, bits_ + (r * gemm_rows_ + k) * bits_stride_ + (from + i) / 8, 8);
+        kept |= word;
+      }
+      std::memcpy(scratch.bits + i / 8, &kept, 8);
+    }
+    if constexpr (std::is_same_v<G, Acc>)
+      head_.select(in_.input + (begin + r) * in_.input_stride + from, scratch.bits, n, out);
+  }
+
+  // Both gradients of few classes, by lookups in registers (LookupRow); tasks as in subset_gradients.
+  void lookup_gradients(int64_t begin, int64_t end, bool add) {
+    const int64_t features = in_.features;
+    const int64_t share = round_up((features + 2 * threads_ - 1) / (2 * threads_), kPanel);
+    const int64_t range = std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
+    parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
+      const int64_t from = task * range, n = std::min(range, features - from);
+      if constexpr (std::is_same_v<G, Acc>) {
+        if (out_.grad_input)
+          for (int64_t c = 0; c < in_.classes; ++c)
+            head_.select(in_.linear_weight + c * in_.weight_stride + from, nullptr, n, scratch.weight + c * range);
+      }
+      Acc* sum = out_.grad_weight ? sum_ + from : nullptr;
+      if (sum && !add)
+        for (int64_t c = 0; c < in_.classes; ++c) std::fill_n(sum + c * padded_features_, round_up(n, kRound), Acc(0));
+      for (int64_t r = 0; r < end - begin; ++r) {
+        if (sum) ever_kept(begin, r, from, n, scratch, scratch.x);
+        const Acc* rows = rows_ + r * gemm_rows_ * logits_stride_;
+        accumulator_.lookup_gradients({
+            .features = n,
+            .classes = in_.classes,
+            .masks = masks_,
+            .base = in_.plan.paired ? rows + (gemm_rows_ - 1) * logits_stride_ : nullptr,
+            .rows = rows,
+            .rows_stride = logits_stride_,
+            .codes = codes_ + r * padded_features_ + from,
+            .x = scratch.x,
+            .weight = scratch.weight,
+            .weight_stride = range,
+            .weight_gradient = sum,
+            .gradient_stride = padded_features_,
+            .input_gradient = out_.grad_input ? scratch.input : nullptr,
+        });
+        if (out_.grad_input)
+          element_.store(scratch.input, n, result_factor_, out_.grad_input + (begin + r) * features + from);
+      }
+    });
+  }
+
   // An input row's tables of `width` classes; the unmasked row of a paired plan is in every entry.
   void subset_tables(const Acc* rows, int64_t width, Acc* tables) const {
     const Acc* unmasked = in_.plan.paired ? rows + (gemm_rows_ - 1) * logits_stride_ : nullptr;
@@ -559,7 +610,7 @@ class Head {
       element_.store(total, in_.classes, result_factor_, out_.grad_bias);
     }
     if (!out_.grad_weight) return;
-    if (subset_ && !empty) turn_panels();
+    if (subset_ && !lookup_ && !empty) turn_panels();
     if (empty) {
       std::fill_n(out_.grad_weight, in_.classes * in_.features, O{});
     } else if (!direct_ || result_factor_ != 1) {
@@ -578,7 +629,7 @@ class Head {
   const Acc operand_factor_, result_factor_;
   const int64_t gemm_rows_, tile_rows_, chunk_rows_, tiles_, padded_tile_, logits_stride_, bits_stride_, gradient_stride_,
       padded_features_, masks_, groups_;
-  const bool subset_, direct_;
+  const bool subset_, lookup_, direct_;
   const int64_t threads_;
   Workspace memory_;
   std::vector<Scratch> scratch_;

@@ -92,6 +92,24 @@ struct SubsetBlock {
   int64_t input_stride;
 };
 
+// Both gradients of one input row, up to kLookupClasses classes and two groups of masks, by the same sums s(d, c), which
+// here are looked up for sixteen features at a time: a class's table is one register, codes are its indices.
+constexpr int64_t kLookupClasses = 32;
+template <typename Acc>
+struct LookupRow {
+  int64_t features, classes, masks;
+  const Acc* base;  // (classes,) of the unmasked row, or null
+  const Acc* rows;  // (masks, classes) G_m
+  int64_t rows_stride;
+  const uint8_t* codes;  // (features,)
+  const Acc* x;          // (features,); readable, as the others, up to a multiple of sixteen features
+  const Acc* weight;     // (classes, features)
+  int64_t weight_stride;
+  Acc* weight_gradient;  // (classes, features), added to; or null
+  int64_t gradient_stride;
+  Acc* input_gradient;  // (features,), set; or null
+};
+
 template <typename Acc>
 struct AccumulatorKernels {
   // level[i] += kept ? value : 0
@@ -103,6 +121,7 @@ struct AccumulatorKernels {
   // table[e] = base + the sum of rows i whose bit is in e, each (width,); base may be null, absent rows are zero
   void (*subset_table)(const Acc* base, const Acc* rows, int64_t stride, int64_t count, int64_t width, Acc* table);
   void (*subset_gradients)(const SubsetBlock<Acc>& block);
+  void (*lookup_gradients)(const LookupRow<Acc>& row);  // null where a register holds no table
 };
 
 // codes[d] = bit m of it: element d is kept by row m < count <= 8 of `bits`; n rounded up to 8 codes are written.

@@ -291,6 +291,66 @@ void subset_gradients(const SubsetBlock<Acc>& block) {
   }
 }
 
+#if PYRX_ISA == 512
+template <int kBlocks, bool kTwo, bool kWeight, bool kInput>
+inline void lookup_features(const LookupRow<float>& row, const float* tables, int64_t d) {
+  __m512i low[kBlocks], high[kBlocks];  // permutexvar reads the lowest four bits
+  __m512 x[kBlocks], dot[kBlocks];
+  for (int u = 0; u < kBlocks; ++u) {
+    const int64_t at = d + u * kLanes;
+    low[u] = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row.codes + at)));
+    high[u] = _mm512_srli_epi32(low[u], 4);
+    x[u] = kWeight ? _mm512_loadu_ps(row.x + at) : _mm512_setzero_ps();
+    dot[u] = _mm512_setzero_ps();
+  }
+  for (int64_t c = 0; c < row.classes; ++c) {
+    const __m512 first = _mm512_load_ps(tables + c * 2 * kLanes), second = _mm512_load_ps(tables + (c * 2 + 1) * kLanes);
+    for (int u = 0; u < kBlocks; ++u) {
+      const int64_t at = d + u * kLanes;
+      __m512 s = _mm512_permutexvar_ps(low[u], first);
+      if (kTwo) s = _mm512_add_ps(s, _mm512_permutexvar_ps(high[u], second));
+      if (kInput) dot[u] = _mm512_fmadd_ps(s, _mm512_loadu_ps(row.weight + c * row.weight_stride + at), dot[u]);
+      if (kWeight) {
+        float* gradient = row.weight_gradient + c * row.gradient_stride + at;
+        _mm512_storeu_ps(gradient, _mm512_fmadd_ps(s, x[u], _mm512_loadu_ps(gradient)));
+      }
+    }
+  }
+  if (kInput)
+    for (int u = 0; u < kBlocks; ++u) _mm512_storeu_ps(row.input_gradient + d + u * kLanes, dot[u]);
+}
+
+template <bool kTwo, bool kWeight, bool kInput>
+void lookup_wanted(const LookupRow<float>& row, const float* tables) {
+  constexpr int kBlocks = 4;
+  int64_t d = 0;
+  for (; d + kBlocks * kLanes <= row.features; d += kBlocks * kLanes)
+    lookup_features<kBlocks, kTwo, kWeight, kInput>(row, tables, d);
+  for (; d < row.features; d += kLanes) lookup_features<1, kTwo, kWeight, kInput>(row, tables, d);
+}
+
+inline void lookup_gradients(const LookupRow<float>& row) {
+  alignas(64) float tables[kLookupClasses * 2 * kSubsetEntries];
+  constexpr __mmask16 kBit[kSubset] = {0xAAAA, 0xCCCC, 0xF0F0, 0xFF00};  // the entries that hold mask m
+  for (int64_t c = 0; c < row.classes; ++c) {
+    __m512 entries[2] = {_mm512_set1_ps(row.base ? row.base[c] : 0.0f), _mm512_setzero_ps()};
+    for (int64_t m = 0; m < row.masks; ++m) {
+      __m512& table = entries[m / kSubset];
+      table = _mm512_mask_add_ps(table, kBit[m % kSubset], table, _mm512_set1_ps(row.rows[m * row.rows_stride + c]));
+    }
+    for (int g = 0; g < 2; ++g) _mm512_store_ps(tables + (c * 2 + g) * kSubsetEntries, entries[g]);
+  }
+  const auto run = [&](auto weight, auto input) {
+    constexpr bool kWeight = decltype(weight)::value, kInput = decltype(input)::value;
+    row.masks > kSubset ? lookup_wanted<true, kWeight, kInput>(row, tables)
+                        : lookup_wanted<false, kWeight, kInput>(row, tables);
+  };
+  if (!row.input_gradient) run(std::true_type(), std::false_type());
+  else if (!row.weight_gradient) run(std::false_type(), std::true_type());
+  else run(std::true_type(), std::true_type());
+}
+#endif
+
 template <typename Acc>
 Acc cross_entropy(const CrossEntropyRow<Acc>& row, bool want_gradient) {
   using V = Vec<Acc>;
@@ -383,9 +443,10 @@ inline void group_bits(uint64_t seed, SampleMask mask, uint64_t first, int64_t g
       const I key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
       for (int u = 0; u < kUnroll; ++u) {
         const I p0 = _mm512_mul_epu32(c0[u], m0), p1 = _mm512_mul_epu32(c2[u], m1);
-        c0[u] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1[u], key0, 0x96);
+        // a shuffle brings the high half down, since a shift would wait for the multiplier's port
+        c0[u] = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(p1, _MM_PERM_DDBB), c1[u], key0, 0x96);
         c1[u] = p1;
-        c2[u] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3[u], key1, 0x96);
+        c2[u] = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(p0, _MM_PERM_DDBB), c3[u], key1, 0x96);
         c3[u] = p0;
       }
     }
@@ -443,7 +504,12 @@ constexpr ElementKernels<T> element_table() {
 
 template <typename Acc>
 constexpr AccumulatorKernels<Acc> accumulator_table() {
-  return {&add_level<Acc>, &cross_entropy<Acc>, &axpy<Acc>, &subset_table<Acc>, &subset_gradients<Acc>};
+  AccumulatorKernels<Acc> table{&add_level<Acc>, &cross_entropy<Acc>, &axpy<Acc>, &subset_table<Acc>,
+                                &subset_gradients<Acc>, nullptr};
+#if PYRX_ISA == 512
+  if constexpr (std::is_same_v<Acc, float>) table.lookup_gradients = &lookup_gradients;
+#endif
+  return table;
 }
 
 template <typename T, typename G>

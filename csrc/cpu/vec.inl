@@ -276,6 +276,9 @@ inline Vec<accumulate_t<T>> load(const T* p, int n) {
 
 template <typename T>
 inline void store(T* p, const Vec<accumulate_t<T>>& x, int n) {
+#if PYRX_ISA == 512
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x.v);
+#endif
   T part[kLanes];
   store(part, x);
   std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));

@@ -271,6 +271,42 @@ void test_subset(const char* set, const AccumulatorKernels<Acc>& kernels, double
         }
 }
 
+// The same sums by lookups in registers.
+template <typename Acc>
+void test_lookup(const char* set, const AccumulatorKernels<Acc>& kernels, double tolerance) {
+  if (!kernels.lookup_gradients) return;
+  for (const int64_t classes : {1, 10, 32})
+    for (const int64_t masks : {1, 3, 4, 5, 8})
+      for (const int64_t n : {1, 16, 37, 64, 150})
+        for (int wanted = 1; wanted < 4; ++wanted) {
+          const int64_t padded = (n + 15) / 16 * 16;
+          const bool base = masks != 3;
+          const Buffer<Acc> gradients = features<Acc>((masks + 1) * classes, 5), weight = features<Acc>(classes * padded, 6);
+          const Buffer<Acc> x = features<Acc>(padded, 7), before = features<Acc>(classes * padded, 8);
+          Buffer<uint8_t> bits(masks * (padded / 8)), codes(padded);
+          Buffer<Acc> weight_gradient(classes * padded), input_gradient(padded);
+          for (int64_t i = 0; i < classes * padded; ++i) weight_gradient[i] = before[i];
+          for (int64_t m = 0; m < masks; ++m) row_bits(3, sample_mask(m, 32768, false), 0, padded, nullptr, &bits[m * (padded / 8)]);
+          subset_codes(bits.data(), padded / 8, masks, padded, codes.data());
+          kernels.lookup_gradients({.features = n, .classes = classes, .masks = masks,
+                                    .base = base ? gradients.data() + masks * classes : nullptr, .rows = gradients.data(),
+                                    .rows_stride = classes, .codes = codes.data(), .x = x.data(), .weight = weight.data(),
+                                    .weight_stride = padded, .weight_gradient = wanted & 1 ? weight_gradient.data() : nullptr,
+                                    .gradient_stride = padded, .input_gradient = wanted & 2 ? input_gradient.data() : nullptr});
+          for (int64_t d = 0; d < n; ++d) {
+            double input = 0;
+            for (int64_t c = 0; c < classes; ++c) {
+              double sum = base ? gradients[masks * classes + c] : 0;
+              for (int64_t m = 0; m < masks; ++m) sum += bit(&bits[m * (padded / 8)], d) ? gradients[m * classes + c] : 0;
+              input += sum * weight[c * padded + d];
+              CHECK(near(weight_gradient[c * padded + d], before[c * padded + d] + (wanted & 1 ? sum * x[d] : 0), tolerance),
+                    "%s: lookup weight %ld, %ld of %ld masks", set, d, c, masks);
+            }
+            if (wanted & 2) CHECK(near(input_gradient[d], input, 10 * tolerance), "%s: lookup input %ld of %ld masks", set, d, masks);
+          }
+        }
+}
+
 #define TEST_SET(name)                                                                      \
   test_masks(#name, name::mask_table());                                                    \
   test_elements<float>(#name, name::element_table<float>(), 1e-6);                          \
@@ -286,7 +322,8 @@ void test_subset(const char* set, const AccumulatorKernels<Acc>& kernels, double
   test_accumulators<float>(#name, name::accumulator_table<float>(), 2e-6);                  \
   test_accumulators<double>(#name, name::accumulator_table<double>(), 1e-13);               \
   test_subset<float>(#name, name::accumulator_table<float>(), 1e-5);                        \
-  test_subset<double>(#name, name::accumulator_table<double>(), 1e-13);
+  test_subset<double>(#name, name::accumulator_table<double>(), 1e-13);                     \
+  test_lookup<float>(#name, name::accumulator_table<float>(), 1e-5);
 
 }  // namespace
 
