@@ -5,8 +5,8 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
+#include <charconv>
 #include <concepts>
-#include <cstdio>
 #include <string>
 
 namespace pyrx {
@@ -19,8 +19,8 @@ inline std::string text(c10::Device value) { return value.str(); }
 inline std::string text(std::integral auto value) { return std::to_string(value); }
 inline std::string text(double value) {
   char digits[32];
-  std::snprintf(digits, sizeof digits, "%g", value);
-  return digits;
+  const std::string found(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
+  return found.find_first_of(".ein") == std::string::npos ? found + ".0" : found;
 }
 inline std::string text(c10::IntArrayRef values) {
   std::string found = "[";

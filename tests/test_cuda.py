@@ -384,6 +384,14 @@ def test_errors_come_before_any_launch():
         ops.multi_sample_dropout_cross_entropy(x, w, None, head.target[:3], *rest)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("classes", [10, 1100])
+def test_slices_with_pairs_and_without(order, classes):
+    p = [0.5] * 64 + [0.3] * 64
+    head = make_head(7, 40, classes, device="cuda")
+    assert_head_within_budget(head, "cuda", seed=5, num_samples=128, p=p[::order], sampling="antithetic")
+
+
 def peak_memory(head, **options):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

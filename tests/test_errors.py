@@ -313,6 +313,7 @@ HEAD_CHANGES = [
     {"target_b": Y, "lam": torch.ones(4).double()},
     {"label_smoothing": -0.5},
     {"label_smoothing": 1.25},
+    {"label_smoothing": 2.0},
     {"label_smoothing": math.nan},
 ]
 CHANGES = [

@@ -14,6 +14,7 @@ from helpers import (
     REDUCTIONS,
     SAMPLINGS,
     TARGETS,
+    assert_head_within_budget,
     assert_same_bits,
     assert_within_budget,
     make_head,
@@ -333,3 +334,45 @@ def test_peak_memory_does_not_grow_with_the_number_of_samples(cpu, python, reduc
     # 24000 x 128 float32 are 12 MB: the gradient of input alone
     assert one > 10_000, "the measurement sees the gradient of input"
     assert many <= 1.1 * one + 2048, f"{many} kB for 32 samples, {one} kB for one"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_upstream_gradients_kept_batched_and_freed_are_the_same(backend, dtype):
+    """In place where the graph is freed, on copies where it is kept, by products where upstreams are batched."""
+    head = make_head(9, 24, 10, dtype=dtype)
+    leaves = [getattr(head, name).requires_grad_() for name in NAMES]
+
+    def loss():
+        return pyrx.multi_sample_dropout_cross_entropy(
+            *leaves[:2], head.target, linear_bias=leaves[2], seed=3, num_samples=4, backend=backend
+        )
+
+    upstream = torch.tensor(1 / 3).to(dtype)
+    kept = loss()
+    first = torch.autograd.grad(kept, leaves, upstream, retain_graph=True)
+    for each in first:
+        each.zero_()
+    again, freed = torch.autograd.grad(kept, leaves, upstream), torch.autograd.grad(loss(), leaves, upstream)
+    batched = torch.autograd.grad(loss(), leaves, torch.stack([upstream, 2 * upstream]), is_grads_batched=True)
+    for one, other, many in zip(again, freed, batched, strict=True):
+        assert_same_bits(one, other)
+        torch.testing.assert_close(many, torch.stack([one, 2 * one]), rtol=2e-2, atol=1e-6)
+
+
+def test_features_through_vmap(backend):
+    x = torch.randn(3, 40)
+    expected = pyrx.dropout(x[1], 0.5, seed=1, backend=backend)
+    assert_same_bits(torch.vmap(lambda row: pyrx.dropout(row, 0.5, seed=1, backend=backend))(x)[1], expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_few_classes_over_chunks_and_tasks(cpu, threads, sampling):
+    """More rows than a chunk, more features than a task, and a part of a register at the end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        head = make_head(300, 531, 7, class_weight=True, ignored=0.2)
+        assert_head_within_budget(head, cpu, seed=2, num_samples=8, sampling=sampling)
+    finally:
+        torch.set_num_threads(before)

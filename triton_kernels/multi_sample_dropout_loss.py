@@ -269,9 +269,9 @@ def scale_kernel(grad_input, grad_weight, grad_bias, factor, inputs, weights, bi
     """Gradients times *factor, in place."""
     times = tl.load(factor).to(tl.float32)
     if times != 1.0:
-        first = tl.program_id(0) * BLOCK
-        for start in range(first, max(inputs, weights, biases), tl.num_programs(0) * BLOCK):
-            i = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
+        for step in range(tl.cdiv(max(inputs, weights, biases), tl.num_programs(0) * BLOCK)):
+            block = tl.cast(step, tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            i = block * BLOCK + tl.arange(0, BLOCK)
             value = tl.load(grad_input + i, mask=i < inputs, other=0.0).to(tl.float32) * times
             tl.store(grad_input + i, value.to(grad_input.dtype.element_ty), mask=i < inputs)
             value = tl.load(grad_weight + i, mask=i < weights, other=0.0).to(tl.float32) * times

@@ -13,15 +13,19 @@ const auto& dropout_op() {
   return op;
 }
 
+Tensor dropout_below(const Tensor& input, const Tensor& seed, int64_t threshold, int64_t sample) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return dropout_op().call(input, seed, threshold, sample);
+}
+
 class DropoutFunction : public torch::autograd::Function<DropoutFunction> {
  public:
   static Tensor forward(AutogradContext* context, const Tensor& input, const Tensor& seed, int64_t threshold,
                         int64_t sample) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
     context->save_for_backward({seed});
     context->saved_data["threshold"] = threshold;
     context->saved_data["sample"] = sample;
-    return dropout_op().call(input, seed, threshold, sample);
+    return dropout_below(input, seed, threshold, sample);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& upstream) {
@@ -33,7 +37,8 @@ class DropoutFunction : public torch::autograd::Function<DropoutFunction> {
 };
 
 Tensor dropout(const Tensor& input, const Tensor& seed, int64_t threshold, int64_t sample) {
-  return DropoutFunction::apply(input, seed, threshold, sample);
+  return is_differentiated(input) ? DropoutFunction::apply(input, seed, threshold, sample)
+                                  : dropout_below(input, seed, threshold, sample);
 }
 
 TORCH_LIBRARY_IMPL(pyrx, Autograd, m) { m.impl("dropout", &dropout); }

@@ -1,6 +1,7 @@
 // Multi-sample dropout's autograd formulas: the copies and their fold, which are each other's, and the head's.
 #include "autograd/dispatch.h"
 
+#include <ATen/ops/clone.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -24,15 +25,20 @@ const c10::TypedOperatorHandle<Copies>& copies_op(bool fold) {
 }
 
 template <bool kFold>
+Tensor copies_below(const Tensor& input, const Tensor& seed, at::IntArrayRef thresholds, bool antithetic) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return copies_op(kFold).call(input, seed, thresholds, antithetic);
+}
+
+template <bool kFold>
 class CopiesFunction : public torch::autograd::Function<CopiesFunction<kFold>> {
  public:
   static Tensor forward(AutogradContext* context, const Tensor& input, const Tensor& seed, at::IntArrayRef thresholds,
                         bool antithetic) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
     context->save_for_backward({seed});
     context->saved_data["thresholds"] = thresholds;
     context->saved_data["antithetic"] = antithetic;
-    return copies_op(kFold).call(input, seed, thresholds, antithetic);
+    return copies_below<kFold>(input, seed, thresholds, antithetic);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& upstream) {
@@ -45,7 +51,8 @@ class CopiesFunction : public torch::autograd::Function<CopiesFunction<kFold>> {
 
 template <bool kFold>
 Tensor copies(const Tensor& input, const Tensor& seed, at::IntArrayRef thresholds, bool antithetic) {
-  return CopiesFunction<kFold>::apply(input, seed, thresholds, antithetic);
+  return is_differentiated(input) ? CopiesFunction<kFold>::apply(input, seed, thresholds, antithetic)
+                                  : copies_below<kFold>(input, seed, thresholds, antithetic);
 }
 
 using OptionalTensor = std::optional<Tensor>;
@@ -54,8 +61,8 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 #define PYRX_HEAD "pyrx::multi_sample_dropout_cross_entropy"
 
-#define PYRX_HEAD_TENSORS                                                                                      \
-  const Tensor &input, const Tensor &linear_weight, const OptionalTensor &linear_bias, const Tensor &target,   \
+#define PYRX_HEAD_TENSORS                                                                                    \
+  const Tensor &input, const Tensor &linear_weight, const OptionalTensor &linear_bias, const Tensor &target, \
       const OptionalTensor &target_b, const OptionalTensor &lam, const OptionalTensor &weight, const Tensor &seed
 #define PYRX_HEAD_OPTIONS \
   at::IntArrayRef thresholds, bool antithetic, bool combine_logits, int64_t ignore_index, double label_smoothing
@@ -65,7 +72,7 @@ Outputs head_below(PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS, std::string_view reduct
   static const auto op = find<decltype(head_below)>(PYRX_HEAD);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, antithetic,
-            combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype);
+                 combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype);
 }
 
 using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS, Needs);
@@ -75,18 +82,17 @@ using Scale = void(Tensor, Tensor, Tensor, const Tensor&);
 bool is_plain(const Tensor& tensor) {
   using enum c10::DispatchKey;
   return !tensor.key_set().has_any(
-      c10::DispatchKeySet{Python, Functionalize, FuncTorchBatched, FuncTorchGradWrapper});
+      c10::DispatchKeySet{Python, Functionalize, Batched, BatchedNestedTensor, FuncTorchBatched, FuncTorchGradWrapper});
 }
 
 class HeadFunction : public torch::autograd::Function<HeadFunction> {
  public:
-  static variable_list forward(AutogradContext* context, PYRX_HEAD_TENSORS,
-                                                PYRX_HEAD_OPTIONS, std::string_view reduction, Needs needs_grad,
-                                                at::ScalarType loss_dtype) {
+  static variable_list forward(AutogradContext* context, PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS,
+                               std::string_view reduction, Needs needs_grad, at::ScalarType loss_dtype,
+                               Outputs* outputs) {
     auto [loss, grad_input, grad_weight, grad_bias] =
         head_below(input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, antithetic,
                    combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype);
-    context->mark_non_differentiable({grad_input, grad_weight, grad_bias});
     context->set_materialize_grads(false);
     auto& saved = context->saved_data;
     const bool recompute = reduction == "none";
@@ -105,11 +111,11 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
       context->save_for_backward({grad_input, grad_weight, grad_bias});
       saved["dtype"] = input.scalar_type();
     }
-    return {loss, grad_input, grad_weight, grad_bias};
+    *outputs = {loss, grad_input, grad_weight, grad_bias};
+    return {loss};
   }
 
-  static variable_list backward(AutogradContext* context,
-                                                 const variable_list& upstream) {
+  static variable_list backward(AutogradContext* context, const variable_list& upstream) {
     variable_list gradients(kArguments);
     if (!upstream[0].defined()) return gradients;
     auto& saved = context->saved_data;
@@ -119,9 +125,9 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
     if (at::GradMode::is_enabled()) {
       // create_graph: the gradients are constants here, so going through them once more must not pass
       for (Tensor& each : found) each = each.detach().requires_grad_();
-      const auto error = std::make_shared<torch::autograd::DelayedError>(
+      torch::autograd::DelayedError error(
           PYRX_HEAD ": expected one differentiation, got a second: it has no double backward", int64_t(found.size()));
-      found = (*error)(std::move(found));
+      found = error(std::move(found));
     }
     for (int i = 0; i < 3; ++i)
       if (needs >> i & 1) gradients[i] = found[i];
@@ -129,19 +135,18 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
   }
 
  private:
-  static constexpr size_t kArguments = 16;
+  static constexpr size_t kArguments = 17;
 
-  static variable_list recomputed(AutogradContext* context, const Tensor& upstream,
-                                                   int64_t needs) {
+  static variable_list recomputed(AutogradContext* context, const Tensor& upstream, int64_t needs) {
     static const auto op = find<Backward>(PYRX_HEAD "_backward");
     auto& saved = context->saved_data;
     const auto t = context->get_saved_variables();
     const auto optional = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; };
     const auto [grad_input, grad_weight, grad_bias] =
         op.call(upstream.contiguous(), t[0], t[1], optional(t[2]), t[3], optional(t[4]), optional(t[5]),
-                  optional(t[6]), t[7], saved["thresholds"].toIntVector(), saved["antithetic"].toBool(),
-                  saved["combine_logits"].toBool(), saved["ignore_index"].toInt(), saved["label_smoothing"].toDouble(),
-                  Needs{bool(needs & 1), bool(needs & 2), bool(needs & 4)});
+                optional(t[6]), t[7], saved["thresholds"].toIntVector(), saved["antithetic"].toBool(),
+                saved["combine_logits"].toBool(), saved["ignore_index"].toInt(), saved["label_smoothing"].toDouble(),
+                Needs{bool(needs & 1), bool(needs & 2), bool(needs & 4)});
     return {grad_input, grad_weight, grad_bias};
   }
 
@@ -151,8 +156,9 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
     static const auto op = find<Scale>(PYRX_HEAD "_scale_");
     const at::ScalarType dtype = context->saved_data["dtype"].toScalarType();
     variable_list gradients = context->get_saved_variables();
-    if (is_plain(upstream) && gradients[0].scalar_type() == dtype &&
-        !torch::autograd::get_current_graph_task_keep_graph()) {
+    if (is_plain(upstream) && gradients[0].scalar_type() == dtype) {
+      if (torch::autograd::get_current_graph_task_keep_graph())
+        for (Tensor& each : gradients) each = each.clone();
       op.call(gradients[0], gradients[1], gradients[2], upstream);
     } else {
       for (Tensor& each : gradients) each = each.mul(upstream).to(dtype);
@@ -163,16 +169,17 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
 
 Outputs head(PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS, std::string_view reduction, Needs needs_grad,
              at::ScalarType loss_dtype) {
-  const bool differentiable =
-      input.requires_grad() || linear_weight.requires_grad() || (linear_bias && linear_bias->requires_grad());
-  if (!at::GradMode::is_enabled() || !differentiable) {
+  if (!is_differentiated(input) && !is_differentiated(linear_weight) &&
+      !(linear_bias && is_differentiated(*linear_bias))) {
     return head_below(input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, antithetic,
                       combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype);
   }
-  const auto outputs =
+  needs_grad[2] = needs_grad[2] && linear_bias;
+  Outputs outputs;  // the gradients go past autograd, which is not to know them
+  std::get<0>(outputs) =
       HeadFunction::apply(input, linear_weight, linear_bias, target, target_b, lam, weight, seed, thresholds, antithetic,
-                          combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype);
-  return {outputs[0], outputs[1], outputs[2], outputs[3]};
+                          combine_logits, ignore_index, label_smoothing, reduction, needs_grad, loss_dtype, &outputs)[0];
+  return outputs;
 }
 
 TORCH_LIBRARY_IMPL(pyrx, Autograd, m) {

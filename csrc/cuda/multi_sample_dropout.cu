@@ -189,11 +189,12 @@ class Head {
         table_(sample_table(call.thresholds, call.antithetic, table_memory_, call.input)) {
     PYRX_CHECK_VALUE(classes_ < int64_t(1) << 31, kHead, "linear_weight", "of fewer than 2**31 classes",
                      call.linear_weight.sizes());
-    // a slice has whole pairs, since kSliceSamples is even
+    // a slice has whole pairs, since kSliceSamples is even; all are paired or none, so that the first is the largest
     const int64_t most = call.combine_logits ? samples_ : kSliceSamples;
+    const bool pairs = call.antithetic && table_.uniform;
     for (int64_t first = 0; first < samples_; first += most) {
       const int64_t count = std::min(most, samples_ - first);
-      slices_.push_back({first, sample_plan(&call.thresholds[first], count, call.antithetic, call.combine_logits)});
+      slices_.push_back({first, sample_plan(&call.thresholds[first], count, pairs, call.combine_logits)});
     }
     losses_a_row_ = call.combine_logits ? 1 : samples_;
     const int64_t largest = *std::max_element(call.thresholds.begin(), call.thresholds.end());

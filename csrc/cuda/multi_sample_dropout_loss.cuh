@@ -291,6 +291,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kPaired ? 1 : kUni
       if (lane == 0 && (s == 0 || has_odd)) loss += row.loss(sums[s]);
     }
     if (!p.gradient) continue;
+    __syncwarp();  // lane 0 has read the logits that others may write G over
     // an odd sample's gradient goes to the base row and, negated, to the even one, where the targets of the two cancel
     T* gradient = row.gradient(item);
 #pragma unroll

@@ -213,7 +213,8 @@ def _head_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     loss, *gradients = output
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.needs, ctx.recompute = needs_grad, reduction == "none"
+    needs_bias = needs_grad[2] and inputs[2] is not None
+    ctx.needs, ctx.recompute = (*needs_grad[:2], needs_bias), reduction == "none"
     if ctx.recompute:
         # input, linear_weight, linear_bias, target, target_b, lam, weight, seed
         ctx.save_for_backward(*inputs[:8])
@@ -240,11 +241,10 @@ def _scaled(gradients: Sequence[Tensor], grad_loss: Tensor, dtype: torch.dtype) 
 
     In place, unless the graph is kept: its next backward must find them as they are, whatever was done to these.
     """
-    if (
-        type(grad_loss) is Tensor
-        and gradients[0].dtype == dtype
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-    ):
+    batched = torch._C._dispatch_keys(grad_loss).has(torch._C.DispatchKey.Batched)
+    if type(grad_loss) is Tensor and not batched and gradients[0].dtype == dtype:
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            gradients = [each.clone() for each in gradients]
         _library.namespace("triton").multi_sample_dropout_cross_entropy_scale_(*gradients, grad_loss)
         return gradients
     return [(each * grad_loss).to(dtype) for each in gradients]

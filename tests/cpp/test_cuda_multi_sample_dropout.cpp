@@ -410,6 +410,8 @@ void test_shapes() {
     c.slice_samples = kSliceSamples;
     c.parts = 11;
     test_head<float>(c, "11 blocks a row");
+    c.wide = !antithetic;  // pairs stay in one block
+    test_head<float>(c, "11 blocks a wide row");
   }
   Case many{.rows = 2, .features = 9, .classes = 5, .samples = 67};
   many.antithetic = true;
