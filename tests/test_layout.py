@@ -12,6 +12,7 @@ from pyrx._backends import OPS
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "csrc/kernels/{op}.h",
+    "csrc/autograd/{op}.cpp",
     "csrc/cpu/{op}.cpp",
     "csrc/cuda/{op}.cuh",
     "csrc/cuda/{op}.cu",
