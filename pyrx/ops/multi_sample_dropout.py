@@ -241,7 +241,7 @@ def _scaled(gradients: Sequence[Tensor], grad_loss: Tensor, dtype: torch.dtype) 
 
     In place, unless the graph is kept: its next backward must find them as they are, whatever was done to these.
     """
-    batched = torch._C._dispatch_keys(grad_loss).has(torch._C.DispatchKey.Batched)
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # grad(is_grads_batched=True)
     if type(grad_loss) is Tensor and not batched and gradients[0].dtype == dtype:
         if torch._C._autograd._get_current_graph_task_keep_graph():
             gradients = [each.clone() for each in gradients]
