@@ -215,13 +215,13 @@ class Head {
     if (out_.grad_bias) std::fill_n(bias_, (tiles_ + 1) * logits_stride_, Acc(0));
   }
 
-  // f(index, scratch) for index < count on all threads, each with a scratch of its own.
+  // f(index, scratch) for index < count on all threads, each with a scratch of its own; who is free takes the next.
   template <typename F>
   void parallel(int64_t count, F f) {
-    std::atomic<int64_t> taken{0};
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      const Scratch& scratch = scratch_[taken.fetch_add(1)];
-      for (int64_t i = begin; i < end; ++i) f(i, scratch);
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, std::min(threads_, count), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread)
+        for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) f(i, scratch_[thread]);
       if constexpr (sizeof(G) == 2) at::native::cpublas::brgemm_release();
     });
   }
