@@ -1,15 +1,15 @@
-// What the elementwise ops share: types, chunks of the flat index, strides of the result.
+// What the elementwise ops share: types, chunks of the flat index.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "check.h"
 #include "cpu/simd.h"
+#include "layout.h"
 
 namespace pyrx::cpu {
 
@@ -43,16 +43,6 @@ void for_chunks(int64_t numel, F f) {
       f(first, std::min(kChunk, numel - first), bits.data());
     }
   });
-}
-
-// Masks follow the logical index, so kernels write in its order: into `out` itself, or where its strides are others
-// into a buffer that finish() copies.
-inline at::Tensor contiguous_target(const at::Tensor& out) {
-  return out.is_contiguous() ? out : at::empty(out.sizes(), out.options());
-}
-inline at::Tensor finish(const at::Tensor& target, const at::Tensor& out) {
-  if (!target.is_same(out)) out.copy_(target);
-  return out;
 }
 
 }  // namespace pyrx::cpu

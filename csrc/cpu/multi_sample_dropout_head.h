@@ -482,15 +482,18 @@ class Head {
 
   // The masks' code bytes of an input row: one for eight masks.
   int64_t code_rows() const { return (masks_ + 7) / 8; }
+  // Features of a task: two tasks a thread, unless they are many.
+  int64_t task_features() const {
+    const int64_t share = round_up((in_.features + 2 * threads_ - 1) / (2 * threads_), kPanel);
+    return std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
+  }
   int64_t subset_rows() const { return std::clamp<int64_t>(kSubsetTables / groups_, 1, kSubsetRows); }
 
   // Both gradients from partial sums of the gradient rows (SubsetBlock): a task has features of its own, so that every
   // sum is made by one thread in one order.
   void subset_gradients(int64_t begin, int64_t end, bool add) {
     const Panels<G> weight = weight_panels();
-    const int64_t rows = end - begin, features = in_.features;
-    const int64_t share = round_up((features + 2 * threads_ - 1) / (2 * threads_), kPanel);
-    const int64_t range = std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
+    const int64_t rows = end - begin, features = in_.features, range = task_features();
     parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
       const int64_t from = task * range, n = std::min(range, features - from);
       for (int64_t r = 0; r < rows; ++r) ever_kept(begin, r, from, n, scratch, scratch.x + r * range);
@@ -545,9 +548,7 @@ class Head {
 
   // Both gradients of few classes, by lookups in registers (LookupRow); tasks as in subset_gradients.
   void lookup_gradients(int64_t begin, int64_t end, bool add) {
-    const int64_t features = in_.features;
-    const int64_t share = round_up((features + 2 * threads_ - 1) / (2 * threads_), kPanel);
-    const int64_t range = std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
+    const int64_t features = in_.features, range = task_features();
     parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
       const int64_t from = task * range, n = std::min(range, features - from);
       if constexpr (std::is_same_v<G, Acc>) {

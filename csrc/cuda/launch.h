@@ -1,8 +1,7 @@
-// From tensors to launches: element types, grids, layouts. Host code of the .cu files.
+// From tensors to launches: element types, grids. Host code of the .cu files.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -10,6 +9,8 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+
+#include "layout.h"
 
 namespace pyrx::cuda {
 
@@ -51,16 +52,6 @@ inline int multiprocessors() {
 // Blocks of a grid-stride kernel: enough to fill the device.
 inline unsigned blocks_for(int64_t items, int64_t items_a_block) {
   return static_cast<unsigned>(std::min<int64_t>(ceil_div(items, items_a_block), 8 * multiprocessors()));
-}
-
-// Where a kernel that writes row-major puts what belongs into `out`: out itself if it can.
-inline at::Tensor contiguous_target(const at::Tensor& out) {
-  return out.is_contiguous() ? out : at::empty(out.sizes(), out.options());
-}
-
-inline at::Tensor finish(const at::Tensor& written, const at::Tensor& out) {
-  if (!written.is_same(out)) out.copy_(written);
-  return out;
 }
 
 }  // namespace pyrx::cuda
