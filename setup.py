@@ -160,9 +160,9 @@ def arch_number(name: str) -> tuple[int, int]:
 def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool) -> tuple[list[str], list[str]]:
     """Flags for the C++ compiler and for nvcc. No -march: the sources pick their SIMD at run time."""
     level = ["-O0", "-g"] if debug else ["-O3", "-g0"]
-    # at::parallel_for is a serial loop in a file that is compiled without OpenMP
-    # and gcc 12 warns of its own AVX-512 headers
-    cxx = [f"-std={STANDARD}", *level, "-fopenmp", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+    # at::parallel_for is a serial loop in a file that is compiled without OpenMP, products fused with sums would give
+    # draws and mixed pixels other bits than the reference, and gcc 12 warns of its own AVX-512 headers
+    cxx = [f"-std={STANDARD}", *level, "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
     if debug:
         cxx.append("-UNDEBUG")
     if not cuda:

@@ -22,8 +22,8 @@ _VARYING = ["first", "samples", "threshold"]
 
 
 @triton.jit
-def philox(seed, group, sample):
-    """The four words of Philox4x32-10 at counter (low32(group), high32(group), sample, 0), key *seed."""
+def philox(seed, group, sample, DOMAIN: tl.constexpr = 0):
+    """The four words of Philox4x32-10 at counter (low32(group), high32(group), sample, DOMAIN), key *seed."""
     key = tl.load(seed).to(tl.uint64, bitcast=True)
     k0 = key.to(tl.uint32)
     k1 = (key >> 32).to(tl.uint32)
@@ -31,7 +31,7 @@ def philox(seed, group, sample):
     c0 = group.to(tl.uint32)
     c1 = (group >> 32).to(tl.uint32)
     c2 = (c0 & 0) | sample.to(tl.uint32)
-    c3 = c0 & 0
+    c3 = (c0 & 0) | DOMAIN
     for _ in tl.static_range(10):
         # one wide product (a single instruction) where tl.philox_impl takes its halves in two
         product0 = c0.to(tl.uint64) * 0xD2511F53

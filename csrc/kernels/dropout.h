@@ -24,10 +24,11 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
-// Counter (low32(group), high32(group), sample, 0), key = seed: the eight lanes of elements 8*group .. 8*group + 7.
-PYRX_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint64_t group, uint32_t sample) {
+// Counter (low32(group), high32(group), sample, domain), key = seed. In domain 0, the masks', these are the eight lanes of
+// elements 8*group .. 8*group + 7.
+PYRX_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint64_t group, uint32_t sample, uint32_t domain = 0) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = sample, c3 = 0;
+  uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = sample, c3 = domain;
 #if defined(__CUDACC__)
 #pragma unroll
 #endif

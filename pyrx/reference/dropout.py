@@ -13,12 +13,11 @@ W0, W1 = 0x9E3779B9, 0xBB67AE85
 LOW32 = 0xFFFFFFFF
 
 
-def lanes(seed: Tensor, numel: int, sample: int) -> Tensor:
-    """The 16-bit lanes u of elements 0 .. numel - 1, int64: counter (i div 8, sample), lane i mod 8."""
-    group = torch.arange((numel + 7) // 8, device=seed.device, dtype=torch.int64)
+def philox(seed: Tensor, group: Tensor, sample: Tensor | int, domain: int = 0) -> Tensor:
+    """The four words, int64 in [0, 2**32), of counters (group, sample, domain): (*group.shape, 4)."""
     key0, key1 = seed.reshape(()) & LOW32, (seed.reshape(()) >> 32) & LOW32
     c0, c1 = group & LOW32, group >> 32
-    c2, c3 = torch.full_like(group, sample), torch.zeros_like(group)
+    c2, c3 = torch.zeros_like(group) + sample, torch.full_like(group, domain)
     for _ in range(10):
         # int64 products wrap, which leaves all 64 bits right; the mask undoes the arithmetic shift's sign
         product0, product1 = c0 * M0, c2 * M1
@@ -29,7 +28,12 @@ def lanes(seed: Tensor, numel: int, sample: int) -> Tensor:
             product0 & LOW32,
         )
         key0, key1 = (key0 + W0) & LOW32, (key1 + W1) & LOW32
-    words = torch.stack([c0, c1, c2, c3], dim=1)
+    return torch.stack([c0, c1, c2, c3], dim=-1)
+
+
+def lanes(seed: Tensor, numel: int, sample: int) -> Tensor:
+    """The 16-bit lanes u of elements 0 .. numel - 1, int64: counter (i div 8, sample), lane i mod 8."""
+    words = philox(seed, torch.arange((numel + 7) // 8, device=seed.device), sample)
     return torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)[:numel]
 
 
