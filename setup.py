@@ -162,7 +162,14 @@ def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool) -> tuple[list[
     level = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     # at::parallel_for is a serial loop in a file that is compiled without OpenMP, products fused with sums would give
     # draws and mixed pixels other bits than the reference, and gcc 12 warns of its own AVX-512 headers
-    cxx = [f"-std={STANDARD}", *level, "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+    cxx = [
+        f"-std={STANDARD}",
+        *level,
+        "-fopenmp",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-Wno-maybe-uninitialized",
+    ]
     if debug:
         cxx.append("-UNDEBUG")
     if not cuda:

@@ -2,6 +2,7 @@
 
 from pyrx import _extension, nn
 from pyrx._version import __version__
+from pyrx.ops.batch_mix import cutmix, mixup, resizemix
 from pyrx.ops.dropout import dropout, dropout_mask
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.targets import MixedTarget
@@ -9,9 +10,12 @@ from pyrx.targets import MixedTarget
 __all__ = [
     "MixedTarget",
     "__version__",
+    "cutmix",
     "dropout",
     "dropout_mask",
+    "mixup",
     "multi_sample_dropout",
     "multi_sample_dropout_cross_entropy",
     "nn",
+    "resizemix",
 ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from pyrx._checks import check_integer, fail
 
 
 class MixedTarget(NamedTuple):
@@ -14,6 +17,10 @@ class MixedTarget(NamedTuple):
         a: (...) int64 class ids.
         b: (...) int64 class ids.
         lam: (...) float32, in [0, 1].
+        boxes: (N, 4) int64 (y0, x0, y1, x1), the pixels [y0, y1) x [x0, x1) that came from the partner; -1 where a
+            sample was mixed pixel by pixel. None where the target does not come from a mixing op.
+        pairing: (N,) int64, the partner of each sample, or None.
+        masks: (N, H, W) segmentation maps that were mixed with the images, or None.
 
     Equivalent to the probabilities `lam * one_hot(a) + (1 - lam) * one_hot(b)`, without building them.
     """
@@ -21,3 +28,21 @@ class MixedTarget(NamedTuple):
     a: Tensor
     b: Tensor
     lam: Tensor
+    boxes: Tensor | None = None
+    pairing: Tensor | None = None
+    masks: Tensor | None = None
+
+    def to_probabilities(self, num_classes: int, label_smoothing: float = 0.0) -> Tensor:
+        """(..., num_classes) of lam's dtype: each row sums to one, `label_smoothing` of it spread over all classes.
+
+        Class ids must lie in [0, num_classes), as for torch.nn.functional.one_hot.
+        """
+        check_integer("MixedTarget.to_probabilities", "num_classes", num_classes, 1, 2**31)
+        if not 0 <= label_smoothing <= 1:
+            fail("MixedTarget.to_probabilities", "label_smoothing", "in [0, 1]", label_smoothing)
+        keep, lam = 1 - label_smoothing, self.lam.unsqueeze(-1)
+        rows = torch.full(
+            (*self.a.shape, num_classes), label_smoothing / num_classes, dtype=lam.dtype, device=lam.device
+        )
+        rows.scatter_add_(-1, self.a.unsqueeze(-1), keep * lam)
+        return rows.scatter_add_(-1, self.b.unsqueeze(-1), keep * (1 - lam))

@@ -167,7 +167,7 @@ class Head:
 
     def cuda(self):
         target = self.target
-        target = pyrx.MixedTarget(*(each.cuda() for each in target)) if isinstance(target, tuple) else target.cuda()
+        target = pyrx.MixedTarget(*(each.cuda() for each in target[:3])) if isinstance(target, tuple) else target.cuda()
         return dataclasses.replace(self.map(lambda each: each.detach().cuda()), target=target)
 
     def __call__(self, **options):

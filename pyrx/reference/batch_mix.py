@@ -201,9 +201,7 @@ def mix(
     return result.contiguous(memory_format=memory_format(images))
 
 
-def mix_backward(
-    grad: Tensor, mixes: Mixes, resize: bool, scale: Sequence[float], dtype: torch.dtype
-) -> Tensor:
+def mix_backward(grad: Tensor, mixes: Mixes, resize: bool, scale: Sequence[float], dtype: torch.dtype) -> Tensor:
     """The gradient of images of `dtype`: mix is linear in them, and this its adjoint."""
     accumulate = torch.float64 if torch.float64 in (grad.dtype, dtype) else torch.float32
     upstream = grad.to(accumulate)
@@ -219,7 +217,9 @@ def mix_backward(
         at = _source(mixes.boxes, grad).reshape(len(grad), *[1] * (grad.dim() - 3), -1).expand(*grad.shape[:-2], -1)
         # no two pixels of a box show the same one; what lies outside it goes nowhere
         at = torch.where(inside.flatten(-2), at, grad.shape[-1] * grad.shape[-2])
-        wide = torch.zeros((*grad.shape[:-2], grad.shape[-1] * grad.shape[-2] + 1), dtype=accumulate, device=grad.device)
+        wide = torch.zeros(
+            (*grad.shape[:-2], grad.shape[-1] * grad.shape[-2] + 1), dtype=accumulate, device=grad.device
+        )
         other = wide.scatter(-1, at, other.flatten(-2))[..., :-1].reshape(grad.shape)
     index = torch.arange(len(grad), device=grad.device)
     inverse = torch.empty_like(mixes.partner).scatter(0, mixes.partner, index)
