@@ -76,9 +76,9 @@ def _check_mix(
         fail(op, "pairing", f"in [0, {GIVEN}], {GIVEN} where a permutation is given", pairing)
     if not (MIXUP <= draw.kind <= EITHER and PER_BATCH <= draw.granularity <= PER_SAMPLE):
         fail(op, "kind and granularity", "in [0, 3] and [0, 2]", f"{draw.kind} and {draw.granularity}")
-    for name, value in (("prob", draw.prob), ("switch_prob", draw.switch_prob)):
-        if not 0 <= value <= LEVELS:
-            fail(op, name, f"in [0, {LEVELS}]", value)
+    for name, chance in (("prob", draw.prob), ("switch_prob", draw.switch_prob)):
+        if not 0 <= chance <= LEVELS:
+            fail(op, name, f"in [0, {LEVELS}]", chance)
     for name, alpha, kinds in (
         ("mixup_alpha", draw.mixup_alpha, (MIXUP, EITHER)),
         ("cutmix_alpha", draw.cutmix_alpha, (CUTMIX, EITHER)),
@@ -315,7 +315,9 @@ def mix_batch(
     samples, device = images.shape[0], images.device
     dtype = dtype if dtype is not None else out.dtype if out is not None else images.dtype
     scale, bias = _normalisation(op, images, mean, std, dtype)
-    if isinstance(lam, (int, float)) and not isinstance(lam, bool):
+    if lam is not None and not isinstance(lam, Tensor):
+        if isinstance(lam, bool) or not isinstance(lam, (int, float)):
+            fail(op, "lam", "to be a float or a Tensor", type(lam).__name__, TypeError)
         if not 0 <= lam <= 1:
             fail(op, "lam", "in [0, 1]", lam)
         lam = torch.full((samples,), float(lam), device=device)
@@ -358,7 +360,7 @@ def mix_batch(
     if inplace:
         _check_swap(op, way, draw.kind)
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(op, lam, boxes, partner, *images.shape[-2:], inplace)
+        _check_values(op, lam, boxes, partner, images.shape[-2], images.shape[-1], inplace)
     mixed, partner_labels, mixes = _apply(
         images, labels, seed, lam, boxes, partner, way, draw, scale, bias, dtype, inplace, out, chosen
     )
@@ -403,8 +405,8 @@ def cutmix(
         alpha: lam is drawn from Beta(alpha, alpha). Default 1.0: uniform.
         lam: (N,) float32 or a float in [0, 1] to use in its place; beside `boxes`, the labels' weights as they are.
         boxes: (N, 4) int64 (y0, x0, y1, x1) to use in place of drawn ones: pixels [y0, y1) x [x0, x1).
-        pairing: "flip" (i with N - 1 - i), "roll" (i with i - 1), "random" (a matching: pairs, drawn from the seed) or an
-            int64 permutation (N,): the partner of each sample.
+        pairing: "flip" (i with N - 1 - i), "roll" (i with i - 1), "random" (pairs drawn from the seed) or an int64
+            permutation (N,): the partner of each sample.
         per_sample: each sample has a box of its own; False: one draw for the batch.
         prob: the chance that a sample (per_sample=False: the batch) is mixed at all, on a grid of 1/65536.
         correct_lam: lam becomes 1 - box area / image area. False: the drawn lam stays.
@@ -421,7 +423,7 @@ def cutmix(
 
     Returns:
         (mixed, target): images of the same shape, and MixedTarget(labels, labels[partner], lam, boxes, partner, masks),
-        lam the weight of the sample's own label. `lam=target.lam, boxes=target.boxes, pairing=target.pairing` replay it.
+        lam the weight of the sample's own label. lam=target.lam, boxes=target.boxes, pairing=target.pairing replay it.
 
     Equivalent to, for each sample i with partner j, `mixed[i] = images[i]; mixed[i][..., y0:y1, x0:x1] = images[j][...,
     y0:y1, x0:x1]`.

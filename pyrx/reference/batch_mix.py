@@ -178,7 +178,7 @@ def mix(
     bias: Sequence[float] = (),
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Images (N, C, ..., H, W) under the mixes, times scale plus bias (C,) if given, each operation rounded by itself."""
+    """Images (N, C, ..., H, W) under the mixes, times scale plus bias (C,) if given, each operation rounded alone."""
     dtype = images.dtype if dtype is None else dtype
     partner = images.index_select(0, mixes.partner)
     if resize:
