@@ -82,6 +82,17 @@ const char* capability() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa
 #endif
 
 const MaskKernels& mask_kernels() { PYRX_PICK(mask_table()) }
+const ByteKernels& byte_kernels() { PYRX_PICK(byte_table()) }
+
+template <typename In, typename Out>
+const MixKernels<In, Out>& mix_kernels() {
+  PYRX_PICK(mix_table<In, Out>())
+}
+
+template <typename T>
+const PairKernels<T>& pair_kernels() {
+  PYRX_PICK(pair_table<T>())
+}
 
 template <typename T>
 const ElementKernels<T>& element_kernels() {
@@ -97,6 +108,19 @@ template <typename T, typename G>
 const HeadKernels<T, G>& head_kernels() {
   PYRX_PICK(head_table<T, G>())
 }
+
+#define PYRX_PIXELS(In)                                                 \
+  template const PairKernels<In>& pair_kernels<In>();                   \
+  template const MixKernels<In, float>& mix_kernels<In, float>();       \
+  template const MixKernels<In, double>& mix_kernels<In, double>();     \
+  template const MixKernels<In, bfloat16>& mix_kernels<In, bfloat16>(); \
+  template const MixKernels<In, float16>& mix_kernels<In, float16>();
+PYRX_PIXELS(uint8_t)
+PYRX_PIXELS(float)
+PYRX_PIXELS(double)
+PYRX_PIXELS(bfloat16)
+PYRX_PIXELS(float16)
+template const MixKernels<uint8_t, uint8_t>& mix_kernels<uint8_t, uint8_t>();
 
 template const ElementKernels<float>& element_kernels<float>();
 template const ElementKernels<double>& element_kernels<double>();

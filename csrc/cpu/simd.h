@@ -147,10 +147,50 @@ struct MaskKernels {
                       int64_t out_stride);
 };
 
+template <typename In, typename Out>
+using pixel_acc_t = std::conditional_t<std::is_same_v<In, double> || std::is_same_v<Out, double>, double, float>;
+
+// Runs of bytes.
+struct ByteKernels {
+  // past the caches where the processor can; a store fence comes after the last
+  void (*copy_stream)(uint8_t* to, const uint8_t* from, int64_t n);
+  void (*swap)(uint8_t* a, uint8_t* b, int64_t n);
+};
+
+// What runs of pixels In to Out have in common: out[i] = v * scale[i % period] + bias[i % period] with
+// v = own[i] * weight + other[i] * (1 - weight), products and sums rounded one by one.
+template <typename In, typename Out>
+struct MixRun {
+  using Acc = pixel_acc_t<In, Out>;
+  Acc weight;
+  const Acc* scale;  // (period + 16,), the last sixteen repeat the first; or null: out[i] = v
+  const Acc* bias;
+  int64_t period;  // at least sixteen
+  bool stream;     // past the caches, where the processor can
+};
+
+template <typename In, typename Out>
+struct MixKernels {
+  // without `other` v = own[i]; out may be own
+  void (*mix)(const MixRun<In, Out>& run, const In* own, const In* other, int64_t n, Out* out);
+};
+
+template <typename T>
+struct PairKernels {
+  using Acc = accumulate_t<T>;
+  // both at once: a = a * weight_a + b * (1 - weight_a), b = b * weight_b + a * (1 - weight_b)
+  void (*mix_pair)(T* a, T* b, Acc weight_a, Acc weight_b, int64_t n);
+};
+
 // "avx512", "avx2" or "default": what this processor has, less what ATEN_CPU_CAPABILITY forbids.
 const char* capability();
 
 const MaskKernels& mask_kernels();
+const ByteKernels& byte_kernels();
+template <typename In, typename Out>
+const MixKernels<In, Out>& mix_kernels();
+template <typename T>
+const PairKernels<T>& pair_kernels();
 template <typename T>
 const ElementKernels<T>& element_kernels();
 template <typename Acc>

@@ -1,5 +1,6 @@
 // Sixteen accumulators as one value, and rows of any storage type as blocks of them. Included by simd.inl.
 
+inline float widen(uint8_t x) { return x; }
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(bfloat16 x) {
@@ -24,6 +25,9 @@ inline float widen(float16 x) {
 
 template <typename T>
 inline T narrow(accumulate_t<T> x);
+// Of values in [0, 255], halves to even.
+template <>
+inline uint8_t narrow<uint8_t>(float x) { return static_cast<uint8_t>(std::nearbyint(x)); }
 template <>
 inline float narrow<float>(float x) { return x; }
 template <>
@@ -226,9 +230,13 @@ inline Vec<accumulate_t<T>> load(const T* p) {
     return Vec<T>::get(p);
   } else {
 #if PYRX_ISA == 512
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    if constexpr (std::is_same_v<T, float16>) return {_mm512_cvtph_ps(x)};
-    else return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+    if constexpr (sizeof(T) == 1) {
+      return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+    } else {
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      if constexpr (std::is_same_v<T, float16>) return {_mm512_cvtph_ps(x)};
+      else return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+    }
 #else
     float v[kLanes];
     for (int i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
@@ -244,7 +252,10 @@ inline void store(T* p, const Vec<accumulate_t<T>>& x) {
   } else {
 #if PYRX_ISA == 512
     __m256i out;
-    if constexpr (std::is_same_v<T, float16>) {
+    if constexpr (sizeof(T) == 1) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+      return;
+    } else if constexpr (std::is_same_v<T, float16>) {
       out = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT);
     } else {
       const __m512i bits = _mm512_castps_si512(x.v);

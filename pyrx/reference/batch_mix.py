@@ -216,10 +216,9 @@ def mix_backward(grad: Tensor, mixes: Mixes, resize: bool, scale: Sequence[float
     if resize:
         at = _source(mixes.boxes, grad).reshape(len(grad), *[1] * (grad.dim() - 3), -1).expand(*grad.shape[:-2], -1)
         # no two pixels of a box show the same one; what lies outside it goes nowhere
-        at = torch.where(inside.flatten(-2), at, grad.shape[-1] * grad.shape[-2])
-        wide = torch.zeros(
-            (*grad.shape[:-2], grad.shape[-1] * grad.shape[-2] + 1), dtype=accumulate, device=grad.device
-        )
+        nowhere = grad.shape[-1] * grad.shape[-2]
+        at = torch.where(inside.flatten(-2), at, nowhere)
+        wide = torch.zeros((*grad.shape[:-2], nowhere + 1), dtype=accumulate, device=grad.device)
         other = wide.scatter(-1, at, other.flatten(-2))[..., :-1].reshape(grad.shape)
     index = torch.arange(len(grad), device=grad.device)
     inverse = torch.empty_like(mixes.partner).scatter(0, mixes.partner, index)
@@ -250,7 +249,7 @@ def batch_mix(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Mixes]:
     """(mixed images, the partners' labels, the mixes)."""
-    mixes = draw_mixes(seed, images.shape[0], *images.shape[-2:], lam, boxes, partner, pairing, draw)
+    mixes = draw_mixes(seed, images.shape[0], images.shape[-2], images.shape[-1], lam, boxes, partner, pairing, draw)
     mixed = mix(images, mixes, draw.kind == RESIZEMIX, scale, bias, dtype)
     partner_labels = mixes.partner.new_empty(0) if labels is None else labels.index_select(0, mixes.partner)
     return mixed, partner_labels, mixes
