@@ -49,7 +49,7 @@ def head_arguments(target, needs=(True, True, True), dtype=torch.float32):
     """Positional arguments of the raw op up to weight and seed."""
     head = make_head(7, 13, 5, target, class_weight=True, dtype=dtype)
     leaves = [getattr(head, name).requires_grad_(needed) for name, needed in zip(NAMES, needs, strict=True)]
-    parts = head.target if target == "mixed" else (head.target, None, None)
+    parts = head.target[:3] if target == "mixed" else (head.target, None, None)
     return [*leaves, *parts, head.weight, SEED, [32768] * 3]
 
 
@@ -128,7 +128,7 @@ def head_loss(backend, num_samples=4, **options):
 
 def loss_and_gradients(function, head):
     leaves = [getattr(head, name).detach().requires_grad_() for name in NAMES]
-    parts = head.target if isinstance(head.target, tuple) else (head.target,)
+    parts = head.target[:3] if isinstance(head.target, tuple) else (head.target,)
     loss = function(*leaves, *parts)
     upstream = torch.linspace(-1, 2, loss.numel()).reshape(loss.shape)
     return loss, *torch.autograd.grad(loss, leaves, upstream)
