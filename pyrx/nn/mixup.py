@@ -93,7 +93,7 @@ class Mixup(nn.Module):
             mixed = MixedTarget(target, target, torch.ones(target.shape, device=target.device))
         if self.mode == "half":
             half = images.shape[0] // 2
-            images, mixed = images[:half], MixedTarget(*(None if each is None else each[:half] for each in mixed))
+            images, mixed = images[:half], MixedTarget(mixed.a[:half], mixed.b[:half], mixed.lam[:half])
         if self.mixed_target:
             return images, mixed
         return images, mixed.to_probabilities(self.num_classes, self.label_smoothing)

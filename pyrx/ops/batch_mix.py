@@ -338,6 +338,8 @@ def mix_batch(
     if target is not None and _overlaps(target):
         fail(op, "inplace" if inplace else "out", "to be memory of its own for every element", "expanded strides")
     if out is not None:
+        check_shape(op, "out", out, "[N, C, ...]", images.shape)
+        check_device(op, "out", out, device)
         if out.dtype != dtype:
             fail(op, "out", f"of dtype {dtype}", out.dtype, TypeError)
         if torch.is_grad_enabled() and images.requires_grad:
