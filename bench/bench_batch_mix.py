@@ -15,6 +15,7 @@ import pyrx
 
 ROW = "batch_mix"
 CLASSES = 1000
+SHARE = "of 0.321 of the bytes, the mean share of CutMix's boxes"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -78,20 +79,19 @@ def on_the_gpu(contenders: list[Contender]) -> list[Contender]:
 
 
 def run(
-    op: str, contenders: list[Contender], benchmark: Any, check: Any, floors: dict[str, str], targets: list[Target]
-):
-    """Targets are those of the CPU or of the GPU, whichever this is."""
+    op: str,
+    contenders: list[Contender],
+    benchmark: Any,
+    check: Callable[[dict[str, Contender]], list[dict[str, Any]]],
+    floors: dict[str, str],
+    targets: list[Target],
+) -> None:
+    """One case, on a GPU with the CUDA graphs beside it; the targets are this device's."""
     graphs = on_the_gpu(contenders)
     floors = floors | {f"{a}, CUDA graph": f"{b}, CUDA graph" for a, b in floors.items() if graphs}
     images, _ = batch()
     params = {"op": op, "shape": list(images.shape), "dtype": str(images.dtype)[6:]}
     run_case(ROW, params, [*contenders, *graphs], benchmark, check=check, floors=floors, targets=targets)
-
-
-def in_place_targets(name: str, peer: str, speed: float) -> list[Target]:
-    if SETTINGS.device == "cpu":
-        return [Target(name, peer, speed)]
-    return [Target(f"{name}, CUDA graph", "floor", 1 / 0.8)]
 
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["one_box", "per_sample"])
@@ -106,23 +106,24 @@ def test_cutmix_in_place(per_sample: bool, benchmark: Any) -> None:
     corners = torch.randint(0, 224 - side, (len(images) if per_sample else 1, 2), generator=generator)
     boxes = torch.cat([corners, corners + side], 1).expand(len(images), 4).contiguous().to(images.device)
     lam = torch.full((len(images),), 1 - side**2 / 224**2, device=images.device)
-    replay = {"lam": lam, "boxes": boxes, "per_sample": per_sample}
-    seed = torch.zeros((), dtype=torch.int64, device=images.device)
+    given = {"lam": lam, "boxes": boxes, "per_sample": per_sample}
     contenders = [
         *timm_contender(f"timm {mode}", theirs, labels, cutmix_alpha=1.0, mode=mode),
-        Contender("pyrx", lambda: pyrx.cutmix(own, labels, inplace=True, per_sample=per_sample, seed=seed)[0], "pyrx"),
-        Contender("pyrx, given boxes", lambda: pyrx.cutmix(own, labels, inplace=True, seed=seed, **replay)[0], "pyrx"),
-        Contender(
-            "floor", copied_bytes(images, 0.321), "floor", note="a copy of the mean share of pasted bytes, 0.321"
-        ),
+        Contender("pyrx", lambda: pyrx.cutmix(own, labels, inplace=True, per_sample=per_sample)[0], "pyrx"),
+        Contender("pyrx, mean boxes", lambda: pyrx.cutmix(own, labels, inplace=True, **given)[0], "pyrx", note=SHARE),
+        Contender("floor", copied_bytes(images, 0.321), "floor", note=SHARE),
     ]
 
     def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
         mixed, target = pyrx.cutmix(images.clone(), labels, inplace=True, per_sample=per_sample, seed=7)
         return [differing("pyrx", mixed, definition(images, target))]
 
-    floors = {"pyrx": "floor", "pyrx, given boxes": "floor"}
-    run(f"cutmix in place, {mode}", contenders, benchmark, check, floors, in_place_targets("pyrx", f"timm {mode}", 5.0))
+    if SETTINGS.device == "cpu":
+        targets = [Target("pyrx", f"timm {mode}", 5.0)]
+    else:
+        targets = [Target("pyrx, mean boxes, CUDA graph", "floor", 1 / 0.8)]
+    floors = {"pyrx": "floor", "pyrx, mean boxes": "floor"}
+    run(f"cutmix in place, {mode}", contenders, benchmark, check, floors, targets)
 
 
 def test_cutmix_out_of_place(benchmark: Any) -> None:
@@ -238,11 +239,5 @@ def test_normalised_cutmix(last: bool, benchmark: Any) -> None:
         for name, (first, second) in zip(("pyrx", "pyrx, out="), ratios, strict=True):
             targets += [Target(name, eager, first), Target(name, fused, second)]
     floors = {"pyrx": "floor, new memory", "pyrx, out=": "floor, buffer"}
-    run(
-        f"uint8 to normalised, {'channels_last' if last else 'contiguous'}",
-        contenders,
-        benchmark,
-        check,
-        floors,
-        targets,
-    )
+    op = f"uint8 to normalised, {str(layout)[6:].removesuffix('_format')}"
+    run(op, contenders, benchmark, check, floors, targets)
