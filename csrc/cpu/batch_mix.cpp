@@ -23,6 +23,11 @@ void dispatch_pixels(at::ScalarType dtype, F f) {
   dispatch_storage(dtype, f);
 }
 
+template <typename T>
+uint8_t* as_bytes(T* p) { return reinterpret_cast<uint8_t*>(p); }
+template <typename T>
+const uint8_t* as_bytes(const T* p) { return reinterpret_cast<const uint8_t*>(p); }
+
 // The mixes of one call, and as the caller gets them.
 struct Mixes {
   std::vector<Mix> of;
@@ -169,7 +174,7 @@ void paste_into(const T* from, const PixelLayout& layout, const Mixes& mixes, bo
       const T* source = (inside ? other : own) + begin;
       const int64_t bytes = (end - begin) * sizeof(T);
       if (!stream) std::memcpy(out + begin, source, bytes);
-      else kernels.copy_stream(reinterpret_cast<uint8_t*>(out + begin), reinterpret_cast<const uint8_t*>(source), bytes);
+      else kernels.copy_stream(as_bytes(out + begin), as_bytes(source), bytes);
     });
   });
 }
@@ -294,7 +299,7 @@ void swap_in_place(T* images, const PixelLayout& layout, const Mixes& mixes, Mix
     const auto run = [&](float weight_a, float weight_b, int64_t begin, int64_t end) {
       const int64_t n = end - begin;
       if (weight_a == 0 && weight_b == 0 && i != j)
-        kernels.swap(reinterpret_cast<uint8_t*>(a + begin), reinterpret_cast<uint8_t*>(b + begin), n * sizeof(T));
+        kernels.swap(as_bytes(a + begin), as_bytes(b + begin), n * sizeof(T));
       else if (weight_a == 0 && weight_b == 1) std::memcpy(a + begin, b + begin, n * sizeof(T));
       else if (weight_a == 1 && weight_b == 0) std::memcpy(b + begin, a + begin, n * sizeof(T));
       else if (weight_a != 0 || i != j) mix_pair(a + begin, b + begin, weight_a, weight_b, n);
@@ -344,9 +349,9 @@ void mix_in_place(const Mixes& mixes, const at::Tensor& images, at::MemoryFormat
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_mix(
     const at::Tensor& images, const std::optional<at::Tensor>& labels, const at::Tensor& seed,
     const std::optional<at::Tensor>& lam, const std::optional<at::Tensor>& boxes,
-    const std::optional<at::Tensor>& partner, int64_t pairing, int64_t kind, int64_t granularity, int64_t prob, int64_t switch_prob, double mixup_alpha,
-    double cutmix_alpha, double minimum, double maximum, bool correct_lam, at::ArrayRef<double> scale,
-    at::ArrayRef<double> bias, at::ScalarType dtype) {
+    const std::optional<at::Tensor>& partner, int64_t pairing, int64_t kind, int64_t granularity, int64_t prob,
+    int64_t switch_prob, double mixup_alpha, double cutmix_alpha, double minimum, double maximum, bool correct_lam,
+    at::ArrayRef<double> scale, at::ArrayRef<double> bias, at::ScalarType dtype) {
   const MixArguments given{images, labels, seed, lam, boxes, partner, pairing,
                            mix_draw(images, kind, granularity, prob, switch_prob, mixup_alpha, cutmix_alpha, minimum,
                                     maximum, correct_lam),
@@ -363,8 +368,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_mix
 MixResults batch_mix_out(const at::Tensor& out, const at::Tensor& images, const std::optional<at::Tensor>& labels,
                          const at::Tensor& seed, const std::optional<at::Tensor>& lam,
                          const std::optional<at::Tensor>& boxes, const std::optional<at::Tensor>& partner,
-                         int64_t pairing, int64_t kind, int64_t granularity, int64_t prob, int64_t switch_prob, double mixup_alpha,
-                         double cutmix_alpha, double minimum, double maximum, bool correct_lam,
+                         int64_t pairing, int64_t kind, int64_t granularity, int64_t prob, int64_t switch_prob,
+                         double mixup_alpha, double cutmix_alpha, double minimum, double maximum, bool correct_lam,
                          at::ArrayRef<double> scale, at::ArrayRef<double> bias) {
   const MixArguments given{images, labels, seed, lam, boxes, partner, pairing,
                            mix_draw(images, kind, granularity, prob, switch_prob, mixup_alpha, cutmix_alpha, minimum,
