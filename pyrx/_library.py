@@ -59,19 +59,21 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., tuple[Any, ...]] | None = None,
     setup_context: Callable[..., None] | None = None,
+    *,
+    native_formula: bool = True,
 ) -> None:
     """Defines `name` + `schema` in both namespaces.
 
-    The native op's kernels and autograd formula register themselves when the extension is loaded (csrc/autograd). The
-    Triton op's kernel is the function of the same name in pyrx._triton.<row>, its formula is `backward`.
+    The native op's kernels register themselves when the extension is loaded, the Triton op's kernel is the function of
+    the same name in pyrx._triton.<row>. The autograd formula is `backward`; with `native_formula` the native op has its
+    own in csrc/autograd.
     """
     for library in (NATIVE, TRITON):
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        qualified = f"{library.ns}::{name}"
-        torch.library.register_fake(qualified, fake, lib=library)
-    if backward is not None and setup_context is not None:
-        kernel = _autograd_kernel(getattr(torch.ops.pyrx_triton, name).default, setup_context, backward)
-        TRITON.impl(name, kernel, "Autograd", with_keyset=True)
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        if backward is not None and setup_context is not None and (library is TRITON or not native_formula):
+            op = getattr(getattr(torch.ops, library.ns), name).default
+            library.impl(name, _autograd_kernel(op, setup_context, backward), "Autograd", with_keyset=True)
     keys = ("CUDA", "CPU") if TRITON_INTERPRETED else ("CUDA",)
     for key in keys:
         TRITON.impl(name, _launcher(row, name), key)

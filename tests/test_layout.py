@@ -12,7 +12,6 @@ from pyrx._backends import OPS
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "csrc/kernels/{op}.h",
-    "csrc/autograd/{op}.cpp",
     "csrc/cpu/{op}.cpp",
     "csrc/cuda/{op}.cuh",
     "csrc/cuda/{op}.cu",
@@ -22,6 +21,8 @@ LAYERS = (
     "tests/test_{op}.py",
     "bench/bench_{op}.py",
 )
+# where small inputs must not wait for a formula in Python
+NATIVE_FORMULAS = ("dropout", "multi_sample_dropout")
 FOLDERS = ("csrc", "triton_kernels", "pyrx", "tests", "bench", "examples", ".ci")
 CODE = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh"}
 TEXT = CODE | {".md", ".toml", ".txt", ".json", ".in", ""}
@@ -40,6 +41,11 @@ def files(suffixes):
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_its_file(op, layer):
     assert (ROOT / layer.format(op=op)).is_file(), f"op {op}: expected the file {layer.format(op=op)}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autograd_formula_is_in_one_place(op):
+    assert (ROOT / f"csrc/autograd/{op}.cpp").is_file() == (op in NATIVE_FORMULAS)
 
 
 @pytest.mark.parametrize("folder, pattern", [("csrc/kernels", "*.h"), ("csrc/cuda", "*.cuh")])
