@@ -4,6 +4,7 @@ from pyrx import _extension, nn
 from pyrx._version import __version__
 from pyrx.ops.dropout import dropout, dropout_mask
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
+from pyrx.ops.neighbor_fill import neighbor_fill
 from pyrx.targets import MixedTarget
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "dropout_mask",
     "multi_sample_dropout",
     "multi_sample_dropout_cross_entropy",
+    "neighbor_fill",
     "nn",
 ]
