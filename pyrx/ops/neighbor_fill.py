@@ -56,9 +56,7 @@ _library.define(
 )
 
 
-def neighbor_fill(
-    input: Tensor, mask: Tensor, iterations: int, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+def neighbor_fill(input: Tensor, mask: Tensor, iterations: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Fills masked places with the mean of their present neighbours, ring by ring, in one pass over the maps.
 
     Each iteration gives every empty place that has a present one among its eight neighbours the sum of those over

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _window_sum(x: Tensor) -> Tensor:
-    """Sums of 3 x 3 windows, in the order that every backend keeps: rows from left to right, then from top to bottom."""
+    """Sums of 3 x 3 windows, added as every backend does: each row from left to right, then the rows from top down."""
     padded = F.pad(x, (1, 1, 1, 1))
     rows = padded[..., :-2] + padded[..., 1:-1] + padded[..., 2:]
     return rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :]
