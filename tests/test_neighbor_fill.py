@@ -358,3 +358,40 @@ def test_compiled_equals_eager(backend, dynamic):
         upstream = random_input(shape, seed=4)
         gradients = [torch.autograd.grad(each[0], x, upstream)[0] for each in (got, expected)]
         assert torch.equal(*gradients)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY, (3, 70, 112, 100), (2, 1, 300, 5)], ids=name_of)
+def test_gpu_has_the_references_bits(name, dtype, shape):
+    backend = need(name, "cuda", dtype, ops=("neighbor_fill",))
+    for iterations in ITERATIONS:
+        for keep in (0.0, 0.02, 0.3, 1.0):
+            mask = random_mask(shape, keep)
+            x = random_input(shape, dtype)
+            expected, expected_after = pyrx.neighbor_fill(x, mask, iterations, backend="reference")
+            hidden = torch.where(mask, x, float("nan")).cuda()
+            for each in (hidden, hidden.to(memory_format=torch.channels_last)):
+                got, after = pyrx.neighbor_fill(each, mask.cuda(), iterations, backend=backend)
+                assert_same_bits(got.cpu(), expected, f"{iterations} iterations, {keep}")
+                assert got.stride() == torch.empty_like(each).stride() and torch.equal(after.cpu(), expected_after)
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_gradients_and_streams():
+    backend = need("cuda", "cuda", ops=("neighbor_fill",))
+    shape = (2, 8, 40, 70)
+    x, mask = random_input(shape).cuda(), random_mask(shape, 0.1).cuda()
+    expected = pyrx.neighbor_fill(x, mask, 20, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = pyrx.neighbor_fill(x, mask, 20, backend=backend)
+    graph.replay()
+    assert torch.equal(captured[0], expected[0]) and torch.equal(captured[1], expected[1])
+    leaf, upstream = x.clone().requires_grad_(), torch.randn_like(x)
+    (grad,) = torch.autograd.grad(pyrx.neighbor_fill(leaf, mask, 3, backend=backend)[0], leaf, upstream)
+    assert torch.equal(grad, torch.where(mask, upstream, 0))
