@@ -5,6 +5,7 @@ from pyrx._version import __version__
 from pyrx.ops.batch_mix import cutmix, mixup, resizemix
 from pyrx.ops.dropout import dropout, dropout_mask
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
+from pyrx.ops.neighbor_fill import neighbor_fill
 from pyrx.targets import MixedTarget
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "mixup",
     "multi_sample_dropout",
     "multi_sample_dropout_cross_entropy",
+    "neighbor_fill",
     "nn",
     "resizemix",
 ]

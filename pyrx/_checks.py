@@ -43,7 +43,7 @@ def check_shape(op: str, argument: str, value: Tensor, names: str, shape: Sequen
         fail(op, argument, f"of shape {names} = {list(shape)}", list(value.shape))
 
 
-def check_choice(op: str, argument: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(op: str, argument: str, value: object, choices: Sequence[str | None]) -> None:
     if value not in choices:
         fail(op, argument, "to be one of " + ", ".join(map(repr, choices)), repr(value))
 

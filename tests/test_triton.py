@@ -24,6 +24,7 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 kernels = importlib.import_module("pyrx._triton.dropout")
 launcher = importlib.import_module("pyrx._triton.multi_sample_dropout")
+filling = importlib.import_module("pyrx._triton.neighbor_fill")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # no device without the interpreter but a GPU
@@ -362,6 +363,41 @@ def test_graph_reads_the_seed_when_replayed():
             assert torch.equal(captured, call())
 
 
+# The neighbour fill.
+
+
+def places(shape, keep, device="cpu"):
+    return torch.rand(shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(3)).to(device) < keep
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=helpers.name_of)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 2, 33, 40), (2, 0, 3, 4), (2, 3, 4, 0)], ids=helpers.name_of)
+def test_neighbor_fill(device, dtype, shape):
+    input = torch.randn(shape, dtype=torch.float64).to(device, dtype)
+    for iterations, keep in ((0, 0.5), (3, 0.05), (40, 0.01), (3, 0.0), (3, 1.0)):
+        mask = places(shape, keep, device)
+        hidden = torch.where(mask, input, float("nan"))
+        got, after = pyrx.neighbor_fill(hidden, mask, iterations, backend="triton")
+        expected, expected_after = pyrx.neighbor_fill(input, mask, iterations, backend="reference")
+        helpers.assert_same_bits(got, expected, f"{iterations} iterations, {keep}")
+        assert torch.equal(after, expected_after)
+
+
+@pytest.mark.parametrize("channels", [1, 70])
+def test_neighbor_fill_layouts(device, channels):
+    shape = (2, channels, 7, 11)
+    mask = places(shape, 0.2, device)
+    for layout, input in helpers.layouts(shape):
+        input = input.to(device).requires_grad_()
+        got, _ = pyrx.neighbor_fill(input, mask, 3, backend="triton")
+        expected, _ = pyrx.neighbor_fill(input, mask, 3, backend="reference")
+        helpers.assert_same_bits(got, expected, layout)
+        assert got.stride() == torch.empty_like(input).stride(), layout
+        upstream = torch.randn(shape, device=device)
+        (grad,) = torch.autograd.grad(got, input, upstream)
+        assert torch.equal(grad, torch.where(mask, upstream, 0))
+
+
 # The entries themselves.
 
 
@@ -374,6 +410,7 @@ def test_entries_have_the_shapes_of_their_fakes(device):
     calls = [
         (ops.dropout_mask, (seed, [3, 5], 32768, 0, False, True)),
         (ops.dropout, (input, seed, 32768, 0)),
+        (ops.neighbor_fill, (input, input[:, :1] > 0, 2)),
         (ops.multi_sample_dropout, (input, seed, [32768] * 3, False)),
         (ops.multi_sample_dropout_fold, (input, seed, [32768] * 4, True)),
         (ops.multi_sample_dropout_cross_entropy, (*tensors, *rest, "mean", [True, False, True], torch.float32)),
@@ -389,6 +426,8 @@ def test_entries_check(device):
     input = torch.randn(4, 24, device=device)
     with pytest.raises(TypeError, match="float64"):
         ops.dropout(input.double(), seed, 0, 0)
+    with pytest.raises(TypeError, match="float64"):
+        ops.neighbor_fill(input.double()[None, None], input[None, None] > 0, 1)
     with pytest.raises(ValueError, match="threshold"):
         ops.dropout(input, seed, 65536, 0)
     with pytest.raises(ValueError, match=r"of shape \[M, ...\] with M = 3"):
@@ -455,6 +494,9 @@ def compile_ahead_of_time(architecture):
             kernels.dropout(input, seed, 32768, 0)
             copies = launcher.multi_sample_dropout(input, seed, samples, True)
             launcher.multi_sample_dropout_fold(copies, seed, [*samples[1:], 0], False)
+        maps = torch.zeros(2, 64, 16, 16, dtype=dtype)
+        for input in (maps, maps.to(memory_format=torch.channels_last)):
+            filling.neighbor_fill(input, torch.ones(2, 1, 16, 16, dtype=torch.bool), 3)
         call_head(128, 2048, 100, dtype)
         gradients = torch.ones(8, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype), torch.ones(4, dtype=dtype)
         launcher.multi_sample_dropout_cross_entropy_scale_(*gradients, torch.ones(()))

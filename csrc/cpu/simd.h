@@ -8,6 +8,7 @@
 
 #include "kernels/dropout.h"
 #include "kernels/multi_sample_dropout.h"
+#include "kernels/neighbor_fill.h"
 
 namespace pyrx::cpu {
 
@@ -37,6 +38,11 @@ struct ElementKernels {
                Acc scale, T* out);
   // out[i] = scale * tile[i] * level[i], likewise
   void (*fold_level)(const Acc* tile, const Acc* level, int64_t n, Acc scale, T* out);
+  // Fills the places of a plane's plan of n blocks, which are in the order of their iterations.
+  void (*neighbor_fill)(const FillBlock* plan, int64_t n, int64_t width, T* plane);
+  // Likewise, `channels` channels of an image whose pixels are `pixel` elements apart; `zeros` are as many zeros.
+  void (*neighbor_fill_channels)(const FillBlock* plan, int64_t n, int64_t width, int64_t pixel, int64_t channels,
+                                 const T* zeros, T* image);
 };
 
 // One logits row to its loss and its gradient.

@@ -1,6 +1,7 @@
 // Included by simd.cpp once for each instruction set, inside that set's namespace and target.
 #include "cpu/vec.inl"
 #include "cpu/pixels.inl"
+#include "cpu/neighbor_fill.inl"
 
 template <typename T, typename G>
 void select(const T* x, const uint8_t* bits, int64_t n, G* out) {
@@ -500,7 +501,8 @@ constexpr MaskKernels mask_table() { return {&group_bits, &transpose<uint32_t, u
 
 template <typename T>
 constexpr ElementKernels<T> element_table() {
-  return {&dropout<T>, &accumulate<T>, &scaled_store<T>, &fold<T>, &fold_level<T>};
+  return {&dropout<T>, &accumulate<T>, &scaled_store<T>, &fold<T>, &fold_level<T>,
+          &neighbor_fill<T>, &neighbor_fill_channels<T>};
 }
 
 template <typename Acc>

@@ -1,6 +1,7 @@
 """Modules over the public functions."""
 
+from pyrx.nn.layer_masking import LayerMasking
 from pyrx.nn.mixup import Mixup
 from pyrx.nn.multi_sample_dropout import MultiSampleDropout, MultiSampleDropoutClassifier
 
-__all__ = ["Mixup", "MultiSampleDropout", "MultiSampleDropoutClassifier"]
+__all__ = ["LayerMasking", "Mixup", "MultiSampleDropout", "MultiSampleDropoutClassifier"]

@@ -37,6 +37,61 @@ bool near(double got, double expected, double tolerance) {
   return std::abs(got - expected) <= tolerance * (1 + std::abs(expected)) || (got != got && expected != expected);
 }
 
+// A plane of exactly its size whose every second place is empty: the blocks at its ends must not read beyond them.
+template <typename T>
+void test_fill(const char* set, const ElementKernels<T>& kernels) {
+  for (const int64_t width : {1, 5, 16, 37}) {
+    for (const int64_t channels : {1, 19}) {
+      const int64_t size = 3 * width;
+      const auto present = [&](int64_t i) { return i >= 0 && i < size && i % 2 == 1; };
+      Buffer<T> planes(channels * size, 1), image(size * channels, 1);
+      std::vector<FillBlock> plan;
+      for (int64_t y = 0; y < 3; ++y)
+        for (int64_t x = 0; x < width; x += kFillLanes) {
+          FillBlock block{y * width + x, 0, {}, {}};
+          for (int64_t i = 0; i < kFillLanes && x + i < width; ++i) {
+            if (present(block.first + i)) continue;
+            block.fill |= 1 << i;
+            int j = 0;
+            for (int64_t dy = -1; dy <= 1; ++dy)
+              for (int64_t dx = -1; dx <= 1; ++dx) {
+                if (dy == 0 && dx == 0) continue;
+                const bool inside = x + i + dx >= 0 && x + i + dx < width;
+                const bool there = inside && present((y + dy) * width + x + i + dx);
+                block.neighbors[j++] |= there << i;
+                block.counts[i] += there;
+              }
+          }
+          plan.push_back(block);
+        }
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = 0; i < size; ++i)
+          planes[c * size + i] = image[i * channels + c] =
+              plain::narrow<T>(present(i) ? static_cast<accumulate_t<T>>(normal(c * size + i)) : 0);
+      const Buffer<T> zeros = Buffer<T>(channels);
+      std::memset(zeros.data(), 0, channels * sizeof(T));
+      const int64_t blocks = static_cast<int64_t>(plan.size());
+      for (int64_t c = 0; c < channels; ++c) kernels.neighbor_fill(plan.data(), blocks, width, planes.data() + c * size);
+      kernels.neighbor_fill_channels(plan.data(), blocks, width, channels, channels, zeros.data(), image.data());
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = 0; i < size; ++i) {
+          double sum = 0, count = 0;
+          for (int64_t dy = -1; dy <= 1; ++dy)
+            for (int64_t dx = -1; dx <= 1; ++dx)
+              if (i % width + dx >= 0 && i % width + dx < width && present(i + dy * width + dx)) {
+                sum += value(planes[c * size + i + dy * width + dx]);
+                ++count;
+              }
+          const double expected = present(i) ? value(planes[c * size + i]) : sum / (count + 1e-5);
+          CHECK(near(value(planes[c * size + i]), expected, sizeof(T) == 2 ? 4e-3 : 1e-6), "%s: fill of width %ld, place %ld",
+                set, width, i);
+          CHECK(same_bits(planes[c * size + i], image[i * channels + c]), "%s: channels of width %ld, place %ld", set, width,
+                i);
+        }
+    }
+  }
+}
+
 void test_masks(const char* set, const MaskKernels& kernels) {
   for (const uint64_t seed : {0ull, 0x0123456789abcdefull, ~0ull})
     for (const int64_t threshold : {0, 1, 19661, 32768, 65535})
@@ -314,6 +369,10 @@ void test_lookup(const char* set, const AccumulatorKernels<Acc>& kernels, double
   test_elements<double>(#name, name::element_table<double>(), 1e-14);                       \
   test_elements<bfloat16>(#name, name::element_table<bfloat16>(), 0.004);                   \
   test_elements<float16>(#name, name::element_table<float16>(), 0.0005);                    \
+  test_fill<float>(#name, name::element_table<float>());                                    \
+  test_fill<double>(#name, name::element_table<double>());                                  \
+  test_fill<bfloat16>(#name, name::element_table<bfloat16>());                              \
+  test_fill<float16>(#name, name::element_table<float16>());                                \
   test_head<float, float>(#name, name::head_table<float, float>(), 1e-6);                   \
   test_head<double, double>(#name, name::head_table<double, double>(), 1e-14);              \
   test_head<bfloat16, bfloat16>(#name, name::head_table<bfloat16, bfloat16>(), 0.004);      \
