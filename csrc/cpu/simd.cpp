@@ -1,5 +1,6 @@
 #include "cpu/simd.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -98,6 +99,11 @@ const HeadKernels<T, G>& head_kernels() {
   PYRX_PICK(head_table<T, G>())
 }
 
+template <typename T, typename O>
+const LossKernels<T, O>& loss_kernels() {
+  PYRX_PICK(loss_table<T, O>())
+}
+
 template const ElementKernels<float>& element_kernels<float>();
 template const ElementKernels<double>& element_kernels<double>();
 template const ElementKernels<bfloat16>& element_kernels<bfloat16>();
@@ -110,5 +116,9 @@ template const HeadKernels<bfloat16, bfloat16>& head_kernels<bfloat16, bfloat16>
 template const HeadKernels<bfloat16, float>& head_kernels<bfloat16, float>();
 template const HeadKernels<float16, float16>& head_kernels<float16, float16>();
 template const HeadKernels<float16, float>& head_kernels<float16, float>();
+template const LossKernels<float, float>& loss_kernels<float, float>();
+template const LossKernels<double, double>& loss_kernels<double, double>();
+template const LossKernels<bfloat16, bfloat16>& loss_kernels<bfloat16, bfloat16>();
+template const LossKernels<float16, float>& loss_kernels<float16, float>();
 
 }  // namespace pyrx::cpu
