@@ -81,9 +81,7 @@ def class_ids(op: str, name: str, value: object, lead: Sequence[int]) -> Tensor:
     return ids.reshape(-1)
 
 
-def split_mixed(
-    op: str, target: MixedTarget, dtype: torch.dtype, lead: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_mixed(op: str, target: MixedTarget, dtype: torch.dtype, lead: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Checked (a, b, lam) of shape `lead`, flattened, lam of `dtype`."""
     lam = check_target(op, "target.lam", target.lam)
     check_float(op, "target.lam", lam)

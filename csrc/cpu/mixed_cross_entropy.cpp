@@ -1,6 +1,7 @@
 // Mixed cross-entropy on the CPU: a row's loss and gradient while its logits are in the first-level cache.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <string_view>
@@ -57,6 +58,7 @@ std::tuple<at::Tensor, at::Tensor> mixed_cross_entropy(
   const at::Tensor row_loss = at::empty({none ? rows : 0}, accumulation);
   const at::Tensor gradient = at::empty({needs_grad ? rows : 0, needs_grad ? classes : 0},
                                         x.options().dtype(saved_gradient_dtype(x.scalar_type())));
+  const double class_weight_sum = weight ? weight->sum(at::kDouble).item<double>() : static_cast<double>(classes);
   double loss = 0, denominator = 1;
   dispatch_storage(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -65,12 +67,8 @@ std::tuple<at::Tensor, at::Tensor> mixed_cross_entropy(
     const auto data = [](const at::Tensor& t) {
       return t.defined() ? static_cast<const Acc*>(t.const_data_ptr()) : nullptr;
     };
-    Targets<Acc> targets{a.const_data_ptr<int64_t>(), b.const_data_ptr<int64_t>(), data(share), data(class_weight),
-                         static_cast<Acc>(classes), static_cast<Acc>(label_smoothing), classes, ignore_index};
-    if (targets.class_weight) {
-      targets.class_weight_sum = 0;
-      for (int64_t c = 0; c < classes; ++c) targets.class_weight_sum += targets.class_weight[c];
-    }
+    const Targets<Acc> targets{a.const_data_ptr<int64_t>(), b.const_data_ptr<int64_t>(), data(share), data(class_weight),
+                         static_cast<Acc>(class_weight_sum), static_cast<Acc>(label_smoothing), classes, ignore_index};
     if (mean) denominator = sum_rows(rows, 8, [&](int64_t row) { return targets[row].weight; });
     const T* logits = static_cast<const T*>(x.const_data_ptr());
     O* gradients = needs_grad ? static_cast<O*>(gradient.mutable_data_ptr()) : nullptr;

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_device, check_dtype, check_float, check_shape, fail
+from pyrx._checks import check_device, check_float, check_shape, fail
 from pyrx._losses import (
     accumulation_dtype,
     check_class_weight,
@@ -139,24 +139,24 @@ def mixed_cross_entropy(
         backend: "reference", "cpu", "cuda" or "triton". Default: the fastest that can serve.
 
     Returns:
-        A scalar, or for "none" a tensor of target.a's shape; input's dtype, as F.cross_entropy's, under autocast float32
+        A scalar, or for "none" a tensor of target.a's shape; input's dtype as F.cross_entropy's, under autocast float32
         (float64 for float64). All components ignored gives what F.cross_entropy gives: nan for "mean".
 
-    Equivalent to, for "none" and "sum" (for "mean" where neither `weight` nor ignored classes differ from row to row)::
+    Equivalent to::
 
-        a, b, lam = target.a, target.b, target.lam
-        each = [F.cross_entropy(input, ids, weight, reduction="none", label_smoothing=...) for ids in (a, b)]
-        (lam * each[0] + (1 - lam) * each[1]).sum()
+        a, b = (F.cross_entropy(input, ids, weight, reduction="none") for ids in (target.a, target.b))
+        rows = target.lam * a + (1 - target.lam) * b
+        rows, rows.sum() or rows.sum() / (target.lam * weight[target.a] + (1 - target.lam) * weight[target.b]).sum()
 
-    and to `F.cross_entropy(input, lam * one_hot(a) + (1 - lam) * one_hot(b))`, which reads and writes N * C
-    probabilities more.
+    and without class weights to `F.cross_entropy(input, lam * one_hot(a) + (1 - lam) * one_hot(b))`, which has N * C
+    probabilities to make, read and multiply.
 
-    Cost: one read of the logits and, where they need a gradient, one write of it in the same pass, which is kept for the
-    backward (float16's in float32). The backward spends one more pass on it only under an upstream gradient that is not
-    one. Logits whose classes are not next to each other are copied first.
+    Cost: one read of the logits and, where they need a gradient, one write of it in the same pass. It is kept for the
+    backward (float16's in float32), which spends one more pass on it only under an upstream gradient that is not one.
+    Logits whose classes are not next to each other are copied first.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, values and, on the CPU, class ids out of range (a GPU makes the row's loss
+        TypeError: dtypes. ValueError: shapes, values and, on the CPU, class ids out of range (a GPU makes the loss
         nan). RuntimeError: devices, a backend that cannot serve, and a second differentiation.
 
     Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV

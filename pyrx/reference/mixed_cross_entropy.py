@@ -1,4 +1,4 @@
-"""Cross-entropy of two classes a row, as CutMix (Yun et al., ICCV 2019) and mixup (Zhang et al., ICLR 2018) train by."""
+"""Cross-entropy of two classes a row: of CutMix (Yun et al., ICCV 2019) and mixup (Zhang et al., ICLR 2018)."""
 
 from __future__ import annotations
 
