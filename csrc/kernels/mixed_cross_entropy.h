@@ -1,4 +1,4 @@
-// Targets of cross-entropy: one class a row, or two and their shares, as every compiled backend reads them.
+// Targets of cross-entropy as every compiled backend reads them: a class a row, two and their shares, probabilities.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +40,14 @@ PYRX_HOST_DEVICE ClassTarget<T> class_target(int64_t a, int64_t b, T lam, const 
                         T(0), weight_a + weight_b, true, counts_a || counts_b};
   target.total = target.a_coefficient + target.b_coefficient + uniform * class_weight_sum;
   return target;
+}
+
+// Probability c of a dense target row with smoothing and class weight: the coefficient of (lse(z) - z[c]).
+template <typename T>
+PYRX_HOST_DEVICE T probability_coefficient(T probability, const T* class_weight, int64_t c, int64_t num_classes,
+                                           T label_smoothing) {
+  const T smoothed = (T(1) - label_smoothing) * probability + label_smoothing / T(num_classes);
+  return class_weight ? smoothed * class_weight[c] : smoothed;
 }
 
 }  // namespace pyrx

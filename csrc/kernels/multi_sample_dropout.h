@@ -30,12 +30,4 @@ PYRX_HOST_DEVICE SamplePlan sample_plan(const int64_t* thresholds, int64_t sampl
   return {samples, halves ? (samples + 1) / 2 + 1 : samples, halves, false};
 }
 
-// Probability c of a dense target row with smoothing and class weight: the coefficient of (lse(z) - z[c]).
-template <typename T>
-PYRX_HOST_DEVICE T probability_coefficient(T probability, const T* class_weight, int64_t c, int64_t num_classes,
-                                           T label_smoothing) {
-  const T smoothed = (T(1) - label_smoothing) * probability + label_smoothing / T(num_classes);
-  return class_weight ? smoothed * class_weight[c] : smoothed;
-}
-
 }  // namespace pyrx
