@@ -117,4 +117,5 @@ def differentiable_once(op: str, gradients: Sequence[Tensor]) -> Sequence[Tensor
     # create_graph=True: the gradients are constants here, so going through them once more must not pass
     message = f"pyrx::{op}: expected one differentiation, got a second: it has no double backward"
     constants = [each.detach().requires_grad_() for each in gradients]
-    return torch._C._functions.DelayedError(message.encode(), len(constants))(*constants)
+    found = torch._C._functions.DelayedError(message.encode(), len(constants))(*constants)
+    return found if isinstance(found, tuple) else (found,)
