@@ -36,35 +36,30 @@ struct LossStats {
   A class_weight_sum;
   A gradient_factor;  // what makes G the loss's gradient: the largest dropout scale over losses a row and denominator
   A denominator;      // what the sum of all samples' losses is divided by
-};
 
-template <typename A>
-struct StatsParams {
-  LossStats<A>* stats;  // or null: they are made already
-  Target<A> target;
-  int64_t rows;         // B
-  bool mean;
-  double losses_a_row, largest_scale;
-};
-
-// By one block, every thread of which gets them. Bytes: the targets once; latency-bound, some microseconds up to 10^4
-// rows.
-template <typename A>
-__device__ LossStats<A> loss_stats(const StatsParams<A>& p) {
-  double sum = 0;
-  for (int64_t c = threadIdx.x; c < p.target.classes; c += blockDim.x)
-    sum += p.target.class_weight ? double(p.target.class_weight[c]) : 1.0;
-  const double class_weight_sum = block_sum(sum);
-  double weight = 0;
-  if (p.mean && !p.target.probabilities) {
-#pragma unroll 4
-    for (int64_t row = threadIdx.x; row < p.rows; row += blockDim.x)
-      weight += double(p.target.row(row, A(class_weight_sum)).weight);
-  }
-  weight = block_sum(weight);
-  const double denominator = p.losses_a_row * (!p.mean ? 1.0 : p.target.probabilities ? double(p.rows) : weight);
   // every row ignored: loss nan, gradients 0, as F.cross_entropy has them
-  return {A(class_weight_sum), A(denominator == 0 ? 0.0 : p.largest_scale / denominator), A(denominator)};
+  __device__ static LossStats of(double class_weight_sum, double denominator, double largest_scale) {
+    return {A(class_weight_sum), A(denominator == 0 ? 0.0 : largest_scale / denominator), A(denominator)};
+  }
+};
+
+// By one block, every thread of which gets it.
+template <typename A>
+__device__ double class_weight_sum(const Target<A>& target) {
+  double sum = 0;
+  for (int64_t c = threadIdx.x; c < target.classes; c += blockDim.x)
+    sum += target.class_weight ? double(target.class_weight[c]) : 1.0;
+  return block_sum(sum);
+}
+
+// What rows [first, last) add to the denominator of "mean", likewise. Bytes: the targets once; latency-bound, some
+// microseconds up to 10^4 rows.
+template <typename A>
+__device__ double row_weight_sum(const Target<A>& target, int64_t first, int64_t last) {
+  double weight = 0;
+#pragma unroll 4
+  for (int64_t row = first + threadIdx.x; row < last; row += blockDim.x) weight += double(target.row(row, A(0)).weight);
+  return block_sum(weight);
 }
 
 // Of one row of logits: those of its target's classes; dot and weight are sums over the columns within
@@ -134,23 +129,6 @@ __device__ inline void store_span(T* to, const Vector<Acc<T>, kSpan>& value) {
 #pragma unroll
   for (int i = 0; i < kSpan; ++i) rounded.v[i] = narrow<T>(value.v[i]);
   store(to, rounded);
-}
-
-// The sum of `count` losses, aligned to 16 bytes, on every thread of a block.
-template <typename A>
-__device__ inline double sum_losses(const A* losses, int64_t count) {
-  constexpr int kFour = 4;
-  double sum = 0;
-#pragma unroll 2
-  for (int64_t i = threadIdx.x * kFour; i < count; i += blockDim.x * kFour) {
-    if (i + kFour <= count) {
-      const Vector<A, kFour> four = load<A, kFour>(losses + i);
-      sum += (double(four.v[0]) + double(four.v[1])) + (double(four.v[2]) + double(four.v[3]));
-    } else {
-      for (int64_t j = i; j < count; ++j) sum += double(losses[j]);
-    }
-  }
-  return block_sum(sum);
 }
 
 }  // namespace pyrx::cuda

@@ -13,8 +13,8 @@
 namespace pyrx::cuda {
 namespace {
 
-// Up to here every block finds the denominator of "mean" by itself, which is less than another launch takes.
-constexpr int64_t kOwnStatsRows = 2048;
+// Blocks beyond which a block takes more rows, so that their losses are soon added up.
+constexpr int64_t kBlocksAMultiprocessor = 16;
 
 template <typename T>
 bool by_16_bytes(const void* pointer, int64_t stride) {
@@ -43,47 +43,47 @@ std::tuple<at::Tensor, at::Tensor> mixed_cross_entropy(
     using T = decltype(type);
     using A = Acc<T>;
     const bool is_narrow = loss_dtype != accumulation.dtype().toScalarType();
-    // losses first: they are read in accesses of 16 bytes
-    const int64_t scratch_losses = none ? 0 : ceil_div(rows, 4) * 4;
-    const at::Tensor scratch = at::empty({scratch_losses + 4}, accumulation);
-    A* losses = mutable_data<A>(scratch);
-    auto* stats = reinterpret_cast<LossStats<A>*>(losses + scratch_losses);
+    A* wide_loss = is_narrow ? nullptr : mutable_data<A>(loss);
+    T* narrow_loss = is_narrow ? mutable_data<T>(loss) : nullptr;
     const Target<A> targets{data<int64_t>(a), data<int64_t>(b), data<A>(share), nullptr, data<A>(class_weight), classes,
                             ignore_index, A(label_smoothing)};
-    MixedParams<T> params{.logits = data<T>(x),
-                          .gradient = needs_grad ? mutable_data<Saved<T>>(gradient) : nullptr,
-                          .losses = !none ? losses : is_narrow ? nullptr : mutable_data<A>(loss),
-                          .narrow_losses = none && is_narrow ? mutable_data<T>(loss) : nullptr,
-                          .made = stats,
-                          .given = nullptr,
-                          .stats = {nullptr, targets, rows, mean, 1.0, 1.0},
-                          .stride = x.stride(0)};
     const bool wide = classes > kWarpColumns<A>;
-    if (wide || (mean && rows > kOwnStatsRows)) {
-      loss_stats_kernel<A><<<1, kLossThreads, 0, stream>>>(stats, params.stats);
+    // few rows are spread over all multiprocessors
+    const int64_t warps = wide ? kLossWarps : std::clamp<int64_t>(ceil_div(rows, multiprocessors()), 1, kLossWarps);
+    const int64_t blocks = std::min(wide ? rows : ceil_div(rows, warps), kBlocksAMultiprocessor * multiprocessors());
+    // every block finds the denominator of a few rows by itself, which is less than another launch takes
+    const bool apart = mean && (wide || rows > kWeightRows);
+    const int weight_parts = int(std::min<int64_t>(ceil_div(rows, kWeightRows), kMaxWeightParts));
+    const at::Tensor scratch = at::empty({1 + weight_parts + blocks}, x.options().dtype(at::kDouble));
+    double *const weights = mutable_data<double>(scratch) + 1, *const partials = weights + weight_parts;
+    if (apart) {
+      mixed_weight_kernel<A><<<weight_parts, kLossThreads, 0, stream>>>(weights, targets, rows);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
-      params.given = stats;
-      params.made = nullptr;
     }
+    const MixedParams<T> params{.logits = data<T>(x),
+                                .gradient = needs_grad ? mutable_data<Saved<T>>(gradient) : nullptr,
+                                .row_losses = none ? wide_loss : nullptr,
+                                .narrow_row_losses = none ? narrow_loss : nullptr,
+                                .partial_losses = none ? nullptr : partials,
+                                .denominator = reinterpret_cast<A*>(scratch.mutable_data_ptr()),
+                                .weights = apart ? weights : nullptr,
+                                .weight_parts = weight_parts,
+                                .target = targets,
+                                .rows = rows,
+                                .stride = x.stride(0),
+                                .mean = mean};
     constexpr int kSpan = 16 / sizeof(T);
     const bool spans = classes % kSpan == 0 && by_16_bytes<T>(params.logits, params.stride);
-    if (wide) {
-      const auto kernel = spans ? mixed_cross_entropy_wide_kernel<T, kSpan> : mixed_cross_entropy_wide_kernel<T, 1>;
-      kernel<<<unsigned(rows), kLossThreads, 0, stream>>>(params);
-    } else {
-      // few rows are spread over all multiprocessors
-      const int64_t warps = std::clamp<int64_t>(ceil_div(rows, multiprocessors()), 1, kLossWarps);
-      const bool smoothed = label_smoothing != 0;
-      const auto kernel = spans ? smoothed ? mixed_cross_entropy_kernel<T, kSpan, true>
+    const bool smoothed = label_smoothing != 0;
+    const auto kernel = wide ? spans ? mixed_cross_entropy_wide_kernel<T, kSpan> : mixed_cross_entropy_wide_kernel<T, 1>
+                        : spans ? smoothed ? mixed_cross_entropy_kernel<T, kSpan, true>
                                            : mixed_cross_entropy_kernel<T, kSpan, false>
-                          : smoothed ? mixed_cross_entropy_kernel<T, 1, true>
-                                     : mixed_cross_entropy_kernel<T, 1, false>;
-      kernel<<<unsigned(ceil_div(rows, warps)), unsigned(warps * kWarp), 0, stream>>>(params);
-    }
+                        : smoothed ? mixed_cross_entropy_kernel<T, 1, true>
+                                   : mixed_cross_entropy_kernel<T, 1, false>;
+    kernel<<<unsigned(blocks), unsigned(warps * kWarp), 0, stream>>>(params);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     if (none) return;
-    mixed_loss_kernel<T><<<1, kLossThreads, 0, stream>>>(losses, stats, rows, is_narrow ? nullptr : mutable_data<A>(loss),
-                                                         is_narrow ? mutable_data<T>(loss) : nullptr);
+    mixed_loss_kernel<T><<<1, kLossThreads, 0, stream>>>(partials, int(blocks), params.denominator, wide_loss, narrow_loss);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {loss, gradient};

@@ -26,34 +26,65 @@ constexpr int kLaneColumns = sizeof(A) == 8 ? 16 : 32;
 template <typename A>
 constexpr int kWarpColumns = kWarp * kLaneColumns<A>;
 
+constexpr int64_t kWeightRows = 2048;  // rows of a block of mixed_weight_kernel
+constexpr int kMaxWeightParts = 256;
+
 template <typename T>
 struct MixedParams {
   using A = Acc<T>;
-  const T* logits;        // (N, C), rows `stride` apart
-  Saved<T>* gradient;     // (N, C) contiguous, or null
-  A* losses;              // (N,) or null
-  T* narrow_losses;       // (N,) or null
-  LossStats<A>* made;     // by block 0 where `given` is null; or null
-  const LossStats<A>* given;
-  StatsParams<A> stats;
-  int64_t stride;
+  const T* logits;         // (N, C), rows `stride` apart
+  Saved<T>* gradient;      // (N, C) contiguous, or null
+  A* row_losses;           // (N,) or null
+  T* narrow_row_losses;    // (N,) or null
+  double* partial_losses;  // (gridDim.x,) or null: one of the three
+  A* denominator;          // of "mean", made by block 0
+  const double* weights;   // (weight_parts,), whose sum it is; null: found by every block itself
+  int weight_parts;
+  Target<A> target;
+  int64_t rows, stride;
+  bool mean;
+
+  // By a whole block.
+  __device__ LossStats<A> stats() const {
+    const double class_weights = target.smoothing != 0 && target.class_weight ? class_weight_sum(target) : double(target.classes);
+    const double weight = !mean     ? 1.0
+                          : weights ? block_sum(int(threadIdx.x) < weight_parts ? weights[threadIdx.x] : 0.0)
+                                    : row_weight_sum(target, 0, rows);
+    const LossStats<A> found = LossStats<A>::of(class_weights, weight, 1.0);
+    if (blockIdx.x == 0 && threadIdx.x == 0) *denominator = found.denominator;
+    return found;
+  }
 
   __device__ void write_loss(int64_t row, A loss) const {
-    if (losses)
-      losses[row] = loss;
-    else
-      narrow_losses[row] = narrow<T>(loss);
+    if (row_losses) row_losses[row] = loss;
+    if (narrow_row_losses) narrow_row_losses[row] = narrow<T>(loss);
+  }
+
+  // By a whole block: its threads' shares of the sum.
+  __device__ void write_partial(double loss) const {
+    if (!partial_losses) return;
+    loss = block_sum(loss);
+    if (threadIdx.x == 0) partial_losses[blockIdx.x] = loss;
+  }
+
+  template <typename Index>
+  __device__ void ignore_row(int64_t row, Index first, Index step) const {
+    if (first == 0) write_loss(row, A(0));
+    for (int64_t c = first; c < target.classes && gradient; c += step) gradient[row * target.classes + c] = narrow<Saved<T>>(0);
   }
 };
 
+// weights[block]: what its share of the rows adds to the denominator. kLossThreads threads, at most kMaxWeightParts blocks.
 template <typename A>
-__global__ void __launch_bounds__(kLossThreads) loss_stats_kernel(LossStats<A>* to, const __grid_constant__ StatsParams<A> p) {
-  const LossStats<A> stats = loss_stats(p);
-  if (threadIdx.x == 0) *to = stats;
+__global__ void __launch_bounds__(kLossThreads)
+    mixed_weight_kernel(double* weights, const __grid_constant__ Target<A> target, int64_t rows) {
+  const int64_t parts = gridDim.x, each = (rows + parts - 1) / parts, first = blockIdx.x * each;
+  const double weight = row_weight_sum(target, first, min(first + each, rows));
+  if (threadIdx.x == 0) weights[blockIdx.x] = weight;
 }
 
-// Up to kWarpColumns classes: a warp has a row, held in registers from loss to gradient. kSpan columns are one access:
-// 16 bytes where all rows are aligned so, else 1. kUniform: there is label smoothing.
+// Up to kWarpColumns classes: a warp takes row after row, held in registers from loss to gradient. kSpan columns are one
+// access: 16 bytes where all rows are aligned so, else 1. kUniform: there is label smoothing.
 // Bytes: N C (sizeof(T) + sizeof(Saved<T>)) over 4.8 TB/s, 0.9 us at 1024 x 1000 in bfloat16. Operations: an exponential
 // and about 10 more an element over 34e12, 0.4 us. Latency: one read of the row, that of the targets beside it, two warp
 // reductions, one write: some 3 us, which the small sizes are bound by.
@@ -61,146 +92,163 @@ template <typename T, int kSpan, bool kUniform>
 __global__ void __launch_bounds__(kLossThreads) mixed_cross_entropy_kernel(const __grid_constant__ MixedParams<T> p) {
   using A = Acc<T>;
   constexpr int kSpans = kLaneColumns<A> / kSpan;
-  const int lane = threadIdx.x % kWarp, classes = int(p.stats.target.classes);
-  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  const bool exists = index < p.stats.rows;
-  const T* logits = p.logits + (exists ? index : 0) * p.stride;
-
-  Vector<T, kSpan> read[kSpans];  // before the targets, so that the two latencies overlap
+  const int lane = threadIdx.x % kWarp, classes = int(p.target.classes), warps = blockDim.x / kWarp;
+  const int64_t first = int64_t(blockIdx.x) * warps + threadIdx.x / kWarp, step = int64_t(gridDim.x) * warps;
+  LossStats<A> stats;
+  double total = 0;
+  for (int64_t index = first; index == first || index < p.rows; index += step) {
+    const bool exists = index < p.rows;
+    const T* logits = p.logits + (exists ? index : 0) * p.stride;
+    Vector<T, kSpan> read[kSpans];
 #pragma unroll
-  for (int j = 0; j < kSpans; ++j) {
-    const int c = (j * kWarp + lane) * kSpan;
-    if (c < classes && exists) read[j] = load<T, kSpan>(logits + c);
-  }
-  const LossStats<A> stats = p.given ? *p.given : loss_stats(p.stats);
-  if (p.made && blockIdx.x == 0 && threadIdx.x == 0) *p.made = stats;
-  if (!exists) return;
-
-  const RowGoal<A> row(p.stats.target, index, stats.class_weight_sum);
-  Saved<T>* gradient = p.gradient ? p.gradient + index * classes : nullptr;
-  if (!row.goal.counts) {  // whatever its logits are
-    if (lane == 0) p.write_loss(index, A(0));
-    for (int c = lane; c < classes && gradient; c += kWarp) gradient[c] = narrow<Saved<T>>(0);
-    return;
-  }
-  Vector<A, kSpan> z[kSpans];
-  RowSums<A> sums{widen(logits[row.goal.a]), widen(logits[row.goal.b]), A(0)};
-  A peak = -INFINITY;
-#pragma unroll
-  for (int j = 0; j < kSpans; ++j) {
-    const bool inside = (j * kWarp + lane) * kSpan < classes;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      z[j].v[i] = inside ? widen(read[j].v[i]) : A(-INFINITY);
-      peak = fmax(peak, z[j].v[i]);
+    for (int j = 0; j < kSpans; ++j) {
+      const int c = (j * kWarp + lane) * kSpan;
+      if (c < classes && exists) read[j] = load<T, kSpan>(logits + c);
     }
-  }
-  peak = warp_max(peak);
-  sums.shift = peak == -INFINITY ? A(0) : peak;
+    if (index == first) stats = p.stats();  // while the row is on its way
+    if (!exists) break;
+
+    const RowGoal<A> row(p.target, index, stats.class_weight_sum);
+    if (!row.goal.counts) {  // whatever its logits are
+      p.ignore_row(index, lane, kWarp);
+      continue;
+    }
+    Vector<A, kSpan> z[kSpans];
+    RowSums<A> sums{widen(logits[row.goal.a]), widen(logits[row.goal.b]), A(0)};
+    A peak = -INFINITY;
 #pragma unroll
-  for (int j = 0; j < kSpans; ++j) {
-    const int c = (j * kWarp + lane) * kSpan;
-    if (j * kWarp * kSpan >= classes) break;
+    for (int j = 0; j < kSpans; ++j) {
+      const bool inside = (j * kWarp + lane) * kSpan < classes;
 #pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      A& value = z[j].v[i];
-      value -= sums.shift;
-      if (kUniform && c < classes) {
-        const A weight = row.target.column(index, c + i);
-        sums.dot += weight * value;
-        sums.weight += weight;
+      for (int i = 0; i < kSpan; ++i) {
+        z[j].v[i] = inside ? widen(read[j].v[i]) : A(-INFINITY);
+        peak = fmax(peak, z[j].v[i]);
       }
-      sums.sum += value = exponential(value);
+    }
+    peak = warp_max(peak);
+    sums.shift = peak == -INFINITY ? A(0) : peak;
+#pragma unroll
+    for (int j = 0; j < kSpans; ++j) {
+      const int c = (j * kWarp + lane) * kSpan;
+      if (j * kWarp * kSpan >= classes) break;
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) {
+        A& value = z[j].v[i];
+        value -= sums.shift;
+        if (kUniform && c < classes) {
+          const A weight = p.target.column(index, c + i);
+          sums.dot += weight * value;
+          sums.weight += weight;
+        }
+        sums.sum += value = exponential(value);
+      }
+    }
+    sums.sum = warp_sum(sums.sum);
+    if constexpr (kUniform) {
+      sums.dot = warp_sum(sums.dot);
+      sums.weight = warp_sum(sums.weight);
+    }
+    if (lane == 0) {
+      const A loss = row.loss(sums);
+      p.write_loss(index, loss);
+      total += double(loss);
+    }
+    if (!p.gradient) continue;
+    Saved<T>* gradient = p.gradient + index * classes;
+    const A times = row.total(sums) / sums.sum * stats.gradient_factor;
+#pragma unroll
+    for (int j = 0; j < kSpans; ++j) {
+      const int c = (j * kWarp + lane) * kSpan;
+      if (c >= classes) break;
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) z[j].v[i] *= times;
+      row.template subtract<kUniform>(z[j], c, stats.gradient_factor);
+      store_span(gradient + c, z[j]);
     }
   }
-  sums.sum = warp_sum(sums.sum);
-  if constexpr (kUniform) {
-    sums.dot = warp_sum(sums.dot);
-    sums.weight = warp_sum(sums.weight);
-  }
-  if (lane == 0) p.write_loss(index, row.loss(sums));
-  if (!gradient) return;
-  const A times = row.total(sums) / sums.sum * stats.gradient_factor;
-#pragma unroll
-  for (int j = 0; j < kSpans; ++j) {
-    const int c = (j * kWarp + lane) * kSpan;
-    if (c >= classes) break;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) z[j].v[i] *= times;
-    row.template subtract<kUniform>(z[j], c, stats.gradient_factor);
-    store_span(gradient + c, z[j]);
-  }
+  p.write_partial(total);
 }
 
-// Any number of classes: a block has a row, read once for the loss and, from L1 or L2, once more for the gradient.
-// Bytes: N C (sizeof(T) + sizeof(Saved<T>)) over 4.8 TB/s. Operations: two exponentials and about 40 more an element.
+// Any number of classes: a block takes row after row, each read once for the loss and, from L1 or L2, once more for the
+// gradient. Bytes: N C (sizeof(T) + sizeof(Saved<T>)) over 4.8 TB/s. Operations: two exponentials and about 40 more an
+// element.
 template <typename T, int kSpan>
 __global__ void __launch_bounds__(kLossThreads)
     mixed_cross_entropy_wide_kernel(const __grid_constant__ MixedParams<T> p) {
   using A = Acc<T>;
   __shared__ Part<A> parts[kLossWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t index = blockIdx.x, classes = p.stats.target.classes, stretch = int64_t(blockDim.x) * kSpan;
-  const T* logits = p.logits + index * p.stride;
-  const LossStats<A> stats = *p.given;
-  const RowGoal<A> row(p.stats.target, index, stats.class_weight_sum);
-  Saved<T>* gradient = p.gradient ? p.gradient + index * classes : nullptr;
-  if (!row.goal.counts) {
-    if (threadIdx.x == 0) p.write_loss(index, A(0));
-    for (int64_t c = threadIdx.x; c < classes && gradient; c += blockDim.x) gradient[c] = narrow<Saved<T>>(0);
-    return;
-  }
-  const bool uniform = row.goal.uniform != 0;
-
-  Part<A> part;
-#pragma unroll 4
-  for (int64_t c = threadIdx.x * kSpan; c < classes; c += stretch) {
-    const Vector<T, kSpan> z = load<T, kSpan>(logits + c);
-    Part<A> mine;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) mine.peak = fmax(mine.peak, widen(z.v[i]));
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      const A value = widen(z.v[i]) - mine.shift();
-      mine.sum += exponential(value);
-      if (uniform) {
-        const A weight = row.target.column(index, c + i);
-        mine.dot += weight * value;
-        mine.weight += weight;
-      }
+  const int64_t classes = p.target.classes, stretch = int64_t(blockDim.x) * kSpan;
+  const LossStats<A> stats = p.stats();
+  double total = 0;
+  for (int64_t index = blockIdx.x; index < p.rows; index += gridDim.x) {
+    const T* logits = p.logits + index * p.stride;
+    const RowGoal<A> row(p.target, index, stats.class_weight_sum);
+    if (!row.goal.counts) {
+      p.ignore_row(index, threadIdx.x, blockDim.x);
+      continue;
     }
-    part.add(mine);
-  }
-#pragma unroll 1
-  for (int offset = kWarp / 2; offset > 0; offset /= 2)
-    part.add({__shfl_xor_sync(kAllLanes, part.peak, offset), __shfl_xor_sync(kAllLanes, part.sum, offset),
-              __shfl_xor_sync(kAllLanes, part.dot, offset), __shfl_xor_sync(kAllLanes, part.weight, offset)});
-  if (lane == 0) parts[warp] = part;
-  __syncthreads();
-  Part<A> all = parts[0];
-  for (int i = 1; i < int(blockDim.x) / kWarp; ++i) all.add(parts[i]);
-  const RowSums<A> sums{widen(logits[row.goal.a]), widen(logits[row.goal.b]), all.shift(), all.sum, all.dot, all.weight};
-  if (threadIdx.x == 0) p.write_loss(index, row.loss(sums));
-  if (!gradient) return;
-  const A times = row.total(sums) / sums.sum * stats.gradient_factor;
-#pragma unroll 4
-  for (int64_t c = threadIdx.x * kSpan; c < classes; c += stretch) {
-    const Vector<T, kSpan> z = load<T, kSpan>(logits + c);
-    Vector<A, kSpan> g;
+    const bool uniform = row.goal.uniform != 0;
+    Part<A> part;
+#pragma unroll 2
+    for (int64_t c = threadIdx.x * kSpan; c < classes; c += stretch) {
+      const Vector<T, kSpan> z = load<T, kSpan>(logits + c);
+      Part<A> mine;
 #pragma unroll
-    for (int i = 0; i < kSpan; ++i) g.v[i] = exponential(widen(z.v[i]) - sums.shift) * times;
-    row.template subtract<true>(g, int(c), stats.gradient_factor);
-    store_span(gradient + c, g);
+      for (int i = 0; i < kSpan; ++i) mine.peak = fmax(mine.peak, widen(z.v[i]));
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) {
+        const A value = widen(z.v[i]) - mine.shift();
+        mine.sum += exponential(value);
+        if (uniform) {
+          const A weight = p.target.column(index, c + i);
+          mine.dot += weight * value;
+          mine.weight += weight;
+        }
+      }
+      part.add(mine);
+    }
+#pragma unroll 1
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+      part.add({__shfl_xor_sync(kAllLanes, part.peak, offset), __shfl_xor_sync(kAllLanes, part.sum, offset),
+                __shfl_xor_sync(kAllLanes, part.dot, offset), __shfl_xor_sync(kAllLanes, part.weight, offset)});
+    __syncthreads();  // the row before may still be read
+    if (lane == 0) parts[warp] = part;
+    __syncthreads();
+    Part<A> all = parts[0];
+    for (int i = 1; i < int(blockDim.x) / kWarp; ++i) all.add(parts[i]);
+    const RowSums<A> sums{widen(logits[row.goal.a]), widen(logits[row.goal.b]), all.shift(), all.sum, all.dot, all.weight};
+    if (threadIdx.x == 0) {
+      const A loss = row.loss(sums);
+      p.write_loss(index, loss);
+      total += double(loss);
+    }
+    if (!p.gradient) continue;
+    Saved<T>* gradient = p.gradient + index * classes;
+    const A times = row.total(sums) / sums.sum * stats.gradient_factor;
+#pragma unroll 2
+    for (int64_t c = threadIdx.x * kSpan; c < classes; c += stretch) {
+      const Vector<T, kSpan> z = load<T, kSpan>(logits + c);
+      Vector<A, kSpan> g;
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) g.v[i] = exponential(widen(z.v[i]) - sums.shift) * times;
+      row.template subtract<true>(g, int(c), stats.gradient_factor);
+      store_span(gradient + c, g);
+    }
   }
+  p.write_partial(total);
 }
 
-// The sum of the rows' losses over stats->denominator, to one of `loss` and `narrow_loss`. One block.
+// The sum of the blocks' losses over *denominator, to one of `loss` and `narrow_loss`. One block.
 template <typename T>
 __global__ void __launch_bounds__(kLossThreads)
-    mixed_loss_kernel(const Acc<T>* losses, const LossStats<Acc<T>>* stats, int64_t rows, Acc<T>* loss, T* narrow_loss) {
-  const double sum = sum_losses(losses, rows);
+    mixed_loss_kernel(const double* partials, int count, const Acc<T>* denominator, Acc<T>* loss, T* narrow_loss) {
+  double sum = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partials[i];
+  sum = block_sum(sum);
   if (threadIdx.x != 0) return;
-  const Acc<T> value = Acc<T>(sum / double(stats->denominator));
+  const Acc<T> value = Acc<T>(sum / double(*denominator));
   if (loss)
     *loss = value;
   else

@@ -117,9 +117,7 @@ struct PackParams {
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackParams<T> p) {
   if (p.stats.stats && blockIdx.x == gridDim.x - 1) {
-    if (blockIdx.y != 0) return;
-    const LossStats<Acc<T>> stats = loss_stats(p.stats);
-    if (threadIdx.x == 0) *p.stats.stats = stats;
+    if (blockIdx.y == 0) head_stats(p.stats);
     return;
   }
   const int64_t group = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -6,6 +6,23 @@
 
 namespace pyrx::cuda {
 
+template <typename A>
+struct StatsParams {
+  LossStats<A>* stats;  // or null: they are made already
+  Target<A> target;
+  int64_t rows;         // B
+  bool mean;
+  double losses_a_row, largest_scale;
+};
+
+// By one block.
+template <typename A>
+__device__ void head_stats(const StatsParams<A>& p) {
+  const double class_weights = class_weight_sum(p.target);
+  const double weight = p.mean && !p.target.probabilities ? row_weight_sum(p.target, 0, p.rows) : double(p.rows);
+  if (threadIdx.x == 0) *p.stats = LossStats<A>::of(class_weights, p.losses_a_row * (p.mean ? weight : 1.0), p.largest_scale);
+}
+
 // Columns of Z and G a lane takes at once, and how many such spans a warp's registers hold of one row.
 constexpr int kSpan = 4;
 template <typename A>
@@ -422,7 +439,18 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
         p.narrow_loss[i] = narrow<T>(value);
     };
     if (!p.per_row) {
-      const double sum = sum_losses(p.losses, p.rows * p.loss_parts);
+      double sum = 0;
+      const int64_t count = p.rows * p.loss_parts;
+#pragma unroll 2
+      for (int64_t i = threadIdx.x * kSpan; i < count; i += blockDim.x * kSpan) {
+        if (i + kSpan <= count) {
+          const Vector<A, kSpan> four = load<A, kSpan>(p.losses + i);
+          sum += (double(four.v[0]) + double(four.v[1])) + (double(four.v[2]) + double(four.v[3]));
+        } else {
+          for (int64_t j = i; j < count; ++j) sum += double(p.losses[j]);
+        }
+      }
+      sum = block_sum(sum);
       if (threadIdx.x == 0) write(0, A(sum / double(p.stats->denominator)));
       return;
     }

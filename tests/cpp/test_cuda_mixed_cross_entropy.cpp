@@ -14,8 +14,8 @@ namespace {
 
 struct Case {
   int64_t rows, classes;
-  bool weighted, smoothed, mean, wide, given, per_row;
-  unsigned warps;
+  bool weighted, smoothed, mean, wide, apart, per_row;
+  unsigned warps, blocks;
   int64_t stride_more = 0;  // elements between rows
 };
 
@@ -40,12 +40,13 @@ void test_loss(const Case& c) {
   constexpr int kSpan = 16 / sizeof(T);
   const std::string name = "rows " + std::to_string(c.rows) + ", classes " + std::to_string(c.classes) + ", bytes " +
                            std::to_string(sizeof(T)) + (c.weighted ? ", weighted" : "") + (c.smoothed ? ", smoothed" : "") +
-                           (c.mean ? ", mean" : "") + (c.wide ? ", wide" : "") + (c.given ? ", given" : "");
+                           (c.mean ? ", mean" : "") + (c.wide ? ", wide" : "") + (c.apart ? ", apart" : "");
   const int64_t stride = c.classes + c.stride_more;
   Buffer<T> logits((c.rows - 1) * stride + c.classes), narrow_losses(c.rows);
   Buffer<Saved<T>> gradient(c.rows * c.classes);
   Buffer<int64_t> a(c.rows), b(c.rows);
-  Buffer<A> lam(c.rows), class_weight(c.classes), losses(c.rows);
+  Buffer<A> lam(c.rows), class_weight(c.classes), losses(c.rows), denominator_of(1);
+  Buffer<double> weights(3), partials(c.blocks);
   for (int64_t row = 0; row < c.rows; ++row) {
     // ignored: b of every fourth row, a of every fifth, both of row 2
     a[row] = row % 5 == 4 || row == 2 ? -100 : (row * 7 + 3) % c.classes;
@@ -54,33 +55,35 @@ void test_loss(const Case& c) {
     for (int64_t i = 0; i < c.classes; ++i)
       logits[row * stride + i] = row == 2 ? narrow<T>(A(NAN)) : narrow<T>(A(3 * normal(row * c.classes + i)));
   }
-  double weight_sum = 0;
-  for (int64_t i = 0; i < c.classes; ++i) {
-    class_weight[i] = A(0.25 + i % 5);
-    weight_sum += c.weighted ? double(class_weight[i]) : 1.0;
-  }
+  for (int64_t i = 0; i < c.classes; ++i) class_weight[i] = A(0.25 + i % 5);
   const A smoothing = c.smoothed ? A(0.125) : A(0);
   const Target<A> target{a.data(), b.data(), lam.data(), nullptr, c.weighted ? class_weight.data() : nullptr, c.classes,
                          -100, smoothing};
-  Buffer<LossStats<A>> stats(1);
-  MixedParams<T> params{logits.data(), gradient.data(), losses.data(), nullptr, c.given ? nullptr : stats.data(), nullptr,
-                        {nullptr, target, c.rows, c.mean, 1.0, 1.0}, stride};
-  if (c.per_row) params.losses = nullptr, params.narrow_losses = narrow_losses.data();
-  if (c.given) {
-    shim::launch(loss_stats_kernel<A>, {1}, {kLossThreads}, 0, stats.data(), params.stats);
-    params.given = stats.data();
-  }
+  MixedParams<T> params{logits.data(),
+                        gradient.data(),
+                        c.per_row ? nullptr : losses.data(),
+                        c.per_row ? narrow_losses.data() : nullptr,
+                        partials.data(),
+                        denominator_of.data(),
+                        c.apart ? weights.data() : nullptr,
+                        int(weights.size()),
+                        target,
+                        c.rows,
+                        stride,
+                        c.mean};
+  if (c.apart)
+    shim::launch(mixed_weight_kernel<A>, {unsigned(weights.size())}, {kLossThreads}, 0, weights.data(), target, c.rows);
   const bool spans = by_spans<T>(c.classes, stride);
   const auto run = [&] {
     if (c.wide) {
       shim::launch(spans ? mixed_cross_entropy_wide_kernel<T, kSpan> : mixed_cross_entropy_wide_kernel<T, 1>,
-                   {unsigned(c.rows)}, {c.warps * kWarp}, 0, params);
+                   {c.blocks}, {c.warps * kWarp}, 0, params);
     } else {
       const auto kernel = spans ? c.smoothed ? mixed_cross_entropy_kernel<T, kSpan, true>
                                              : mixed_cross_entropy_kernel<T, kSpan, false>
                           : c.smoothed ? mixed_cross_entropy_kernel<T, 1, true>
                                        : mixed_cross_entropy_kernel<T, 1, false>;
-      shim::launch(kernel, {unsigned((c.rows + c.warps - 1) / c.warps)}, {c.warps * kWarp}, 0, params);
+      shim::launch(kernel, {c.blocks}, {c.warps * kWarp}, 0, params);
     }
   };
   run();
@@ -93,8 +96,7 @@ void test_loss(const Case& c) {
     if (b[row] >= 0) denominator += (1 - double(lam[row])) * weight_of(b[row]);
   }
   if (!c.mean) denominator = 1;
-  CHECK(near(double(stats[0].denominator), denominator, tolerance<A>()), "%s: denominator", name.c_str());
-  CHECK(near(double(stats[0].class_weight_sum), weight_sum, tolerance<A>()), "%s: class weights", name.c_str());
+  CHECK(near(double(denominator_of[0]), denominator, tolerance<A>()), "%s: denominator", name.c_str());
   for (int64_t row = 0; row < c.rows; ++row) {
     const double share_a = a[row] < 0 ? 0 : double(lam[row]), share_b = b[row] < 0 ? 0 : 1 - double(lam[row]);
     const bool counts = a[row] >= 0 || b[row] >= 0;
@@ -121,15 +123,13 @@ void test_loss(const Case& c) {
             name.c_str(), (long long)row, (long long)i, found, g);
     }
   }
-  if (!c.per_row) {
-    A sum_loss = A(NAN);
-    T narrow_loss = narrow<T>(A(NAN));
-    for (const bool narrowed : {false, true})
-      shim::launch(mixed_loss_kernel<T>, {1}, {kLossThreads}, 0, losses.data(), stats.data(), c.rows,
-                   narrowed ? nullptr : &sum_loss, narrowed ? &narrow_loss : nullptr);
-    CHECK(near(double(sum_loss), total_loss / denominator, 4 * tolerance<A>()), "%s: %g", name.c_str(), double(sum_loss));
-    CHECK(same_bits(narrow_loss, narrow<T>(sum_loss)), "%s: narrow loss", name.c_str());
-  }
+  A sum_loss = A(NAN);
+  T narrow_loss = narrow<T>(A(NAN));
+  for (const bool narrowed : {false, true})
+    shim::launch(mixed_loss_kernel<T>, {1}, {kLossThreads}, 0, partials.data(), int(c.blocks), denominator_of.data(),
+                 narrowed ? nullptr : &sum_loss, narrowed ? &narrow_loss : nullptr);
+  CHECK(near(double(sum_loss), total_loss / denominator, 4 * tolerance<A>()), "%s: %g", name.c_str(), double(sum_loss));
+  CHECK(same_bits(narrow_loss, narrow<T>(sum_loss)), "%s: narrow loss", name.c_str());
 
   // without a gradient: the same losses, bit for bit
   std::vector<A> before(losses.data(), losses.data() + c.rows);
@@ -162,7 +162,8 @@ void test_edges(bool wide) {
   Buffer<Saved<T>> gradient(rows * classes);
   Buffer<A> losses(rows), lam(rows);
   Buffer<int64_t> a(rows), b(rows);
-  Buffer<LossStats<A>> stats(1);
+  Buffer<double> partials(2);
+  A denominator = A(NAN);
   for (const bool ignored : {true, false}) {
     for (int64_t i = 0; i < rows * classes; ++i) logits[i] = narrow<T>(A(normal(i)));
     for (int64_t row = 0; row < rows; ++row) {
@@ -172,15 +173,14 @@ void test_edges(bool wide) {
       if (!ignored) logits[row * classes] = narrow<T>(A(-INFINITY));
     }
     const Target<A> target{a.data(), b.data(), lam.data(), nullptr, nullptr, classes, -100, A(0)};
-    const MixedParams<T> params{logits.data(), gradient.data(), losses.data(), nullptr, nullptr, stats.data(),
-                                {nullptr, target, rows, true, 1.0, 1.0}, classes};
-    shim::launch(loss_stats_kernel<A>, {1}, {kLossThreads}, 0, stats.data(), params.stats);
+    const MixedParams<T> params{logits.data(), gradient.data(), losses.data(), nullptr, partials.data(), &denominator,
+                                nullptr,       0,               target,        rows,    classes,         true};
     if (wide)
-      shim::launch(mixed_cross_entropy_wide_kernel<T, 1>, {unsigned(rows)}, {64}, 0, params);
+      shim::launch(mixed_cross_entropy_wide_kernel<T, 1>, {2}, {64}, 0, params);
     else
       shim::launch(mixed_cross_entropy_kernel<T, 1, false>, {2}, {64}, 0, params);
     A sum = A(0);
-    shim::launch(mixed_loss_kernel<T>, {1}, {kLossThreads}, 0, losses.data(), stats.data(), rows, &sum, nullptr);
+    shim::launch(mixed_loss_kernel<T>, {1}, {kLossThreads}, 0, partials.data(), 2, &denominator, &sum, nullptr);
     CHECK_EQUAL(std::isnan(double(sum)), ignored, "mean loss of %d", ignored);
     CHECK(std::isfinite(double(losses[0])), "row loss");
     for (int64_t i = 0; i < rows * classes; ++i) {
@@ -223,7 +223,8 @@ void test_type() {
     for (int round = 0; round < 4; ++round, ++option) {
       const bool wide = classes > most || option % 5 == 4;
       test_loss<T>({round == 3 ? 1 : 7, classes, bool(option & 1), bool(round & 1), bool(round & 2), wide,
-                    wide || option % 3 == 2, option % 7 == 3, round == 0 ? 8u : 2u, option % 4 == 2 ? 8 : 0});
+                    option % 3 == 2, option % 7 == 3, round == 0 ? 8u : 2u, option % 2 ? 2u : 4u,
+                    option % 4 == 2 ? 8 : 0});
     }
   }
   for (const bool wide : {false, true}) test_edges<T>(wide);
