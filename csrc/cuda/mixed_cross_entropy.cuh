@@ -22,7 +22,7 @@ using Saved = typename SavedGradient<T>::type;
 
 // Columns of a row that a lane holds in its registers, and a warp.
 template <typename A>
-constexpr int kLaneColumns = sizeof(A) == 8 ? 16 : 32;
+constexpr int kLaneColumns = sizeof(A) == 8 ? 8 : 32;
 template <typename A>
 constexpr int kWarpColumns = kWarp * kLaneColumns<A>;
 
