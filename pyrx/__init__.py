@@ -4,6 +4,7 @@ from pyrx import _extension, nn
 from pyrx._version import __version__
 from pyrx.ops.batch_mix import cutmix, mixup, resizemix
 from pyrx.ops.dropout import dropout, dropout_mask
+from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.ops.neighbor_fill import neighbor_fill
 from pyrx.targets import MixedTarget
@@ -15,6 +16,7 @@ __all__ = [
     "dropout",
     "dropout_mask",
     "mixup",
+    "mixed_cross_entropy",
     "multi_sample_dropout",
     "multi_sample_dropout_cross_entropy",
     "neighbor_fill",

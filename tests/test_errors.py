@@ -11,7 +11,7 @@ import pyrx
 from pyrx import _library
 
 X, W, Y = torch.randn(4, 8), torch.randn(5, 8), torch.tensor([0, 1, 2, 4])
-MIXED = pyrx.MixedTarget(Y, Y.flip(0), torch.rand(4))
+MIXED, MIXED_LAM = pyrx.MixedTarget(Y, Y.flip(0), torch.rand(4)), torch.rand(4, 2)
 PROBABILITIES = torch.softmax(torch.randn(4, 5), 1)
 FLOATS = "of dtype float16, bfloat16, float32 or float64"
 TENSORS = "to be a Tensor or a MixedTarget of Tensors"
@@ -198,14 +198,41 @@ def test_head(backend, changes, error, text):
     check(pyrx.multi_sample_dropout_cross_entropy, arguments, "multi_sample_dropout_cross_entropy", error, text)
 
 
+LOGITS = torch.randn(4, 5)
+MIXED_ROWS = [
+    row("input", "of shape [N, C, ...] or [C]", "[]", input=torch.tensor(1.0)),
+    row("input", "of at least one class", "[4, 0]", input=LOGITS[:, :0]),
+    row("target", "to be a MixedTarget", "tuple", TypeError, target=(Y, Y, torch.rand(4))),
+    row("target", "to be a MixedTarget", "Tensor", TypeError, target=Y),
+    row("target", IDS, "5", target=MIXED._replace(a=Y + 1)),
+    row("target", IDS, "-1", target=MIXED._replace(b=Y - 1)),
+    row("target", IDS.replace("-100", "7"), "-100", target=MIXED._replace(b=Y - 101 * (Y == 1)), ignore_index=7),
+    row("target.a", "of shape [...] = [4, 2]", "[4]", input=torch.randn(4, 5, 2), target=MIXED._replace(lam=MIXED_LAM)),
+    row("target.lam", "of shape [...] = []", "[4]", input=LOGITS[0]),
+    row("target", "on device cpu", "meta", RuntimeError, target=MIXED._replace(a=meta(Y))),
+    row("target_b", "on device cpu", "meta", RuntimeError, target=MIXED._replace(b=meta(Y))),
+    row("lam", "on device cpu", "meta", RuntimeError, target=MIXED._replace(lam=meta(MIXED.lam))),
+    *[each for each in HEAD_ROWS if set(each.values[0]) & {"weight", "reduction", "label_smoothing"}],
+    *[each for each in HEAD_ROWS if each.values[2].startswith(("expected target.", "expected target.lam"))],
+]
+
+
+@pytest.mark.parametrize("changes, error, text", INPUT_ROWS + MIXED_ROWS)
+def test_mixed_cross_entropy(backend, changes, error, text):
+    arguments = {"input": LOGITS, "target": MIXED, "backend": backend} | changes
+    check(pyrx.mixed_cross_entropy, arguments, "mixed_cross_entropy", error, text)
+
+
 @pytest.mark.parametrize(
-    "name", ["dropout", "dropout_mask", "multi_sample_dropout", "multi_sample_dropout_cross_entropy"]
+    "name",
+    ["dropout", "dropout_mask", "mixed_cross_entropy", "multi_sample_dropout", "multi_sample_dropout_cross_entropy"],
 )
 @pytest.mark.parametrize("asked", ["CPU", "", "gpu", "none"])
 def test_backend_names(name, asked):
     arguments = {
         "dropout": {"input": X},
         "dropout_mask": {"shape": (3,), "p": 0.5, "seed": 1},
+        "mixed_cross_entropy": {"input": LOGITS, "target": MIXED},
         "multi_sample_dropout": {"input": X},
         "multi_sample_dropout_cross_entropy": {"input": X, "linear_weight": W, "target": Y},
     }[name]
@@ -273,6 +300,19 @@ OPS = {
         "grad_loss": torch.tensor(2.0),
     },
 }
+OPS["mixed_cross_entropy"] = {
+    "input": LOGITS,
+    "target": MIXED.a,
+    "target_b": MIXED.b,
+    "lam": MIXED.lam,
+    "weight": None,
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "reduction": "mean",
+    "needs_grad": True,
+    "loss_dtype": torch.float32,
+}
+OPS["mixed_cross_entropy_scale_"] = {"gradient": torch.ones(4, 5), "grad_loss": torch.tensor(2.0)}
 OPS["multi_sample_dropout_cross_entropy_backward"] = {"grad_loss": torch.ones(4)} | {
     name: value
     for name, value in OPS["multi_sample_dropout_cross_entropy"].items()
@@ -316,7 +356,36 @@ HEAD_CHANGES = [
     {"label_smoothing": 2.0},
     {"label_smoothing": math.nan},
 ]
+MIXED_CHANGES = [
+    {"input": LOGITS.long()},
+    {"input": LOGITS.double()},
+    {"input": LOGITS[0]},
+    {"input": LOGITS[None]},
+    {"input": LOGITS[:, :0]},
+    {"target": Y[:3]},
+    {"target": Y.int()},
+    {"target": Y[:, None]},
+    {"target_b": Y[:3]},
+    {"target_b": Y.int()},
+    {"lam": torch.ones(3)},
+    {"lam": torch.ones(4).double()},
+    {"lam": torch.tensor(1.0)},
+    {"weight": torch.ones(4)},
+    {"weight": torch.ones(5).half()},
+    {"label_smoothing": -0.5},
+    {"label_smoothing": 1.25},
+    {"label_smoothing": math.nan},
+    {"reduction": "Mean"},
+    {"loss_dtype": torch.bfloat16},
+]
 CHANGES = [
+    *[("mixed_cross_entropy", each) for each in MIXED_CHANGES],
+    ("mixed_cross_entropy_scale_", {"gradient": torch.ones(4, 5).int()}),
+    ("mixed_cross_entropy_scale_", {"gradient": torch.ones(5, 4).t()}),
+    ("mixed_cross_entropy_scale_", {"gradient": torch.ones(4)}),
+    ("mixed_cross_entropy_scale_", {"grad_loss": torch.ones(3)}),
+    ("mixed_cross_entropy_scale_", {"grad_loss": torch.ones(4, 1)}),
+    ("mixed_cross_entropy_scale_", {"grad_loss": torch.ones(4).double()}),
     *[("dropout", each) for each in SEED_CHANGES + THRESHOLD_CHANGES + DTYPE_CHANGES],
     *[("dropout_mask", each) for each in SEED_CHANGES + THRESHOLD_CHANGES],
     ("dropout_mask", {"shape": [], "packed": True}),
@@ -374,6 +443,14 @@ def test_the_tables_good_calls_are_good(name):
     op(**OPS[name])
     with FakeTensorMode() as mode:
         op(**{k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in OPS[name].items()})
+
+
+def test_mixed_class_ids_out_of_range_are_found_by_the_kernel(cpu):
+    op = _library.namespace(cpu).mixed_cross_entropy
+    for name in ("target", "target_b"):
+        for bad in (Y + 1, Y - 1):
+            error, text = raised(op, OPS["mixed_cross_entropy"] | {name: bad})
+            assert error is ValueError and text.startswith(f"pyrx::mixed_cross_entropy: expected target {IDS}, got ")
 
 
 def test_class_ids_out_of_range_are_found_by_the_kernels(cpu):

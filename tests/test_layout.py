@@ -22,7 +22,7 @@ LAYERS = (
     "bench/bench_{op}.py",
 )
 # whose formula is so hot that it is in C++
-NATIVE_FORMULAS = ("dropout", "multi_sample_dropout")
+NATIVE_FORMULAS = ("dropout", "mixed_cross_entropy", "multi_sample_dropout")
 FOLDERS = ("csrc", "triton_kernels", "pyrx", "tests", "bench", "examples", ".ci")
 CODE = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh"}
 TEXT = CODE | {".md", ".toml", ".txt", ".json", ".in", ""}

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import helpers
+import mixed
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ tl = triton.language
 kernels = importlib.import_module("pyrx._triton.dropout")
 launcher = importlib.import_module("pyrx._triton.multi_sample_dropout")
 filling = importlib.import_module("pyrx._triton.neighbor_fill")
+mixed_launcher = importlib.import_module("pyrx._triton.mixed_cross_entropy")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # no device without the interpreter but a GPU
@@ -396,6 +398,83 @@ def test_neighbor_fill_layouts(device, channels):
         upstream = torch.randn(shape, device=device)
         (grad,) = torch.autograd.grad(got, input, upstream)
         assert torch.equal(grad, torch.where(mask, upstream, 0))
+# Mixed cross-entropy.
+
+
+def mixed_on(device, *arguments, **options):
+    logits, target, weight = mixed.make(*arguments, **options)
+    target = pyrx.MixedTarget(**{name: getattr(target, name).to(device) for name in ("a", "b", "lam")})
+    return logits.to(device), target, None if weight is None else weight.to(device)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Rows of more classes than a block, and a denominator that programs find together."""
+    monkeypatch.setattr(mixed_launcher, "HELD", 32)
+    monkeypatch.setattr(mixed_launcher, "OWN_DENOMINATOR", 0)
+
+
+@pytest.mark.parametrize("classes, dtype", [(n, torch.float32) for n in (1, 10, 64, 300)] + [(37, t) for t in DTYPES])
+@pytest.mark.parametrize("reduction", helpers.REDUCTIONS)
+def test_mixed(device, reduction, dtype, classes):
+    for smoothing, weighted in ((0.0, False), (0.1, True)):
+        made = mixed_on(device, 9, classes, weighted=weighted, ignored=0.2, dtype=dtype, seed=classes)
+        mixed.assert_right("triton", *made, reduction=reduction, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("classes", [37, 64])
+@pytest.mark.parametrize("reduction", helpers.REDUCTIONS)
+def test_mixed_small_blocks(device, small_blocks, reduction, classes):
+    for smoothing, weighted in ((0.0, False), (0.1, True)):
+        made = mixed_on(device, 70, classes, weighted=weighted, ignored=0.2, seed=classes)
+        mixed.assert_right("triton", *made, reduction=reduction, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("reduction", helpers.REDUCTIONS)
+@pytest.mark.parametrize("classes", [20, 100])
+def test_mixed_edges(device, small_blocks, reduction, classes):
+    """Ignored rows count nothing whatever their logits; class ids out of range are NaN; no rows; other strides."""
+    options = {"reduction": reduction, "backend": "triton"}
+    logits, target, _ = mixed_on(device, 12, classes)
+    away = torch.arange(12, device=device) % 3 == 0
+    ignored = target._replace(a=torch.where(away, -100, target.a), b=torch.where(away, -100, target.b))
+    expected = mixed.run(logits, ignored, **options)
+    spoilt = torch.where(away[:, None], float("nan"), logits)
+    for one, two in zip(mixed.run(spoilt, ignored, **options), expected, strict=True):
+        helpers.assert_same_bits(one, two)
+    none = target._replace(a=torch.full_like(target.a, -100), b=torch.full_like(target.b, -100))
+    loss, gradient = mixed.run(logits, none, **options)
+    assert (loss.isnan().all() if reduction == "mean" else not loss.any()) and not gradient.any()
+    for bad in (-1, classes, 2**62):
+        for name in ("a", "b"):
+            ids = getattr(target, name).clone()
+            ids[2] = bad
+            loss, gradient = mixed.run(logits, target._replace(**{name: ids}), **options)
+            assert loss.isnan().any() and gradient[2].isnan().all()
+            if reduction == "none":
+                assert loss.isnan().sum() == 1 and gradient.isnan().any(1).sum() == 1
+    empty = target._replace(a=target.a[:0], b=target.b[:0], lam=target.lam[:0])
+    loss, gradient = mixed.run(logits[:0], empty, **options)
+    assert gradient.shape == (0, classes) and (loss.isnan().all() if reduction == "mean" else not loss.any())
+    for other in (logits.t().contiguous().t(), torch.cat([logits[:, :3], logits], 1)[:, 3:]):
+        for one, two in zip(mixed.run(other, ignored, **options), expected, strict=True):
+            helpers.assert_same_bits(one, two)
+
+
+@pytest.mark.parametrize("reduction", helpers.REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=helpers.name_of)
+def test_mixed_backwards(device, reduction, dtype):
+    logits, target, _ = mixed_on(device, 6, 24, dtype=dtype)
+    logits.requires_grad_()
+    loss = pyrx.mixed_cross_entropy(logits, target, reduction=reduction, backend="triton")
+    upstream = helpers.upstream_like(loss)
+    (first,) = torch.autograd.grad(loss, logits, upstream, retain_graph=True)
+    kept = first.clone()
+    first.fill_(float("nan"))
+    helpers.assert_same_bits(torch.autograd.grad(loss, logits, upstream, retain_graph=True)[0], kept)
+    (gradient,) = torch.autograd.grad(loss, logits, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="expected one differentiation, got a second"):
+        gradient.sum().backward()
 
 
 # The entries themselves.
@@ -417,6 +496,12 @@ def test_entries_have_the_shapes_of_their_fakes(device):
         (ops.multi_sample_dropout_cross_entropy, (*tensors, *rest, "none", [True] * 3, torch.float32)),
         (ops.multi_sample_dropout_cross_entropy_backward, (torch.randn(4, device=device), *tensors, *rest, [True] * 3)),
     ]
+    goal = (torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, dtype=torch.int64, device=device))
+    goal = (*goal, torch.rand(4, device=device), None, -100, 0.1)
+    for reduction in helpers.REDUCTIONS:
+        calls.append((ops.mixed_cross_entropy, (head.input, *goal, reduction, True, torch.float32)))
+    calls.append((ops.mixed_cross_entropy, (head.input.half(), *goal, "mean", False, torch.float16)))
+    calls.append((ops.mixed_cross_entropy_scale_, (torch.ones(4, 24, device=device), torch.ones(4, device=device) * 2)))
     for op, arguments in calls:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -503,12 +588,28 @@ def compile_ahead_of_time(architecture):
         call_head(128, 512, 10, dtype, antithetic=True)
         call_head(128, 2043, 300, dtype, averaged=True)
         report(compiled, dtype)
+
+    def call_mixed(rows, classes, dtype, weight=None, reduction="mean", needs=True, smoothing=0.0):
+        ids = torch.zeros(rows, dtype=torch.int64)
+        arguments = (torch.zeros(rows, classes, dtype=dtype), ids, ids, torch.zeros(rows), weight)
+        _, gradient = mixed_launcher.mixed_cross_entropy(*arguments, -100, smoothing, reduction, needs, dtype)
+        if needs:
+            mixed_launcher.mixed_cross_entropy_scale_(
+                gradient, torch.ones(rows) if reduction == "none" else torch.ones(())
+            )
+
+    for dtype in (torch.bfloat16, torch.float32):
+        call_mixed(4096, 1000, dtype)
+        report(compiled, dtype)
     for packed, width in ((False, 8), (True, 8), (True, 9)):
         kernels.dropout_mask(seed, (4, width), 32768, 0, False, packed)
     # large enough for wgmma's tiles, and for two chunks
     launcher.CHUNK_MASK_BYTES = 2**23
     call_head(8192, 2048, 100, torch.bfloat16, bias=False)
     if architecture == 90:
+        call_mixed(64, 10, torch.float16, torch.ones(10), "none", smoothing=0.1)
+        call_mixed(64, 9001, torch.bfloat16)
+        call_mixed(1, 1, torch.float32, needs=False)
         # sizes of one are constants to the compiler, outputs that nobody asked for are None
         call_head(1, 1, 1, torch.float32, thresholds=[1])
         call_head(16, 64, 10, torch.float16, needs=[False] * 3)

@@ -20,8 +20,9 @@ from torch import Tensor
 from pyrx.ops import multi_sample_dropout as ops
 
 from .dropout import GROUPS, check_narrow, expand, fold, scale, threshold_table
+from .loss import weight_sum_kernel
 from .multi_sample_dropout_gemm import fold_kernel, gradients_kernel, logits_kernel, mask_bits_kernel, pack_kernel
-from .multi_sample_dropout_loss import cross_entropy_kernel, finish_kernel, scale_kernel, weight_sum_kernel
+from .multi_sample_dropout_loss import cross_entropy_kernel, finish_kernel, scale_kernel
 
 # A chunk's scratch: this many logits (float32, and their gradients in the operand dtype) and bytes of mask bits.
 CHUNK_LOGITS = 2**23

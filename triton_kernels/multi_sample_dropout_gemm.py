@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .dropout import group_bits, scale_of
+from .loss import gradient_factor
 
 # Numbers that change from call to call and must not each compile a kernel of their own.
 _VARYING = ["samples", "threshold", "rows", "first_group", "accumulate", "programs", "steps"]
@@ -186,25 +187,6 @@ def fold_kernel(
     total *= gradient_factor(scale, row_weights, programs)
     out = grad_input + row.to(tl.int64)[:, None] * features + d[None, :]
     tl.store(out, total.to(grad_input.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def total_of(partial, programs):
-    """Sum of `programs` numbers, in an order that never changes."""
-    total = tl.zeros((1024,), tl.float32)
-    for start in range(0, programs, 1024):
-        i = start + tl.arange(0, 1024)
-        total += tl.load(partial + i, mask=i < programs, other=0.0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def gradient_factor(scale, weights, programs):
-    """scale / sum(weights): 0 where nothing counts, whose gradients are 0; just scale without weights."""
-    if weights is not None:
-        denominator = total_of(weights, programs)
-        scale = tl.where(denominator == 0, 0.0, scale / denominator)
-    return scale
 
 
 @triton.jit

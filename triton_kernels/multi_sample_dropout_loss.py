@@ -6,61 +6,9 @@ import triton
 import triton.language as tl
 
 from .dropout import scale_of
-from .multi_sample_dropout_gemm import gradient_factor, total_of
+from .loss import class_target, coefficients, gradient_factor, total_of
 
 _VARYING = ["row0", "rows", "samples", "ignore_index", "accumulate", "programs", "count"]
-
-
-@triton.jit
-def _class_target(target, target_b, lam, weight, row, exists, classes, ignore_index, MIXED: tl.constexpr):
-    """Per row: classes a and b, their weights (share x class weight; 0: ignored, NaN: out of range), share, counts."""
-    a = tl.load(target + row, mask=exists, other=0)
-    counts = exists & (a != ignore_index)
-    valid = (a >= 0) & (a < classes)
-    share = tl.where(counts, 1.0, 0.0)
-    if MIXED:
-        share = tl.where(counts, tl.load(lam + row, mask=exists, other=0.0), 0.0)
-    weight_a = share
-    if weight is not None:
-        weight_a *= tl.load(weight + a, mask=counts & valid, other=0.0)
-    weight_a = tl.where(counts & ~valid, float("nan"), weight_a)
-    a = tl.where(counts & valid, a, 0)
-    b = a
-    weight_b = tl.where(counts, 0.0, 0.0)
-    if MIXED:
-        b = tl.load(target_b + row, mask=exists, other=0)
-        counts_b = exists & (b != ignore_index)
-        valid = (b >= 0) & (b < classes)
-        share_b = tl.where(counts_b, 1.0 - tl.load(lam + row, mask=exists, other=0.0), 0.0)
-        weight_b = share_b
-        if weight is not None:
-            weight_b *= tl.load(weight + b, mask=counts_b & valid, other=0.0)
-        weight_b = tl.where(counts_b & ~valid, float("nan"), weight_b)
-        b = tl.where(counts_b & valid, b, 0)
-        share += share_b
-        counts |= counts_b
-    return a, b, weight_a, weight_b, share, counts
-
-
-@triton.jit
-def _coefficients(
-    a, b, weight_a, weight_b, share, target, weight, row, exists, c, classes, smoothing,
-    MIXED: tl.constexpr, PROBABILITIES: tl.constexpr,
-):  # fmt: skip
-    """q[row, c] of any kind of target: the loss is sum_c q_c (lse(z) - z_c), its gradient sum(q) softmax(z) - q."""
-    present = c < classes
-    class_weight = tl.where(present, 1.0, 0.0)
-    if weight is not None:
-        class_weight = tl.load(weight + c, mask=present, other=0.0)
-    if PROBABILITIES:
-        p = tl.load(target + row[:, None] * classes + c[None, :], exists[:, None] & present[None, :], 0.0)
-        q = ((1.0 - smoothing) * p + smoothing / classes) * class_weight[None, :]
-    else:
-        q = (smoothing / classes * share)[:, None] * class_weight[None, :]
-        q += tl.where(c[None, :] == a[:, None], ((1.0 - smoothing) * weight_a)[:, None], 0.0)
-        if MIXED:
-            q += tl.where(c[None, :] == b[:, None], ((1.0 - smoothing) * weight_b)[:, None], 0.0)
-    return q
 
 
 @triton.jit
@@ -112,7 +60,7 @@ def cross_entropy_kernel(
         a, b, weight_a, weight_b, share = 0, 0, 0.0, 0.0, 0.0
         counts = exists
     else:
-        a, b, weight_a, weight_b, share, counts = _class_target(
+        a, b, weight_a, weight_b, share, counts = class_target(
             target, target_b, lam, weight, row0 + row, exists, classes, ignore_index, MIXED
         )
         if partial_weight is not None:
@@ -132,7 +80,7 @@ def cross_entropy_kernel(
                 raw, bias, thresholds, scale, row, m, c, rows, classes, padded_classes, samples, gemm_rows,
                 PAIRED, AVERAGED, SPLITS,
             )  # fmt: skip
-            q = _coefficients(
+            q = coefficients(
                 a, b, weight_a, weight_b, share, target, weight, row0 + row, exists, c, classes, smoothing,
                 MIXED, PROBABILITIES,
             )  # fmt: skip
@@ -168,7 +116,7 @@ def cross_entropy_kernel(
             upstream = tl.load(grad_loss + row0 + row, mask=exists, other=0.0).to(tl.float32) / samples
         for c0 in range(0, padded_classes, CLASSES):
             c = c0 + tl.arange(0, CLASSES)
-            q = _coefficients(
+            q = coefficients(
                 a, b, weight_a, weight_b, share, target, weight, row0 + row, exists, c, classes, smoothing,
                 MIXED, PROBABILITIES,
             )  # fmt: skip
@@ -211,20 +159,6 @@ def cross_entropy_kernel(
                 at = partial_bias + program.to(tl.int64) * padded_classes + c
                 before = tl.load(at, mask=c < tl.where(accumulate != 0, padded_classes, 0), other=0.0)
                 tl.store(at, before + bias_sum, mask=c < padded_classes)
-
-
-# Bytes: 8 B or 20 B a row. Operations: few.
-@triton.jit(do_not_specialize=_VARYING)
-def weight_sum_kernel(target, target_b, lam, weight, partial_weight, count, classes, ignore_index, ROWS: tl.constexpr):
-    """partial_weight[program]: what a share of the rows adds to the denominator of "mean"."""
-    total = tl.zeros((ROWS,), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
-        row = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
-        _, _, weight_a, weight_b, _, _ = _class_target(
-            target, target_b, lam, weight, row, row < count, classes, ignore_index, target_b is not None
-        )
-        total += weight_a + weight_b
-    tl.store(partial_weight + tl.program_id(0), tl.sum(total, axis=0))
 
 
 # Bytes: the partial sums read, loss, dW and db written. Operations: one addition a number.

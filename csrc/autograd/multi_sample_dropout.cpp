@@ -1,10 +1,5 @@
 // Multi-sample dropout's autograd formulas: the copies and their fold, which are each other's, and the head's.
-#include "autograd/dispatch.h"
-
-#include <ATen/ops/clone.h>
-#include <ATen/ops/mul.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/csrc/autograd/graph_task.h>
+#include "autograd/losses.h"
 
 #include <array>
 #include <string_view>
@@ -78,13 +73,6 @@ Outputs head_below(PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS, std::string_view reduct
 using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS, Needs);
 using Scale = void(Tensor, Tensor, Tensor, const Tensor&);
 
-// Neither traced nor transformed.
-bool is_plain(const Tensor& tensor) {
-  using enum c10::DispatchKey;
-  return !tensor.key_set().has_any(
-      c10::DispatchKeySet{Python, Functionalize, Batched, BatchedNestedTensor, FuncTorchBatched, FuncTorchGradWrapper});
-}
-
 class HeadFunction : public torch::autograd::Function<HeadFunction> {
  public:
   static variable_list forward(AutogradContext* context, PYRX_HEAD_TENSORS, PYRX_HEAD_OPTIONS,
@@ -122,13 +110,7 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
     const int64_t needs = saved["needs_grad"].toInt();
     variable_list found =
         saved["recompute"].toBool() ? recomputed(context, upstream[0], needs) : scaled(context, upstream[0]);
-    if (at::GradMode::is_enabled()) {
-      // create_graph: the gradients are constants here, so going through them once more must not pass
-      for (Tensor& each : found) each = each.detach().requires_grad_();
-      torch::autograd::DelayedError error(
-          PYRX_HEAD ": expected one differentiation, got a second: it has no double backward", int64_t(found.size()));
-      found = error(std::move(found));
-    }
+    found = differentiable_once(PYRX_HEAD, std::move(found));
     for (int i = 0; i < 3; ++i)
       if (needs >> i & 1) gradients[i] = found[i];
     return gradients;
@@ -150,20 +132,12 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
     return {grad_input, grad_weight, grad_bias};
   }
 
-  // The gradients times the upstream one, which mostly is one: then no pass over them is spent. In place, unless the
-  // graph is kept: its next backward must find them as they are, whatever was done to these.
   static variable_list scaled(AutogradContext* context, const Tensor& upstream) {
     static const auto op = find<Scale>(PYRX_HEAD "_scale_");
-    const at::ScalarType dtype = context->saved_data["dtype"].toScalarType();
-    variable_list gradients = context->get_saved_variables();
-    if (is_plain(upstream) && gradients[0].scalar_type() == dtype) {
-      if (torch::autograd::get_current_graph_task_keep_graph())
-        for (Tensor& each : gradients) each = each.clone();
-      op.call(gradients[0], gradients[1], gradients[2], upstream);
-    } else {
-      for (Tensor& each : gradients) each = each.mul(upstream).to(dtype);
-    }
-    return gradients;
+    const auto scale = [](const variable_list& found, const Tensor& factor) {
+      op.call(found[0], found[1], found[2], factor);
+    };
+    return pyrx::scaled(scale, context->get_saved_variables(), upstream, context->saved_data["dtype"].toScalarType());
   }
 };
 

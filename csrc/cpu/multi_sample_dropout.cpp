@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "cpu/multi_sample_dropout_head.h"
+#include "cpu/targets.h"
 #include "head_checks.h"
 
 namespace pyrx::cpu {
@@ -73,15 +74,6 @@ at::Tensor fold(const at::Tensor& grad, const at::Tensor& seed, at::IntArrayRef 
     });
   });
   return finish(y, out);
-}
-
-at::Tensor rows_of(const at::Tensor& x) { return x.dim() == 2 && x.stride(1) == 1 ? x : x.contiguous(); }
-
-void check_classes(std::string_view op, const at::Tensor& target, int64_t classes, int64_t ignore_index) {
-  const int64_t* ids = target.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < target.numel(); ++i)
-    PYRX_CHECK_VALUE(ids[i] == ignore_index || (ids[i] >= 0 && ids[i] < classes), op, "target",
-                     "of class ids in [0, " + text(classes) + ") or ignore_index = " + text(ignore_index), ids[i]);
 }
 
 struct Outcome {

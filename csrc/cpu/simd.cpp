@@ -1,5 +1,6 @@
 #include "cpu/simd.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -109,6 +110,11 @@ const HeadKernels<T, G>& head_kernels() {
   PYRX_PICK(head_table<T, G>())
 }
 
+template <typename T, typename O>
+const LossKernels<T, O>& loss_kernels() {
+  PYRX_PICK(loss_table<T, O>())
+}
+
 #define PYRX_PIXELS(In)                                                 \
   template const PairKernels<In>& pair_kernels<In>();                   \
   template const MixKernels<In, float>& mix_kernels<In, float>();       \
@@ -134,5 +140,9 @@ template const HeadKernels<bfloat16, bfloat16>& head_kernels<bfloat16, bfloat16>
 template const HeadKernels<bfloat16, float>& head_kernels<bfloat16, float>();
 template const HeadKernels<float16, float16>& head_kernels<float16, float16>();
 template const HeadKernels<float16, float>& head_kernels<float16, float>();
+template const LossKernels<float, float>& loss_kernels<float, float>();
+template const LossKernels<double, double>& loss_kernels<double, double>();
+template const LossKernels<bfloat16, bfloat16>& loss_kernels<bfloat16, bfloat16>();
+template const LossKernels<float16, float>& loss_kernels<float16, float>();
 
 }  // namespace pyrx::cpu

@@ -45,20 +45,38 @@ struct ElementKernels {
                                  const T* zeros, T* image);
 };
 
-// One logits row to its loss and its gradient.
+// What one row of logits is compared with.
 template <typename Acc>
-struct CrossEntropyRow {
-  const Acc* raw;            // (C,) product of the masked features, may equal `gradient`
-  const Acc* base;           // (C,) unmasked product, the row is base - raw then; null: the row is raw
-  const Acc* bias;           // (C,) or null
+struct RowGoal {
   const Acc* class_weight;   // (C,) or null
   const Acc* probabilities;  // (C,) dense target or null
   ClassTarget<Acc> target;   // where probabilities is null
   Acc label_smoothing;
-  Acc scale;            // of the kept features: logits = scale * row + bias
   Acc gradient_factor;  // of the written gradient
   int64_t classes;
-  Acc* gradient;  // (C,) out: gradient_factor * dloss/dlogits
+};
+
+// One row of the head's GEMM to its loss and its gradient.
+template <typename Acc>
+struct CrossEntropyRow : RowGoal<Acc> {
+  const Acc* raw;   // (C,) product of the masked features, may equal `gradient`
+  const Acc* base;  // (C,) unmasked product, the row is base - raw then; null: the row is raw
+  const Acc* bias;  // (C,) or null
+  Acc scale;        // of the kept features: logits = scale * row + bias
+  Acc* gradient;    // (C,) out: gradient_factor * dloss/dlogits
+};
+
+// One row of logits likewise; O is T, or float32 for float16 that waits for the loss scale.
+template <typename T, typename O>
+struct LogitsRow : RowGoal<accumulate_t<T>> {
+  const T* logits;           // (C,)
+  O* gradient;               // (C,) out, or null
+  accumulate_t<T>* scratch;  // (C,), may be the gradient; unread where that is null
+};
+
+template <typename T, typename O>
+struct LossKernels {
+  accumulate_t<T> (*cross_entropy)(const LogitsRow<T, O>& row);
 };
 
 // Kernels of the head: features T, GEMM operands G, accumulators accumulate_t<T>.
@@ -203,6 +221,8 @@ template <typename Acc>
 const AccumulatorKernels<Acc>& accumulator_kernels();
 template <typename T, typename G>
 const HeadKernels<T, G>& head_kernels();
+template <typename T, typename O>
+const LossKernels<T, O>& loss_kernels();
 
 // Bits of elements first .. first + n - 1 of a sample's mask, aligned to the first; bits past n are 0.
 // `scratch` holds ceil(n / 8) + 2 bytes, `out` ceil(n / 8).

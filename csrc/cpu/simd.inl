@@ -353,39 +353,27 @@ inline void lookup_gradients(const LookupRow<float>& row) {
 }
 #endif
 
-template <typename Acc>
-Acc cross_entropy(const CrossEntropyRow<Acc>& row, bool want_gradient) {
+// Loss and gradient of a row whose greatest logit is known; `block(i, count)` gives its logits, `a` and `b` are those of
+// the target's classes. exps (C,) may be the gradient, and may be where the logits are.
+template <bool kGradient, typename Acc, typename Block, typename O>
+Acc row_loss(const RowGoal<Acc>& goal, Acc greatest, Acc a, Acc b, Block block, Acc* exps, O* gradient) {
   using V = Vec<Acc>;
-  const int64_t n = row.classes;
-  const V scale = V::fill(row.scale), lowest = V::fill(-std::numeric_limits<Acc>::infinity());
-
-  V most = lowest;
-  blocks(n, [&](int64_t i, auto count) {
-    V z = load(row.raw + i, count);
-    if (row.base) z = load(row.base + i, count) - z;
-    z = z * scale;
-    if (row.bias) z = z + load(row.bias + i, count);
-    most = V::max(V::choose((1u << count) - 1, z, lowest), most);
-    store(row.gradient + i, z, count);
-  });
-  const Acc greatest = most.greatest();
-  const bool dense = row.probabilities != nullptr, weighted = dense || row.target.uniform != 0;
-  const bool counts = dense || row.target.counts;
+  const int64_t n = goal.classes;
+  const bool dense = goal.probabilities != nullptr, weighted = dense || goal.target.uniform != 0;
 
   // coefficient of class block i in the loss, beside those of the target's own classes
-  const V rest = V::fill(1 - row.label_smoothing), share = V::fill(row.label_smoothing / static_cast<Acc>(n));
-  const V uniform = V::fill(row.target.uniform);
+  const V rest = V::fill(1 - goal.label_smoothing), share = V::fill(goal.label_smoothing / static_cast<Acc>(n));
+  const V uniform = V::fill(goal.target.uniform);
   const auto coefficient = [&](int64_t i, auto count) {
-    V c = dense ? V::multiply_add(load(row.probabilities + i, count), rest, share) : uniform;
-    if (row.class_weight) c = c * load(row.class_weight + i, count);
+    V c = dense ? V::multiply_add(load(goal.probabilities + i, count), rest, share) : uniform;
+    if (goal.class_weight) c = c * load(goal.class_weight + i, count);
     return c.keep((1u << count) - 1);
   };
 
   const V shift = V::fill(greatest);
   V sums = V::fill(0), dots = V::fill(0), totals = V::fill(0);
-  const Acc a = row.gradient[row.target.a] - greatest, b = row.gradient[row.target.b] - greatest;
   blocks(n, [&](int64_t i, auto count) {
-    const V z = load(row.gradient + i, count) - shift;
+    const V z = block(i, count) - shift;
     if (weighted) {
       const V c = coefficient(i, count);
       dots = dots + (c * z).keep((1u << count) - 1);
@@ -393,33 +381,82 @@ Acc cross_entropy(const CrossEntropyRow<Acc>& row, bool want_gradient) {
     }
     const V e = z.exp().keep((1u << count) - 1);
     sums = sums + e;
-    if (want_gradient) store(row.gradient + i, e, count);
+    if (kGradient) store(exps + i, e, count);
   });
   const Acc sum = sums.sum();
-  const Acc total = dense ? totals.sum() : row.target.total;
-  Acc loss = 0;
-  if (counts) {
-    loss = total * std::log(sum);
-    if (!dense) loss -= row.target.a_coefficient * a;
-    if (!dense && row.target.b_coefficient != 0) loss -= row.target.b_coefficient * b;
-    if (weighted) loss -= dots.sum();
-  }
-  if (!want_gradient) return loss;
-  if (!counts) {
-    blocks(n, [&](int64_t i, auto count) { store(row.gradient + i, V::fill(0), count); });
-    return loss;
-  }
-  const V factor = V::fill(row.gradient_factor), softmax = V::fill(row.gradient_factor * total / sum);
-  blocks(n, [&](int64_t i, auto count) {
-    V g = load(row.gradient + i, count) * softmax;
-    if (weighted) g = g - coefficient(i, count) * factor;
-    store(row.gradient + i, g, count);
-  });
+  const Acc total = dense ? totals.sum() : goal.target.total;
+  Acc loss = total * std::log(sum);
   if (!dense) {
-    row.gradient[row.target.a] -= row.gradient_factor * row.target.a_coefficient;
-    row.gradient[row.target.b] -= row.gradient_factor * row.target.b_coefficient;
+    // a class that counts nothing may have an infinite logit
+    if (goal.target.a_coefficient != 0) loss -= goal.target.a_coefficient * (a - greatest);
+    if (goal.target.b_coefficient != 0) loss -= goal.target.b_coefficient * (b - greatest);
   }
+  if (weighted) loss -= dots.sum();
+  if (!kGradient) return loss;
+
+  const Acc rate = goal.gradient_factor * total / sum;
+  const Acc exp_a = exps[goal.target.a], exp_b = exps[goal.target.b];
+  const V factor = V::fill(goal.gradient_factor), softmax = V::fill(rate);
+  blocks(n, [&](int64_t i, auto count) {
+    V g = load(exps + i, count) * softmax;
+    if (weighted) g = g - coefficient(i, count) * factor;
+    store(gradient + i, g, count);
+  });
+  if (dense) return loss;
+  // the target's own classes once more, so that each is rounded once
+  const auto own = [&](int64_t c, Acc exp) {
+    Acc q = goal.class_weight ? goal.target.uniform * goal.class_weight[c] : goal.target.uniform;
+    if (c == goal.target.a) q += goal.target.a_coefficient;
+    if (c == goal.target.b) q += goal.target.b_coefficient;
+    gradient[c] = narrow<O>(exp * rate - q * goal.gradient_factor);
+  };
+  own(goal.target.a, exp_a);
+  own(goal.target.b, exp_b);
   return loss;
+}
+
+template <typename Acc>
+Acc cross_entropy(const CrossEntropyRow<Acc>& row, bool want_gradient) {
+  using V = Vec<Acc>;
+  const bool dense = row.probabilities != nullptr;
+  if (!dense && !row.target.counts) {
+    if (want_gradient) std::fill_n(row.gradient, row.classes, Acc(0));
+    return 0;
+  }
+  const V scale = V::fill(row.scale), lowest = V::fill(-std::numeric_limits<Acc>::infinity());
+  V most = lowest;
+  blocks(row.classes, [&](int64_t i, auto count) {
+    V z = load(row.raw + i, count);
+    if (row.base) z = load(row.base + i, count) - z;
+    z = z * scale;
+    if (row.bias) z = z + load(row.bias + i, count);
+    most = V::max(V::choose((1u << count) - 1, z, lowest), most);
+    store(row.gradient + i, z, count);
+  });
+  const auto block = [&](int64_t i, auto count) { return load(row.gradient + i, count); };
+  const Acc a = row.gradient[row.target.a], b = row.gradient[row.target.b];
+  if (!want_gradient) return row_loss<false>(row, most.greatest(), a, b, block, row.gradient, row.gradient);
+  return row_loss<true>(row, most.greatest(), a, b, block, row.gradient, row.gradient);
+}
+
+template <typename T, typename O>
+accumulate_t<T> logits_cross_entropy(const LogitsRow<T, O>& row) {
+  using Acc = accumulate_t<T>;
+  using V = Vec<Acc>;
+  const ClassTarget<Acc>& target = row.target;
+  if (!target.counts) {
+    if (row.gradient) std::fill_n(row.gradient, row.classes, O{});
+    return 0;
+  }
+  const V lowest = V::fill(-std::numeric_limits<Acc>::infinity());
+  V most = lowest;
+  blocks(row.classes, [&](int64_t i, auto count) {
+    most = V::max(V::choose((1u << count) - 1, load(row.logits + i, count), lowest), most);
+  });
+  const auto block = [&](int64_t i, auto count) { return load(row.logits + i, count); };
+  const Acc greatest = most.greatest(), a = widen(row.logits[target.a]), b = widen(row.logits[target.b]);
+  if (!row.gradient) return row_loss<false>(row, greatest, a, b, block, row.scratch, row.gradient);
+  return row_loss<true>(row, greatest, a, b, block, row.scratch, row.gradient);
 }
 
 inline void group_bits(uint64_t seed, SampleMask mask, uint64_t first, int64_t groups, uint8_t* out) {
@@ -513,6 +550,11 @@ constexpr AccumulatorKernels<Acc> accumulator_table() {
   if constexpr (std::is_same_v<Acc, float>) table.lookup_gradients = &lookup_gradients;
 #endif
   return table;
+}
+
+template <typename T, typename O>
+constexpr LossKernels<T, O> loss_table() {
+  return {&logits_cross_entropy<T, O>};
 }
 
 template <typename T, typename G>

@@ -432,7 +432,7 @@ class Head {
   bool direct_weight_ = true;
   StatsParams<A> stats_params_{};
   Scratch scratch_;
-  HeadStats<A>* stats_ = nullptr;
+  LossStats<A>* stats_ = nullptr;
   T *packed_ = nullptr, *gradient_ = nullptr;
   uint8_t* bits_ = nullptr;
   A *logits_ = nullptr, *losses_ = nullptr, *levels_ = nullptr, *carry_ = nullptr, *weight_sum_ = nullptr,

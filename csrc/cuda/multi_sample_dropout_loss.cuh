@@ -1,69 +1,26 @@
 // The head's losses: the targets, cross-entropy with its gradient from the logits, and the sums over the rows.
 #pragma once
 
+#include "cuda/loss.cuh"
 #include "cuda/multi_sample_dropout_samples.cuh"
 
 namespace pyrx::cuda {
 
-// What the losses compare with; pointers may be null as said.
-template <typename A>
-struct Target {
-  const int64_t* a;        // (B) class ids, or null: probabilities
-  const int64_t* b;        // (B) with lam, or null
-  const A* lam;
-  const A* probabilities;  // (B, C)
-  const A* class_weight;   // (C), or null: ones
-  int64_t classes, ignore_index;
-  A smoothing;
-
-  __device__ ClassTarget<A> row(int64_t row, A class_weight_sum) const {
-    if (probabilities) return {0, 0, A(0), A(0), A(1), A(0), A(0), true, true};
-    return class_target(a[row], b ? b[row] : ignore_index, lam ? lam[row] : A(1), class_weight, class_weight_sum,
-                        classes, ignore_index, smoothing);
-  }
-  // What z[c] weighs within ClassTarget::uniform.
-  __device__ A column(int64_t row, int64_t c) const {
-    if (probabilities)
-      return probability_coefficient(probabilities[row * classes + c], class_weight, c, classes, smoothing);
-    return class_weight ? class_weight[c] : A(1);
-  }
-};
-
-// Made once a call, read by the kernels after it.
-template <typename A>
-struct HeadStats {
-  A class_weight_sum;
-  A gradient_factor;  // what makes G the loss's gradient: the largest dropout scale over losses a row and denominator
-  A denominator;      // what the sum of all samples' losses is divided by
-};
-
 template <typename A>
 struct StatsParams {
-  HeadStats<A>* stats;  // or null: they are made already
+  LossStats<A>* stats;  // or null: they are made already
   Target<A> target;
   int64_t rows;         // B
   bool mean;
   double losses_a_row, largest_scale;
 };
 
-// By one block. Bytes: the targets once; latency-bound, some microseconds up to 10^4 rows.
+// By one block.
 template <typename A>
 __device__ void head_stats(const StatsParams<A>& p) {
-  double sum = 0;
-  for (int64_t c = threadIdx.x; c < p.target.classes; c += blockDim.x)
-    sum += p.target.class_weight ? double(p.target.class_weight[c]) : 1.0;
-  const double class_weight_sum = block_sum(sum);
-  double weight = 0;
-  if (p.mean && !p.target.probabilities) {
-#pragma unroll 4
-    for (int64_t row = threadIdx.x; row < p.rows; row += blockDim.x)
-      weight += double(p.target.row(row, A(class_weight_sum)).weight);
-  }
-  weight = block_sum(weight);
-  if (threadIdx.x != 0) return;
-  const double denominator = p.losses_a_row * (!p.mean ? 1.0 : p.target.probabilities ? double(p.rows) : weight);
-  // every row ignored: loss nan, gradients 0, as F.cross_entropy has them
-  *p.stats = {A(class_weight_sum), A(denominator == 0 ? 0.0 : p.largest_scale / denominator), A(denominator)};
+  const double class_weights = class_weight_sum(p.target);
+  const double weight = p.mean && !p.target.probabilities ? row_weight_sum(p.target, 0, p.rows) : double(p.rows);
+  if (threadIdx.x == 0) *p.stats = LossStats<A>::of(class_weights, p.losses_a_row * (p.mean ? weight : 1.0), p.largest_scale);
 }
 
 // Columns of Z and G a lane takes at once, and how many such spans a warp's registers hold of one row.
@@ -79,7 +36,7 @@ struct CrossEntropyParams {
   T* gradient;             // G, like Z, or null; Z itself where T is its type
   const T* bias;           // (C), aligned to a span, or null
   const Acc<T>* upstream;  // (B), or null: ones
-  const HeadStats<Acc<T>>* stats;
+  const LossStats<Acc<T>>* stats;
   Acc<T>* losses;      // (B, gridDim.y), the sum over the samples of a block; or null
   int64_t first_row;   // of the chunk among the B rows
   int64_t stride;      // C rounded up to a multiple of kSpan at least
@@ -93,22 +50,19 @@ struct CrossEntropyParams {
 
 // What the kernels know of their block's row.
 template <typename T>
-struct LossRow {
+struct LossRow : RowGoal<Acc<T>> {
   using A = Acc<T>;
+  using RowGoal<A>::row;
   static constexpr A kPairedScale = 2;
   const CrossEntropyParams<T>& p;
-  int64_t row, gemm_row;
-  HeadStats<A> stats;
-  ClassTarget<A> goal;
+  int64_t gemm_row;
+  LossStats<A> stats;
 
   __device__ explicit LossRow(const CrossEntropyParams<T>& params)
-      : p(params),
-        row(p.first_row + blockIdx.x),
+      : RowGoal<A>(params.target, params.first_row + blockIdx.x, params.stats->class_weight_sum),
+        p(params),
         gemm_row(int64_t(blockIdx.x) * p.slice.plan.gemm_rows),
-        stats(*p.stats),
-        goal(p.target.row(row, stats.class_weight_sum)) {
-    if (goal.b_coefficient == 0) goal.b = goal.a;
-  }
+        stats(*p.stats) {}
 
   __device__ const A* raw(int item) const { return p.logits + (gemm_row + item) * p.stride; }
   __device__ const A* base() const { return raw(int(p.slice.plan.gemm_rows) - 1); }
@@ -154,34 +108,6 @@ struct LossRow {
     return value * scale + (p.bias ? widen(p.bias[c]) : A(0));
   }
 
-  // g -= times * the target's part of a sample's gradient
-  template <bool kUniform>
-  __device__ void subtract_target(Vector<A, kSpan>& g, int c, A times) const {
-    if constexpr (kUniform) {
-#pragma unroll
-      for (int i = 0; i < kSpan; ++i)
-        if (c + i < p.target.classes) g.v[i] -= times * goal.uniform * p.target.column(row, c + i);
-    }
-    const int a = int(goal.a), b = int(goal.b);
-    if (unsigned(a - c) >= kSpan && unsigned(b - c) >= kSpan) return;
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i)
-      g.v[i] -= times * ((c + i == a ? goal.a_coefficient : A(0)) + (c + i == b ? goal.b_coefficient : A(0)));
-  }
-
-  // Of one sample: the logits of its classes; dot and weight are sums over the columns within goal.uniform, relative
-  // to shift.
-  struct Sums {
-    A a, b, shift, sum = 0, dot = 0, weight = 0;
-  };
-  __device__ A total(const Sums& sums) const { return p.target.probabilities ? sums.weight : goal.total; }
-  __device__ A loss(const Sums& sums) const {
-    A value = total(sums) * std::log(sums.sum);
-    if (goal.a_coefficient != 0) value -= goal.a_coefficient * (sums.a - sums.shift);
-    if (goal.b_coefficient != 0) value -= goal.b_coefficient * (sums.b - sums.shift);
-    return value - (goal.uniform != 0 ? goal.uniform * sums.dot : A(0));
-  }
-
   // An ignored row counts nothing, whatever its logits are.
   __device__ void ignore(A* loss) const {
     if (loss && threadIdx.x == 0 && p.slice.first == 0) *loss = 0;
@@ -190,14 +116,6 @@ struct LossRow {
     for (int64_t i = threadIdx.x; i < p.slice.plan.gemm_rows * p.stride; i += blockDim.x) to[i] = narrow<T>(0);
   }
 };
-
-template <typename T>
-__device__ inline void store_span(T* to, const Vector<Acc<T>, kSpan>& value) {
-  Vector<T, kSpan> rounded;
-#pragma unroll
-  for (int i = 0; i < kSpan; ++i) rounded.v[i] = narrow<T>(value.v[i]);
-  store(to, rounded);
-}
 
 // Adds the warps' losses (their lane 0's) to the row's.
 template <typename A>
@@ -244,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kPaired ? 1 : kUni
       if constexpr (kPaired) z[j][1] = span < columns ? load<A, kSpan>(row.base() + span * kSpan) : Span{};
     }
     A peak[kEach];
-    typename LossRow<T>::Sums sums[kEach];
+    RowSums<A> sums[kEach];
 #pragma unroll
     for (int s = 0; s < kEach; ++s) {
       peak[s] = -INFINITY;
@@ -308,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kPaired ? 1 : kUni
           odd_sum[kPaired ? j : 0].v[i] += odd;
         }
       }
-      if (!has_odd) row.template subtract_target<kUniform>(g, span * kSpan, factor);
+      if (!has_odd) row.template subtract<kUniform>(g, span * kSpan, factor);
       store_span(gradient + span * kSpan, g);
     }
   }
@@ -326,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kPaired ? 1 : kUni
         for (int other = 1; other < warps; ++other)
 #pragma unroll
           for (int i = 0; i < kSpan; ++i) sum.v[i] += odd_sums[other][lane].v[i];
-        row.template subtract_target<kUniform>(sum, span * kSpan, factor);
+        row.template subtract<kUniform>(sum, span * kSpan, factor);
         store_span(row.base_gradient() + span * kSpan, sum);
       }
       __syncthreads();
@@ -334,23 +252,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kPaired ? 1 : kUni
   }
   add_losses(row_loss, loss, p.slice.first == 0);
 }
-
-// Sums of one sample over a part of the columns; sum and dot are relative to shift.
-template <typename A>
-struct Part {
-  A peak = -INFINITY, sum = 0, dot = 0, weight = 0;
-
-  __device__ A shift() const { return peak == -INFINITY ? A(0) : peak; }
-
-  __device__ void add(const Part& other) {
-    const Part before = *this;
-    peak = fmax(peak, other.peak);
-    sum = before.sum * exponential(before.peak - shift()) + other.sum * exponential(other.peak - shift());
-    dot = before.dot + (before.shift() - shift()) * before.weight + other.dot +
-          (other.shift() - shift()) * other.weight;
-    weight += other.weight;
-  }
-};
 
 // Any number of classes: a block has a row, or gridDim.y of them its items where they are not paired; all its threads
 // share an item, whose logits are read once for the loss and once more for the gradient.
@@ -416,7 +317,7 @@ __global__ void __launch_bounds__(kThreads)
       Part<A> all = parts[0][s];
       for (int i = 1; i < int(blockDim.x) / kWarp; ++i) all.add(parts[i][s]);
       const A scale = row.template scale<kPaired>(item);
-      const typename LossRow<T>::Sums sums{row.logit(item, s, scale, row.goal.a), row.logit(item, s, scale, row.goal.b),
+      const RowSums<A> sums{row.logit(item, s, scale, row.goal.a), row.logit(item, s, scale, row.goal.b),
                                            all.shift(), all.sum, all.dot, all.weight};
       loss += row.loss(sums);
       shifts[item * kEach + s] = sums.shift;
@@ -440,11 +341,11 @@ __global__ void __launch_bounds__(kThreads)
           odd_sum.v[i] += odd;
         }
       }
-      if (!has_odd) row.template subtract_target<true>(g, c, factor);
+      if (!has_odd) row.template subtract<true>(g, c, factor);
       store_span(row.gradient(item) + c, g);
     }
     if constexpr (kPaired) {
-      row.template subtract_target<true>(odd_sum, c, row.template factor<true>(0) * A(p.slice.plan.samples / 2));
+      row.template subtract<true>(odd_sum, c, row.template factor<true>(0) * A(p.slice.plan.samples / 2));
       store_span(row.base_gradient() + c, odd_sum);
     }
   }
@@ -507,7 +408,7 @@ __device__ void sum_bias(const BiasParams<T>& p, unsigned index) {
 template <typename T, typename Out>
 struct FinishParams {
   using A = Acc<T>;
-  const HeadStats<A>* stats;
+  const LossStats<A>* stats;
   const A* factor;     // multiplies gradients, or null
   const A* losses;     // (rows, loss_parts) -> `loss` or rounded to `narrow_loss`: (rows) where per_row, else one number
   A* loss;

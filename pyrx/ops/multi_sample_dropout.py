@@ -11,6 +11,19 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_shape, fail
+from pyrx._losses import (
+    accumulation_dtype,
+    check_class_weight,
+    check_loss_dtype,
+    check_options,
+    check_target,
+    check_vectors,
+    class_ids,
+    differentiable_once,
+    saved_gradient_dtype,
+    scaled,
+    split_mixed,
+)
 from pyrx._random import check_seed, is_antithetic, seed_tensor, thresholds
 from pyrx.reference import multi_sample_dropout as reference
 from pyrx.targets import MixedTarget
@@ -18,16 +31,6 @@ from pyrx.targets import MixedTarget
 ROW = "multi_sample_dropout"
 HEAD = "multi_sample_dropout_cross_entropy"
 COMBINES = ("losses", "logits")
-REDUCTIONS = ("none", "mean", "sum")
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _saved_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 gradients wait for the upstream (loss) scale in float32, whose range they need."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _check_thresholds(op: str, values: Sequence[int]) -> None:
@@ -104,11 +107,8 @@ def _check_head(
     if classes < 1:
         fail(op, "linear_weight", "of at least one class", list(linear_weight.shape))
     check_device(op, "linear_weight", linear_weight, device)
-    for name, value, dtype in (("linear_bias", linear_bias, input.dtype), ("weight", weight, accumulation)):
-        if value is not None:
-            check_dtype(op, name, value, dtype)
-            check_shape(op, name, value, "[C]", [classes])
-            check_device(op, name, value, device)
+    vectors = (("linear_bias", linear_bias, input.dtype), ("weight", weight, accumulation))
+    check_vectors(op, vectors, "[C]", classes, device)
     if target.dtype == torch.int64:
         check_shape(op, "target", target, "[B]", [rows])
     else:
@@ -120,25 +120,12 @@ def _check_head(
     if target_b is not None and lam is not None:
         if target.dtype != torch.int64:
             fail(op, "target", "of dtype torch.int64 beside target_b", target.dtype, TypeError)
-        for name, value, dtype in (("target_b", target_b, torch.int64), ("lam", lam, accumulation)):
-            check_dtype(op, name, value, dtype)
-            check_shape(op, name, value, "[B]", [rows])
-            check_device(op, name, value, device)
+        check_vectors(op, (("target_b", target_b, torch.int64), ("lam", lam, accumulation)), "[B]", rows, device)
     check_seed(op, seed, device)
     _check_thresholds(op, thresholds)
-    if not 0.0 <= label_smoothing <= 1.0:
-        fail(op, "label_smoothing", "in [0, 1]", label_smoothing)
-    check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_options(op, label_smoothing, reduction)
     if target.dtype != torch.int64 and ignore_index >= 0:
         fail(op, "ignore_index", "negative where target holds probabilities", ignore_index)
-
-
-def _check_loss_dtype(op: str, argument: str, dtype: torch.dtype, input_dtype: torch.dtype) -> None:
-    """The loss, and so its gradient, is of the input's dtype or of the one it is summed in."""
-    accumulation = accumulation_dtype(input_dtype)
-    if dtype not in (input_dtype, accumulation):
-        expected = " or ".join(dict.fromkeys((str(input_dtype), str(accumulation))))
-        fail(op, argument, expected, dtype, TypeError)
 
 
 def _gradients(tensors: Sequence[Tensor | None], needs_grad: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
@@ -173,11 +160,11 @@ def _head_fake(
     _check_head(
         HEAD, *tensors, target, target_b, lam, weight, seed, thresholds, ignore_index, label_smoothing, reduction
     )
-    _check_loss_dtype(HEAD, "loss_dtype", loss_dtype, input.dtype)
+    check_loss_dtype(HEAD, "loss_dtype", loss_dtype, input.dtype)
     loss = input.new_empty(input.shape[:1] if reduction == "none" else (), dtype=loss_dtype)
     if reduction == "none":
         needs_grad = (False, False, False)
-    grad_input, grad_weight, grad_bias = _gradients(tensors, needs_grad, _saved_gradient_dtype(input.dtype))
+    grad_input, grad_weight, grad_bias = _gradients(tensors, needs_grad, saved_gradient_dtype(input.dtype))
     return loss, grad_input, grad_weight, grad_bias
 
 
@@ -201,7 +188,7 @@ def _head_backward_fake(
     op = HEAD + "_backward"
     tensors = (input, linear_weight, linear_bias)
     _check_head(op, *tensors, target, target_b, lam, weight, seed, thresholds, ignore_index, label_smoothing, "none")
-    _check_loss_dtype(op, "grad_loss", grad_loss.dtype, input.dtype)
+    check_loss_dtype(op, "grad_loss", grad_loss.dtype, input.dtype)
     check_shape(op, "grad_loss", grad_loss, "[B]", [input.shape[0]])
     check_device(op, "grad_loss", grad_loss, input.device)
     grad_input, grad_weight, grad_bias = _gradients(tensors, needs_grad, input.dtype)
@@ -232,22 +219,8 @@ def _scale_fake(grad_input: Tensor, grad_weight: Tensor, grad_bias: Tensor, grad
         check_device(op, "gradients", each, grad_loss.device)
         if not each.is_contiguous():
             fail(op, "gradients", "to be contiguous", list(each.stride()))
-    _check_loss_dtype(op, "grad_loss", grad_loss.dtype, dtype)
+    check_loss_dtype(op, "grad_loss", grad_loss.dtype, dtype)
     check_shape(op, "grad_loss", grad_loss, "[]", [])
-
-
-def _scaled(gradients: Sequence[Tensor], grad_loss: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-    """The gradients times the upstream one, which mostly is one: then no pass over them is spent.
-
-    In place, unless the graph is kept: its next backward must find them as they are, whatever was done to these.
-    """
-    batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # grad(is_grads_batched=True)
-    if type(grad_loss) is Tensor and not batched and gradients[0].dtype == dtype:
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            gradients = [each.clone() for each in gradients]
-        _library.namespace("triton").multi_sample_dropout_cross_entropy_scale_(*gradients, grad_loss)
-        return gradients
-    return [(each * grad_loss).to(dtype) for each in gradients]
 
 
 def _head_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -258,12 +231,9 @@ def _head_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
                 grad_loss.contiguous(), *ctx.saved_tensors, *ctx.options, ctx.needs
             )
         else:
-            found = _scaled(ctx.saved_tensors, grad_loss, ctx.dtype)
-        if torch.is_grad_enabled():
-            # create_graph=True: the gradients are constants here, so going through them once more must not pass
-            message = f"pyrx::{HEAD}: expected one differentiation, got a second: it has no double backward"
-            constants = [each.detach().requires_grad_() for each in found]
-            found = torch._C._functions.DelayedError(message.encode(), len(found))(*constants)
+            scale_ = _library.namespace("triton").multi_sample_dropout_cross_entropy_scale_
+            found = scaled(scale_, ctx.saved_tensors, grad_loss, ctx.dtype)
+        found = differentiable_once(HEAD, found)
         gradients = [each if needed else None for each, needed in zip(found, ctx.needs, strict=True)]
     return (*gradients, *[None] * 13)
 
@@ -353,33 +323,14 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
-def _check_target(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        fail(HEAD, name, "to be a Tensor or a MixedTarget of Tensors", type(value).__name__, TypeError)
-    if value.requires_grad:
-        fail(HEAD, name, "without requires_grad: there is no gradient to targets", "requires_grad=True")
-    return value
-
-
-def _class_ids(name: str, value: object, lead: Sequence[int]) -> Tensor:
-    ids = _check_target(name, value)
-    check_dtype(HEAD, name, ids, torch.int64)
-    check_shape(HEAD, name, ids, "[...]", lead)
-    return ids.reshape(-1)
-
-
 def _split_target(
     target: Tensor | MixedTarget, dtype: torch.dtype, lead: Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(target, target_b, lam) with the leading dimensions flattened, floats in the accumulation dtype."""
     if isinstance(target, MixedTarget):
-        lam = _check_target("target.lam", target.lam)
-        check_float(HEAD, "target.lam", lam)
-        check_shape(HEAD, "target.lam", lam, "[...]", lead)
-        a, b = _class_ids("target.a", target.a, lead), _class_ids("target.b", target.b, lead)
-        return a, b, lam.reshape(-1).to(dtype)
-    if not _check_target("target", target).is_floating_point():
-        return _class_ids("target", target, lead), None, None
+        return split_mixed(HEAD, target, dtype, lead)
+    if not check_target(HEAD, "target", target).is_floating_point():
+        return class_ids(HEAD, "target", target, lead), None, None
     check_float(HEAD, "target", target)
     if target.dim() != len(lead) + 1 or list(target.shape[:-1]) != list(lead):
         fail(HEAD, "target", f"of shape [..., C] = {[*lead, 'C']}", list(target.shape))
@@ -454,11 +405,9 @@ def multi_sample_dropout_cross_entropy(
     check_float(HEAD, "linear_weight", linear_weight)
     if input.dim() < 1:
         fail(HEAD, "input", "of shape [..., D]", list(input.shape))
-    for name, value in (("linear_bias", linear_bias), ("weight", weight)):
-        if value is not None:
-            check_float(HEAD, name, value)
-    if weight is not None and weight.requires_grad:
-        fail(HEAD, "weight", "without requires_grad: there is no gradient to class weights", "requires_grad=True")
+    if linear_bias is not None:
+        check_float(HEAD, "linear_bias", linear_bias)
+    check_class_weight(HEAD, weight)
     t = thresholds(HEAD, p, num_samples)
     check_choice(HEAD, "combine", combine, COMBINES)
     antithetic = is_antithetic(HEAD, sampling)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrx.reference.dropout import dropout
+from pyrx.reference.mixed_cross_entropy import check_classes, two_class_loss
 
 
 def multi_sample_dropout(input: Tensor, seed: Tensor, thresholds: Sequence[int], antithetic: bool) -> Tensor:
@@ -16,43 +17,6 @@ def multi_sample_dropout(input: Tensor, seed: Tensor, thresholds: Sequence[int],
     samples = torch.stack([dropout(input, seed, t, m, antithetic) for m, t in enumerate(thresholds)])
     one = torch.empty_like(input)
     return one.new_empty_strided(samples.shape, (input.numel(), *one.stride())).copy_(samples)
-
-
-def mixed_cross_entropy(
-    logits: Tensor,
-    target_a: Tensor,
-    target_b: Tensor,
-    lam: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-) -> Tensor:
-    """The lam-weighted mean of the cross-entropies against a and b; a component at ignore_index counts nothing."""
-    components = ((target_a, lam), (target_b, 1 - lam))
-    losses, weights = [], []
-    for target, share in components:
-        each = F.cross_entropy(logits, target, weight, None, ignore_index, None, "none", label_smoothing)
-        kept = target != ignore_index
-        class_weight = 1.0 if weight is None else weight[torch.where(kept, target, 0)]
-        losses.append(share.to(each.dtype) * each)
-        weights.append(torch.where(kept, share * class_weight, 0))
-    loss = losses[0] + losses[1]
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / (weights[0] + weights[1]).sum()
-
-
-def _check_classes(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """On the CPU a class id out of range is a ValueError; elsewhere F.cross_entropy asserts on the device."""
-    if torch.compiler.is_compiling() or target.device.type != "cpu" or target.is_floating_point():
-        return
-    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
-    if bad.any():
-        raise ValueError(
-            "pyrx::multi_sample_dropout_cross_entropy: expected target of class ids in "
-            f"[0, {num_classes}) or ignore_index = {ignore_index}, got {target[bad][0].item()}"
-        )
 
 
 def multi_sample_dropout_cross_entropy(
@@ -74,7 +38,7 @@ def multi_sample_dropout_cross_entropy(
     """The eager loop over samples that the fused op replaces."""
     for each in (target, target_b):
         if each is not None:
-            _check_classes(each, linear_weight.shape[0], ignore_index)
+            check_classes("multi_sample_dropout_cross_entropy", each, linear_weight.shape[0], ignore_index)
 
     def sample_logits(m: int, threshold: int) -> Tensor:
         return F.linear(dropout(input, seed, threshold, m, antithetic), linear_weight, linear_bias)
@@ -83,9 +47,7 @@ def multi_sample_dropout_cross_entropy(
         class_weight = None if weight is None else weight.to(logits.dtype)
         if target_b is not None:
             assert lam is not None
-            return mixed_cross_entropy(
-                logits, target, target_b, lam, class_weight, ignore_index, label_smoothing, reduction
-            )
+            return two_class_loss(logits, target, target_b, lam, class_weight, ignore_index, label_smoothing, reduction)
         probabilities_or_ids = target.to(logits.dtype) if target.is_floating_point() else target
         return F.cross_entropy(
             logits, probabilities_or_ids, class_weight, None, ignore_index, None, reduction, label_smoothing

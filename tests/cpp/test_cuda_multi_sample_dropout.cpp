@@ -254,7 +254,7 @@ void test_head(const Case& c, const std::string& name) {
                          c.kind == Kind::kProbabilities ? t.probabilities.data() : nullptr,
                          c.class_weight ? t.class_weight.data() : nullptr,
                          c.classes, -100, A(c.smoothing)};
-  Buffer<HeadStats<A>> stats(1);
+  Buffer<LossStats<A>> stats(1);
   StatsParams<A> make_stats{stats.data(), target, c.rows, c.reduction == Reduction::kMean,
                             double(c.combine_logits ? 1 : c.samples), largest_scale};
 
@@ -449,7 +449,7 @@ void test_hostile_rows() {
     Buffer<uint16_t> none(0);
     const SampleTable table = make_table({32768}, antithetic, false, none);
     const Target<float> target{ids, nullptr, nullptr, nullptr, nullptr, classes, -100, 0.1f};
-    const HeadStats<float> stats{float(classes), 1, 1};
+    const LossStats<float> stats{float(classes), 1, 1};
     const SamplePlan plan = sample_plan(thresholds, antithetic ? 4 : 3, antithetic, false);
     const CrossEntropyParams<T> params{logits.data(), gradients ? gradient.data() : nullptr, nullptr, nullptr, &stats,
                                        losses.data(), 0, classes, antithetic ? 2 : 3, 2.0f, true, target, {0, plan}, table};
@@ -480,7 +480,7 @@ void test_empty_and_ignored() {
   const Target<float> target{t.a.data(), nullptr, nullptr, nullptr, nullptr, 4, -100, 0.0f};
   for (const int64_t rows : {0, 4}) {
     for (const bool mean : {false, true}) {
-      Buffer<HeadStats<float>> stats(1);
+      Buffer<LossStats<float>> stats(1);
       Buffer<float> losses(rows), loss(1);
       for (int64_t i = 0; i < rows; ++i) losses[i] = 0;
       PackParams<float> pack{};
