@@ -122,11 +122,14 @@ def _area_lam(y0, x0, y1, x1, height, width):
 @triton.jit
 def _mix(
     seed, lam, boxes, n, partner, valid, height, width, draw,
-    GRANULARITY: tl.constexpr, SIDES: tl.constexpr, DRAWN: tl.constexpr, BLEND: tl.constexpr,
+    GRANULARITY: tl.constexpr, SIDES: tl.constexpr, BETAS: tl.constexpr, BLEND: tl.constexpr,
 ):  # fmt: skip
-    """(lam, weight of its own pixels, box) of sample n: left as it is, lam NaN, where what was given is not valid."""
+    """(lam, weight of its own pixels, box) of each of a block of samples.
+
+    Left as they are, lam NaN, where what was given is not valid.
+    """
     prob, switch_prob, mixup_alpha, cutmix_alpha, minimum, maximum, correct = draw
-    share = tl.cast(1.0, tl.float32)
+    share = tl.full(n.shape, 1.0, tl.float32)
     if lam is not None:
         share = tl.load(lam + n)
         valid = valid & (share >= 0) & (share <= 1)
@@ -152,8 +155,10 @@ def _mix(
         w0, w1, w2, w3 = philox(seed, index, tl.cast(0, tl.int32), DRAW_DOMAIN)
         apply = happens(w0, prob)
         paste = happens(w3, switch_prob)
-        if DRAWN:
-            share = beta(seed, index, tl.where(paste, cutmix_alpha, mixup_alpha)).to(tl.float32)
+        if BETAS > 0:
+            share = beta(seed, index, mixup_alpha).to(tl.float32)
+        if BETAS > 1:
+            share = tl.where(paste, beta(seed, index, cutmix_alpha).to(tl.float32), share)
         if SIDES == BY_LAM:
             ratio = tl.sqrt(1 - share.to(tl.float64))
             y0, y1 = _lam_side(ratio, w1, height)
@@ -181,6 +186,17 @@ def _mix(
     share = tl.where(valid, share, float("nan"))
     weight = tl.where(valid, weight, 1.0)
     return share, weight, tl.where(valid, y0, 0), tl.where(valid, x0, 0), tl.where(valid, y1, 0), tl.where(valid, x1, 0)
+
+
+@triton.jit
+def _pick(mixes, chosen):
+    """One of a block of mixes."""
+    share, weight, y0, x0, y1, x1 = mixes
+    return (
+        tl.sum(tl.where(chosen, share, 0.0), 0), tl.sum(tl.where(chosen, weight, 0.0), 0),
+        tl.sum(tl.where(chosen, y0, 0), 0), tl.sum(tl.where(chosen, x0, 0), 0),
+        tl.sum(tl.where(chosen, y1, 0), 0), tl.sum(tl.where(chosen, x1, 0), 0),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -236,7 +252,7 @@ def _mix_kernel(
     images, output, labels, seed, lam, boxes, partner, out_labels, out_partner, out_lam, out_boxes,
     samples, planes, height, chunks, step, frames,
     prob, switch_prob, mixup_alpha, cutmix_alpha, minimum, maximum, correct, scales, biases,
-    PAIRING: tl.constexpr, GRANULARITY: tl.constexpr, SIDES: tl.constexpr, DRAWN: tl.constexpr, BLEND: tl.constexpr,
+    PAIRING: tl.constexpr, GRANULARITY: tl.constexpr, SIDES: tl.constexpr, BETAS: tl.constexpr, BLEND: tl.constexpr,
     PAIRED: tl.constexpr, INPLACE: tl.constexpr, RESIZE: tl.constexpr, LAST: tl.constexpr, INDEX: tl.constexpr,
     VEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -257,7 +273,13 @@ def _mix_kernel(
         float64_of(minimum), float64_of(maximum), correct,
     )  # fmt: skip
     m, valid = _partner(partner, seed, n, samples, PAIRING, INPLACE)
-    mix = _mix(seed, lam, boxes, n, m, valid, height, width, draw, GRANULARITY, SIDES, DRAWN, BLEND)
+    # a block, so that the draws of a pair take the time of one
+    at = tl.arange(0, 2 if PAIRED else 1)
+    mixes = _mix(
+        seed, lam, boxes, tl.where(at == 0, n, m), tl.where(at == 0, m, n), valid, height, width, draw,
+        GRANULARITY, SIDES, BETAS, BLEND,
+    )  # fmt: skip
+    mix = _pick(mixes, at == 0)
     share, weight, y0, x0, y1, x1 = mix
     if part == 0:
         if labels is not None:
@@ -268,12 +290,8 @@ def _mix_kernel(
         tl.store(out_boxes + 4 * n + 1, x0)
         tl.store(out_boxes + 4 * n + 2, y1)
         tl.store(out_boxes + 4 * n + 3, x1)
-
     if PAIRED:
-        if (GRANULARITY == PER_SAMPLE) or (lam is not None) or (boxes is not None):
-            other_mix = _mix(seed, lam, boxes, m, n, valid, height, width, draw, GRANULARITY, SIDES, DRAWN, BLEND)
-        else:
-            other_mix = mix
+        other_mix = _pick(mixes, at == 1)
         _, other_weight, other_y0, other_x0, other_y1, other_x1 = other_mix
         if m != n:
             part = 2 * part + (n > m)
@@ -399,7 +417,11 @@ def _launch(
     paired = inplace or (pairing in (FLIP.value, RANDOM.value) and not resize)
     bounded = draw.maximum > 0
     sides = BY_LAM if not bounded else BOTH if resize else EACH
-    by_beta = lam is None and boxes is None and not (bounded and draw.kind in (CUTMIX, RESIZEMIX))
+    pasted_alpha = draw.mixup_alpha if bounded else draw.cutmix_alpha
+    alpha = pasted_alpha if draw.kind in (CUTMIX, RESIZEMIX) else draw.mixup_alpha
+    betas = 1 + (draw.kind == EITHER and pasted_alpha != alpha)
+    if lam is not None or boxes is not None or (bounded and draw.kind in (CUTMIX, RESIZEMIX)):
+        betas = 0
     switch_prob = {MIXUP: 0, EITHER: draw.switch_prob}.get(draw.kind, 65536)
 
     size = max(images.element_size(), output.element_size())
@@ -417,9 +439,9 @@ def _launch(
     with torch.cuda.device_of(images):
         _mix_kernel[(samples, parts)](
             images, output, labels, seed, lam, boxes, partner, *results,
-            samples, planes, height, row // vec, step, frames, draw.prob, switch_prob, _bits(draw.mixup_alpha),
-            _bits(draw.cutmix_alpha), _bits(draw.minimum), _bits(draw.maximum), int(draw.correct_lam or bounded),
-            tuple(map(float, scale)), tuple(map(float, bias)), pairing, draw.granularity, sides, by_beta, blend, paired,
+            samples, planes, height, row // vec, step, frames, draw.prob, switch_prob, _bits(alpha),
+            _bits(pasted_alpha), _bits(draw.minimum), _bits(draw.maximum), int(draw.correct_lam or bounded),
+            tuple(map(float, scale)), tuple(map(float, bias)), pairing, draw.granularity, sides, betas, blend, paired,
             inplace, resize, last, tl.int64 if wide else tl.int32, vec, rows, columns, enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -94,7 +94,7 @@ def _johnk_attempt(seed, index, attempt, alpha):
 
 @triton.jit
 def beta(seed, index, alpha):
-    """Beta(alpha, alpha) of scalars `index` and `alpha`, float64 in [0, 1]."""
+    """Beta(alpha, alpha) of each of a block of indices, float64 in [0, 1]; alpha is a scalar."""
     attempt = tl.cast(1, tl.int32)
     w0, w1, w2, w3 = philox(seed, index, attempt, DRAW_DOMAIN)
     result = uniform(w0, w1)
@@ -105,9 +105,13 @@ def beta(seed, index, alpha):
             result = 0.5 + 0.5 * tl.sqrt(1 - power) * cosine
         else:
             x, y = _johnk_attempt(seed, index, attempt, alpha)
-            while (attempt < BETA_ATTEMPTS) & (exp_negative(x) + exp_negative(y) > 1):
+            rejected = exp_negative(x) + exp_negative(y) > 1
+            while (attempt < BETA_ATTEMPTS) & (tl.max(rejected.to(tl.int32), 0) != 0):
                 attempt += 1
-                x, y = _johnk_attempt(seed, index, attempt, alpha)
+                next_x, next_y = _johnk_attempt(seed, index, attempt, alpha)
+                x = tl.where(rejected, next_x, x)
+                y = tl.where(rejected, next_y, y)
+                rejected = exp_negative(x) + exp_negative(y) > 1
             ratio = exp_negative(tl.where(x < y, x - y, y - x))
             result = tl.where(x < y, ratio, 1.0) / (1 + ratio)
     return result
