@@ -19,9 +19,11 @@ from .dropout import check_narrow, philox
 from .random import DRAW_DOMAIN, PAIR_DOMAIN, below, beta, float64_of, happens, uniform
 
 # Of a tile, in the wider of the images' and the result's dtype.
-TILE_BYTES = 8192
+TILE_BYTES = 4096
 # A program goes through several tiles once there are this many, since each makes the draw anew.
-PROGRAMS = 4096
+PROGRAMS = 2048
+# Elements of a sample from which on they are counted in 64 bits.
+WIDE = 2**31
 
 FLIP, ROLL, RANDOM, GIVEN = (tl.constexpr(each) for each in range(4))
 PER_BATCH, PER_PAIR, PER_SAMPLE = (tl.constexpr(each) for each in range(3))
@@ -325,7 +327,7 @@ def _mix_kernel(
         column = ((tile % blocks) * COLUMNS + first * VEC).to(INDEX) + tl.arange(0, COLUMNS)
         chunk = column // VEC
         held = (r < planes * rows)[:, None] & (chunk < chunks)[None, :]
-        offset = (plane.to(tl.int64) * height + y)[:, None] * row + column[None, :]
+        offset = ((plane * height.to(INDEX) + y) * row.to(INDEX))[:, None] + column[None, :]
         scale = None
         bias = None
         if len(scales) > 0:
@@ -364,7 +366,7 @@ def _mix_kernel(
                 shown_y = ((y - y0.to(INDEX)) * height.to(INDEX)) // tl.maximum(y1 - y0, 1).to(INDEX)
                 shown_x = ((pixel - x0.to(INDEX)) * width.to(INDEX)) // tl.maximum(x1 - x0, 1).to(INDEX)
                 shown_x = shown_x * step.to(INDEX) + (column - pixel * step.to(INDEX))
-                shown = (plane.to(tl.int64) * height + shown_y)[:, None] * row + shown_x[None, :]
+                shown = ((plane * height.to(INDEX) + shown_y) * row.to(INDEX))[:, None] + shown_x[None, :]
                 source = tl.where(inside, shown, offset)
                 other_read = held & (inside | (weight != 1))
             own = tl.load(own_image + offset, mask=own_read)
@@ -432,7 +434,7 @@ def _launch(
     rows = TILE_BYTES // size // columns
     tiles = triton.cdiv(planes * height, rows) * triton.cdiv(row, columns)
     parts = max(1, min(PROGRAMS // samples, triton.cdiv(tiles, 2) if paired else tiles))
-    wide = max(planes * height + rows, row + columns, (height + 1) ** 2, (width + 1) ** 2) >= 2**31
+    wide = max((planes * height + rows) * (row + columns), (height + 1) ** 2, (width + 1) ** 2) >= WIDE
     labels, lam, boxes, partner = (
         None if each is None else each.contiguous() for each in (labels, lam, boxes, partner)
     )
