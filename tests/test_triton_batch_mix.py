@@ -70,7 +70,7 @@ def images_of(shape, dtype=torch.float32, device="cpu", seed=0):
 
 
 def results_of(images, draw, backend, *, seed=3, labels=True, pairing=FLIP, scale=(), bias=(), dtype=None, **given):
-    """{name: result} of the reference or the op, on images' device."""
+    """{name: result} of the reference, the op or its launcher, on images' device."""
     seed = torch.tensor(seed, device=images.device)
     labels = torch.arange(100, 100 + len(images), device=images.device) if labels else None
     lam, boxes, partner = (given.get(name) for name in ("lam", "boxes", "partner"))
@@ -81,13 +81,14 @@ def results_of(images, draw, backend, *, seed=3, labels=True, pairing=FLIP, scal
             images, labels, seed, lam, boxes, partner, pairing, draw, scale, bias, dtype
         )
         return dict(zip(NAMES, (mixed, partner_labels, mixes.partner, mixes.lam, mixes.boxes), strict=True))
+    ops = torch.ops.pyrx_triton if backend == "triton" else launcher
     drawn = (labels, seed, lam, boxes, partner, pairing, *draw)
     if given.get("out") is not None:
-        found = given["out"], *torch.ops.pyrx_triton.batch_mix_out(given["out"], images, *drawn, scale, bias)
+        found = given["out"], *ops.batch_mix_out(given["out"], images, *drawn, scale, bias)
     elif given.get("inplace"):
-        found = images, *torch.ops.pyrx_triton.batch_mix_(images, *drawn)
+        found = images, *ops.batch_mix_(images, *drawn)
     else:
-        found = torch.ops.pyrx_triton.batch_mix(images, *drawn, scale, bias, dtype)
+        found = ops.batch_mix(images, *drawn, scale, bias, dtype)
     return dict(zip(NAMES, found, strict=True))
 
 
@@ -541,13 +542,15 @@ def compile_ahead_of_time(architecture):
         ).stdout
         ptx = kernel.asm["ptx"]
         return {
-            "fused": re.findall(r"\b(?:fma|mad)\.(?:rn|rz|rm|rp)[\w.]*f\d+", ptx) + re.findall(r"\bFFMA\b", sass),
+            "fused": re.findall(r"\b(?:fma|mad)\.(?:rn|rz|rm|rp)[\w.]*f\d+", ptx),
+            "allowed": kernel.metadata.enable_fp_fusion,
+            "machine": re.findall(r"\b[DFH]FMA2?\b", sass),
             "rounded": sorted(set(re.findall(r"\b(?:div|sqrt|rcp|ex2|lg2)\.[\w.]*f\d+", ptx))),
             "wide": len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
         }
 
     def report(call, *arguments, **options):
-        results_of(*arguments, "triton", **options)
+        results_of(*arguments, "launcher", **options)
         triton_helpers.report(compiled, instructions, call=call)
 
     images = torch.zeros(8, 3, 224, 224, dtype=torch.bfloat16)
@@ -571,7 +574,7 @@ def compile_ahead_of_time(architecture):
     launcher.PROGRAMS = 1
     for size, alpha, seed in ((8, 0.25, 3), (5, 1.0, 7), (1, 3.0, 0)):
         draw = draw_of(CUTMIX, cutmix_alpha=alpha, prob=size, correct_lam=size == 5)
-        results_of(torch.zeros(size, size, size + 40, 224, dtype=torch.bfloat16), draw, "triton", seed=seed)
+        results_of(torch.zeros(size, size, size + 40, 224, dtype=torch.bfloat16), draw, "launcher", seed=seed)
     assert len(compiled) == 1
     triton_helpers.report(compiled, instructions, call="numbers")
 
@@ -583,9 +586,12 @@ def test_ahead_of_time(architecture, python, tmp_path):
     script = f"import test_triton_batch_mix as test; test.compile_ahead_of_time({architecture})"
     found = triton_helpers.ahead_of_time(python, tmp_path, script)
     assert {each["kernel"] for each in found} == triton_helpers.kernels_of("batch_mix.py")
+    assert any(not each["rounded"] for each in found)
     assert len(found) == (12 if architecture == 90 else 7)
     for each in found:
         assert each["shared"] <= triton_helpers.SHARED_LIMIT[architecture] and each["registers"] <= 255, each
-        assert each["stack"] <= 16 and not each["fused"], each
+        assert each["stack"] <= 16, each
+        # quotients of float64 are made of fused operations: what is seen where there is none holds for all
+        assert not each["fused"] and not each["allowed"] and (each["rounded"] or not each["machine"]), each
         assert set(each["rounded"]) <= {"div.rn.f64", "sqrt.rn.f64"}, each
         assert each["wide"] or each["call"] in ("odd", "video"), each
