@@ -1,23 +1,15 @@
-"""The Triton kernels: in Triton's interpreter on the CPU, on a GPU, and compiled ahead of time for two architectures.
-
-One process holds either interpreted or compiled kernels, so the tests of values run themselves again in a process with
-TRITON_INTERPRET=1 unless they are in it.
-"""
+"""The Triton kernels of dropout and its heads, see triton_helpers.py."""
 
 import dataclasses
 import importlib
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import helpers
 import mixed
 import numpy as np
 import pytest
 import torch
+import triton_helpers
+from triton_helpers import DEVICES, INTERPRETED
 
 import pyrx
 
@@ -28,9 +20,6 @@ launcher = importlib.import_module("pyrx._triton.multi_sample_dropout")
 filling = importlib.import_module("pyrx._triton.neighbor_fill")
 mixed_launcher = importlib.import_module("pyrx._triton.mixed_cross_entropy")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# no device without the interpreter but a GPU
-DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SIZES = (1, 3, 63, 100, 1311)
 SEEDS = (0, -5, 0x0123456789ABCDEF, 2**63 + 11)
@@ -50,11 +39,7 @@ def head_on(device, *arguments, **options):
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
 def test_values_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYRX_REQUIRE": "triton"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=helpers.ROOT, timeout=900)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 60, done.stdout[-2000:]
+    triton_helpers.run_interpreted(__file__, 61)
 
 
 # Masks.
@@ -523,39 +508,15 @@ def test_entries_check(device):
         ops.multi_sample_dropout_cross_entropy(input, input[:, 1:], *rest)
 
 
-# Ahead of time: the launchers run on CPU tensors up to the launch, which compiles for a device that is not there.
+# Ahead of time.
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 # what ptxas spills to reach the next level of occupancy
 STACK_LIMIT = {80: 160, 90: 32}
 
 
 def compile_ahead_of_time(architecture):
     """Prints one JSON line a compiled kernel: name, dtype of the call, registers, stack, shared memory."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    class Device:
-        def get_current_target(self):
-            return GPUTarget("cuda", architecture, 32)
-
-        def get_current_device(self):
-            return architecture
-
-        def get_current_stream(self, device):
-            return 0
-
-    compiled = {}
-    run = JITFunction.run
-
-    def compile_only(self, *arguments, grid, warmup, **options):
-        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        assert all(size >= 0 for size in grid)
-        compiled[kernel.hash] = (self.fn.__name__, kernel)
-        return kernel
-
-    triton.runtime.driver.set_active(Device())
-    JITFunction.run = compile_only
+    compiled = triton_helpers.compile_launches(architecture)
     seed, samples = torch.tensor(3), [32768] * 8
 
     def call_head(rows, features, classes, dtype, target=(None, None, None), weight=None, bias=True, **options):
@@ -623,17 +584,9 @@ def compile_ahead_of_time(architecture):
 
 
 def report(compiled, dtype):
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    for name, kernel in compiled.values():
-        path = Path(os.environ["CUBIN"])
-        path.write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        line = {"registers": registers, "stack": stack, "shared": kernel.metadata.shared}
-        print(
-            json.dumps({"kernel": name, "dtype": helpers.name_of(dtype), **line, "wgmma": "wgmma" in kernel.asm["ptx"]})
-        )
-    compiled.clear()
+    triton_helpers.report(
+        compiled, lambda kernel: {"wgmma": "wgmma" in kernel.asm["ptx"]}, dtype=helpers.name_of(dtype)
+    )
 
 
 @pytest.mark.slow
@@ -641,16 +594,10 @@ def report(compiled, dtype):
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_ahead_of_time(architecture, python, tmp_path):
     script = f"import test_triton; test_triton.compile_ahead_of_time({architecture})"
-    environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "CUBIN": str(tmp_path / "cubin")}
-    found = [json.loads(line) for line in python(script, **environment).splitlines()]
-    for each in found:
-        print(*(f"{name} {value}" for name, value in each.items()))
-    folder = helpers.ROOT / "triton_kernels"
-    entries = {
-        name for path in folder.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
-    }
+    found = triton_helpers.ahead_of_time(python, tmp_path, script)
+    entries = triton_helpers.kernels_of("dropout.py") | triton_helpers.kernels_of("multi_sample_dropout*.py")
     assert entries and {each["kernel"] for each in found} == entries
     for each in found:
-        assert each["shared"] <= SHARED_LIMIT[architecture] and each["registers"] <= 255, each
+        assert each["shared"] <= triton_helpers.SHARED_LIMIT[architecture] and each["registers"] <= 255, each
         assert each["stack"] <= STACK_LIMIT[architecture], each
     assert any(each["wgmma"] for each in found) == (architecture == 90)

@@ -40,5 +40,9 @@ def repair() -> None:
             return _Handle(_rounded_to_bfloat16(np.ascontiguousarray(source.data)), tl.bfloat16)
         return cast(self, source, target)
 
+    def create_splat(self: Any, type: Any, arg: Any) -> Any:
+        # a comparison's handle has the dtype of what was compared: a splat one would be floats
+        return _Handle(np.full(type.shape, arg.data.item(), dtype=arg.data.dtype), arg.dtype.scalar)
+
     interpreter._patch_lang_tensor = patch_lang_tensor
-    _Builder.create_dot, _Builder.cast_impl = create_dot, cast_impl
+    _Builder.create_dot, _Builder.cast_impl, _Builder.create_splat = create_dot, cast_impl, create_splat

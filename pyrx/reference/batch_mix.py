@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrx.reference.dropout import philox
-from pyrx.reference.random import DRAW_DOMAIN, PAIR_DOMAIN, below, beta, happens, uniform
+from pyrx.reference.random import DRAW_DOMAIN, PAIR_DOMAIN, below, beta, divide, happens, sqrt, uniform
 
 FLIP, ROLL, RANDOM, GIVEN = range(4)
 PER_BATCH, PER_PAIR, PER_SAMPLE = range(3)
@@ -55,11 +55,11 @@ def partners(seed: Tensor, samples: int, pairing: int) -> Tensor:
 
 def _area_lam(boxes: Tensor, height: int, width: int) -> Tensor:
     y0, x0, y1, x1 = boxes.unbind(1)
-    return (1 - ((y1 - y0) * (x1 - x0)).double() / (float(height) * width)).float()
+    return (1 - divide(((y1 - y0) * (x1 - x0)).double(), float(height) * width)).float()
 
 
 def _cutmix_boxes(lam: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
-    ratio = torch.sqrt(1 - lam.double())
+    ratio = sqrt(1 - lam.double())
 
     def side(word: Tensor, size: int) -> tuple[Tensor, Tensor]:
         half, centre = (ratio * float(size)).long() // 2, below(word, size)

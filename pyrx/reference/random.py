@@ -11,6 +11,25 @@ DRAW_DOMAIN, NOISE_DOMAIN, PAIR_DOMAIN, PATCH_DOMAIN = 1, 2, 3, 4
 BETA_ATTEMPTS = 16
 
 
+def divide(x: Tensor, n: float) -> Tensor:
+    """x / n, correctly rounded: on a GPU PyTorch multiplies by the reciprocal of a Python number."""
+    return x / torch.full((), n, dtype=x.dtype, device=x.device)
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, of float64 x >= 0: on a CPU PyTorch's may be a unit in the last place off."""
+    root = torch.sqrt(x)
+    high = root * 134217729.0  # 2**27 + 1 splits the root in halves, whose products are exact (Dekker 1971)
+    high = high - (high - root)
+    low = root - high
+    square = root * root
+    rest = (x - square) - (((high * high - square) + 2 * high * low) + low * low)  # x - root**2, exactly
+    bits = root.view(torch.int64)
+    over, under = (bits + 1).view(torch.float64), (bits - 1).view(torch.float64)
+    nearer = torch.where(rest > root * (over - root), over, root)
+    return torch.where((x > 0) & (rest <= -root * (root - under)), under, nearer)
+
+
 def uniform(high: Tensor, low: Tensor) -> Tensor:
     """(k + 1/2) / 2**52 in (0, 1), k the upper 52 bits of two words."""
     return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
@@ -46,7 +65,7 @@ def exp_negative(x: Tensor) -> Tensor:
     r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
     total = torch.ones_like(x)
     for k in range(13, 0, -1):
-        total = 1 + total * r / k
+        total = 1 + divide(total * r, k)
     power = ((n.long() + 1023) << 52).view(torch.float64)
     return torch.where(x >= -700, total * power, 0.0)
 
@@ -59,9 +78,9 @@ def turn(v: Tensor) -> tuple[Tensor, Tensor]:
     z = a * a
     c, s = torch.ones_like(v), torch.ones_like(v)
     for k in range(16, 1, -2):
-        c = 1 - c * z / (k * (k - 1))
+        c = 1 - divide(c * z, k * (k - 1))
     for k in range(17, 2, -2):
-        s = 1 - s * z / (k * (k - 1))
+        s = 1 - divide(s * z, k * (k - 1))
     s = a * s
     q = quadrant.long() & 3
     odd, low = (q & 1) == 1, (q == 0) | (q == 3)
@@ -78,12 +97,12 @@ def beta(seed: Tensor, index: Tensor, alpha: float) -> Tensor:
         return u
     if alpha > 0.5:
         power = exp_negative(2 / (2 * alpha - 1) * log_positive(u))
-        return 0.5 + 0.5 * torch.sqrt(1 - power) * turn(v)[0]
+        return 0.5 + 0.5 * sqrt(1 - power) * turn(v)[0]
     result, done = torch.zeros_like(u), torch.zeros_like(u, dtype=torch.bool)
     for attempt in range(1, BETA_ATTEMPTS + 1):
         words = philox(seed, index, attempt, DRAW_DOMAIN)
         u, v = uniform(words[..., 0], words[..., 1]), uniform(words[..., 2], words[..., 3])
-        x, y = log_positive(u) / alpha, log_positive(v) / alpha
+        x, y = divide(log_positive(u), alpha), divide(log_positive(v), alpha)
         accepted = ~done & (exp_negative(x) + exp_negative(y) <= 1)
         if attempt == BETA_ATTEMPTS:
             accepted = ~done
