@@ -31,6 +31,7 @@
 #define __constant__ static const
 #define __shared__ static  // blocks run one at a time
 #define __forceinline__ inline
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
