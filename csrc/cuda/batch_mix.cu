@@ -11,7 +11,8 @@ namespace pyrx::cuda {
 namespace {
 
 constexpr int64_t kBlocksPerMultiprocessor = 16;  // wanted, so that the last ones to run are a small part of all
-constexpr int64_t kMostRow = int64_t(1) << 30;    // elements, and rows of a channel: kernels count them in int
+// Elements of a row and rows of a channel; the image's sides where it shrinks: what Divisor is exact for.
+constexpr int64_t kMostRow = int64_t(1) << 24, kMostShrunkSide = int64_t(1) << 21;
 
 // Images as kernels read them, of `format`.
 struct DenseImages {
@@ -19,12 +20,14 @@ struct DenseImages {
   at::MemoryFormat format;
   MixLayout layout;
 
-  DenseImages(const at::Tensor& images, at::MemoryFormat wanted) : format(wanted) {
+  DenseImages(const MixArguments& given, at::MemoryFormat wanted) : format(wanted) {
+    const at::Tensor& images = given.images;
     PixelLayout found = pixel_layout(images, format);
-    if (found.row >= kMostRow) found = pixel_layout(images, format = at::MemoryFormat::Contiguous);
+    if (found.row > kMostRow) found = pixel_layout(images, format = at::MemoryFormat::Contiguous);
     const int64_t rows = images.dim() == 5 ? images.size(2) * found.height : found.height;
-    PYRX_CHECK_VALUE(found.row < kMostRow && rows < kMostRow, "batch_mix", "images",
-                     "of fewer than " + text(kMostRow) + " columns, and rows of a channel", images.sizes());
+    const int64_t most = given.draw.kind == kResizemix ? kMostShrunkSide : kMostRow;
+    PYRX_CHECK_VALUE(given.draw.width <= most && rows <= most, "batch_mix", "images",
+                     "of at most " + text(most) + " columns, and rows of a channel", images.sizes());
     tensor = images.contiguous(format);
     layout = {found.sample(), found.planes, found.step == 1 ? rows * found.row : 1, static_cast<int>(found.height),
               static_cast<int>(found.row), static_cast<int>(found.step), static_cast<int>(found.channels),
@@ -126,7 +129,7 @@ MixResults mix_into(const at::Tensor& out, const MixArguments& given, at::Memory
   const c10::cuda::CUDAGuard guard(given.images.device());
   const MixTensors tensors(given, false);
   if (given.draw.samples == 0) return tensors.results;
-  const DenseImages images(given.images, format);
+  const DenseImages images(given, format);
   const at::Tensor target = contiguous_target(out, images.format);
   dispatch_pixels(given.images.scalar_type(), [&](auto in) {
     using In = decltype(in);
@@ -185,7 +188,7 @@ MixResults batch_mix_(const at::Tensor& images, const std::optional<at::Tensor>&
   const c10::cuda::CUDAGuard guard(images.device());
   const MixTensors tensors(given, true);
   if (given.draw.samples == 0) return tensors.results;
-  const DenseImages dense(images, pixel_format(images));
+  const DenseImages dense(given, pixel_format(images));
   dispatch_pixels(images.scalar_type(), [&](auto type) {
     using T = decltype(type);
     T* pixels = mutable_data<T>(dense.tensor);
@@ -198,7 +201,8 @@ MixResults batch_mix_(const at::Tensor& images, const std::optional<at::Tensor>&
     };
     constexpr int kVector = 16 / sizeof(T);
     const bool aligned = dense.layout.row % kVector == 0 && is_aligned(pixels);
-    aligned ? launch(std::integral_constant<int, kVector>()) : launch(std::integral_constant<int, 1>());
+    if (aligned) return launch(std::integral_constant<int, kVector>());
+    launch(std::integral_constant<int, 1>());
   });
   finish(dense.tensor, images);
   return tensors.results;

@@ -7,8 +7,9 @@
 
 namespace pyrx::cuda {
 
-constexpr int kMixFlight = 4;  // vectors in flight a thread
-constexpr int kMixBlocks = 4;  // a multiprocessor, at least
+constexpr int kMixFlight = 4;   // vectors in flight a thread
+constexpr int kSwapFlight = 3;  // each of two samples
+constexpr int kMixBlocks = 3;  // a multiprocessor, at least
 constexpr int kMixChannels = 64;
 
 __device__ inline float widen(uint8_t x) { return x; }
@@ -54,7 +55,35 @@ __device__ inline uint32_t inside(const MixRegion& region, MixPlace place, const
 template <int K>
 constexpr uint32_t kAllBits = (1u << K) - 1;
 
-// The bits of the elements of size `kSize` that word `i` of a vector holds, those of them that are set in `bits`.
+// A vector in whole registers: the elements of a Vector in flight take one each.
+template <int kBytes>
+struct [[gnu::may_alias]] alignas(kBytes) MixWords {
+  using Word = std::conditional_t<kBytes == 1, uint8_t, std::conditional_t<kBytes == 2, uint16_t, uint32_t>>;
+  static constexpr int kCount = kBytes / sizeof(Word);
+  Word w[kCount];
+};
+template <typename T, int K>
+using MixVector = MixWords<sizeof(T) * K>;
+
+template <typename T, int K>
+__device__ inline MixVector<T, K> load_words(const T* from) { return *reinterpret_cast<const MixVector<T, K>*>(from); }
+template <typename T, int K>
+__device__ inline void store_words(T* to, const MixVector<T, K>& words) { *reinterpret_cast<MixVector<T, K>*>(to) = words; }
+
+template <typename T, int K>
+__device__ inline Vector<T, K> unpack(const MixVector<T, K>& words) {
+  Vector<T, K> values;
+  memcpy(&values, &words, sizeof(words));
+  return values;
+}
+template <typename T, int K>
+__device__ inline MixVector<T, K> pack(const Vector<T, K>& values) {
+  MixVector<T, K> words;
+  memcpy(&words, &values, sizeof(words));
+  return words;
+}
+
+// The bits of the elements of size `kSize` that 4-byte word `i` of a vector holds, those of them that are set in `bits`.
 template <int kSize>
 __device__ inline uint32_t word_mask(uint32_t bits, int i) {
   if constexpr (kSize == 1) return (((bits >> 4 * i & 15) * 0x00204081u) & 0x01010101u) * 0xFFu;
@@ -64,21 +93,16 @@ __device__ inline uint32_t word_mask(uint32_t bits, int i) {
 
 // `chosen` where bits are set, `rest` elsewhere, no bit changed.
 template <typename T, int K>
-__device__ inline Vector<T, K> blend(uint32_t bits, const Vector<T, K>& chosen, const Vector<T, K>& rest) {
+__device__ inline MixVector<T, K> blend(uint32_t bits, const MixVector<T, K>& chosen, const MixVector<T, K>& rest) {
   if constexpr (K == 1) {
     return bits ? chosen : rest;
   } else {
-    static_assert(sizeof(chosen) == 16);
-    uint32_t a[4], b[4];
-    Vector<T, K> result;
-    memcpy(a, &chosen, 16);
-    memcpy(b, &rest, 16);
+    MixVector<T, K> result;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < result.kCount; ++i) {
       const uint32_t mask = word_mask<sizeof(T)>(bits, i);
-      a[i] = (a[i] & mask) | (b[i] & ~mask);
+      result.w[i] = (chosen.w[i] & mask) | (rest.w[i] & ~mask);
     }
-    memcpy(&result, a, 16);
     return result;
   }
 }
@@ -88,19 +112,20 @@ __device__ inline A weigh(A own, A other, A weight) { return mul(own, weight) + 
 
 // What a region shows: the partner, or both weighed.
 template <typename T, int K>
-__device__ inline Vector<T, K> mixed(const Vector<T, K>& own, const Vector<T, K>& other, float weight) {
+__device__ inline MixVector<T, K> mixed(const MixVector<T, K>& own, const MixVector<T, K>& other, float weight) {
   if (weight == 0) return other;
+  const Vector<T, K> owns = unpack<T, K>(own), others = unpack<T, K>(other);
   Vector<T, K> result;
 #pragma unroll
   for (int j = 0; j < K; ++j)
-    result.v[j] = narrow<T>(weigh<Acc<T>>(widen(own.v[j]), widen(other.v[j]), Acc<T>(weight)));
-  return result;
+    result.v[j] = narrow<T>(weigh<Acc<T>>(widen(owns.v[j]), widen(others.v[j]), Acc<T>(weight)));
+  return pack<T, K>(result);
 }
 
 // ResizeMix: the K elements from `place` on of the whole partner shrunk into the box, those that are inside.
 template <typename T, int K>
-__device__ inline Vector<T, K> shrunk(const T* other, MixPlace place, uint32_t bits, const MixSample& sample,
-                                      const MixLayout& layout) {
+__device__ inline MixVector<T, K> shrunk(const T* other, MixPlace place, uint32_t bits, const MixSample& sample,
+                                         const MixLayout& layout) {
   Vector<T, K> result{};
   const int64_t width = layout.by_step.quotient(layout.row);
 #pragma unroll
@@ -117,7 +142,7 @@ __device__ inline Vector<T, K> shrunk(const T* other, MixPlace place, uint32_t b
       if (++place.y == layout.height) place.y = 0;
     }
   }
-  return result;
+  return pack<T, K>(result);
 }
 
 // Steps through the channels of consecutive elements.
@@ -155,7 +180,6 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocks)
                const __grid_constant__ MixLayout layout,
                const __grid_constant__ MixNormalisation<MixAcc<In, Out>> normalisation, int blocks, int64_t chunk) {
   using A = MixAcc<In, Out>;
-  constexpr bool kSame = std::is_same_v<In, Out>;
   __shared__ MixSample sample;
   __shared__ A scales[kMixChannels], biases[kMixChannels];  // the parameters' bank serves one address at a time
   const int64_t n = blockIdx.x / blocks;
@@ -170,50 +194,63 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocks)
   if (block == 0 && threadIdx.x == 0) write_sample(call, n, sample);
 
   const MixRegion region = sample.region;
-  const bool shrinks = call.draw.kind == kResizemix && sample.box.y0 >= 0, both = region.weight != 0;
+  const bool both = region.weight != 0;
   const In* own = images + n * layout.elements;
   const In* other = images + sample.partner * layout.elements;
   Out* to = output + n * layout.elements;
   const int64_t begin = block * chunk, left = layout.elements / K - begin, end = begin + (left < chunk ? left : chunk);
+
+  const auto finish = [&](int64_t at, uint32_t bits, const MixVector<In, K>& own_words, const MixVector<In, K>& other_words) {
+    if constexpr (std::is_same_v<In, Out>) {
+      if (std::is_same_v<Out, uint8_t> || !normalisation.used) {  // integers are never normalised
+        const auto inner = mixed<In, K>(own_words, other_words, region.weight);
+        return store_words<In, K>(to + at, blend<In, K>(bits, inner, own_words));
+      }
+    }
+    const Vector<In, K> owns = unpack<In, K>(own_words), others = unpack<In, K>(other_words);
+    MixChannel channel(at, place_of(at, layout), layout);
+    A scale = 1, bias = 0;
+    if (normalisation.used) scale = scales[channel.channel], bias = biases[channel.channel];
+    Vector<Out, K> result;
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+      const A mine = widen(owns.v[j]), theirs = widen(others.v[j]);
+      A x = !(bits >> j & 1) ? mine : both ? weigh(mine, theirs, A(region.weight)) : theirs;
+      if (normalisation.used) {
+        x = mul(x, scale) + bias;
+        if (channel.step(layout)) scale = scales[channel.channel], bias = biases[channel.channel];
+      }
+      result.v[j] = narrow<Out>(static_cast<Acc<Out>>(x));
+    }
+    store_words<Out, K>(to + at, pack<Out, K>(result));
+  };
+
+  if (call.draw.kind == kResizemix && sample.box.y0 >= 0) {
+    for (int64_t vector = begin + threadIdx.x; vector < end; vector += kMixThreads) {
+      const MixPlace place = place_of(vector * K, layout);
+      const uint32_t bits = inside<K>(region, place, layout);
+      const auto others = shrunk<In, K>(other, place, bits, sample, layout);
+      finish(vector * K, bits, load_words<In, K>(own + vector * K), others);
+    }
+    return;
+  }
   for (int64_t first = begin + threadIdx.x; first < end; first += kMixThreads * kMixFlight) {
-    Vector<In, K> owns[kMixFlight], others[kMixFlight];
+    MixVector<In, K> owns[kMixFlight], others[kMixFlight];
     uint32_t bits[kMixFlight];
 #pragma unroll
     for (int i = 0; i < kMixFlight; ++i) {
-      const int64_t at = (first + i * kMixThreads) * K;
+      const int64_t vector = first + i * kMixThreads;
       owns[i] = others[i] = {};
-      if (first + i * kMixThreads < end) {
-        const MixPlace place = place_of(at, layout);
-        bits[i] = inside<K>(region, place, layout);
-        if (both || bits[i] != kAllBits<K>) owns[i] = load<In, K>(own + at);
-        if (bits[i]) others[i] = shrinks ? shrunk<In, K>(other, place, bits[i], sample, layout) : load<In, K>(other + at);
+      if (vector < end) {
+        bits[i] = inside<K>(region, place_of(vector * K, layout), layout);
+        if (both || bits[i] != kAllBits<K>) owns[i] = load_words<In, K>(own + vector * K);
+        if (bits[i]) others[i] = load_words<In, K>(other + vector * K);
       }
     }
 #pragma unroll
     for (int i = 0; i < kMixFlight; ++i) {
-      const int64_t at = (first + i * kMixThreads) * K;
-      if (first + i * kMixThreads >= end) continue;
-      if constexpr (kSame) {
-        if (!normalisation.used) {
-          store(to + at, blend(bits[i], mixed(owns[i], others[i], region.weight), owns[i]));
-          continue;
-        }
-      }
-      MixChannel channel(at, place_of(at, layout), layout);
-      A scale = 1, bias = 0;
-      if (normalisation.used) scale = scales[channel.channel], bias = biases[channel.channel];
-      Vector<Out, K> result;
-#pragma unroll
-      for (int j = 0; j < K; ++j) {
-        const A mine = widen(owns[i].v[j]), theirs = widen(others[i].v[j]);
-        A x = !(bits[i] >> j & 1) ? mine : both ? weigh(mine, theirs, A(region.weight)) : theirs;
-        if (normalisation.used) {
-          x = mul(x, scale) + bias;
-          if (channel.step(layout)) scale = scales[channel.channel], bias = biases[channel.channel];
-        }
-        result.v[j] = narrow<Out>(static_cast<Acc<Out>>(x));
-      }
-      store(to + at, result);
+      const int64_t vector = first + i * kMixThreads;
+      if (vector < end) finish(vector * K, bits[i], owns[i], others[i]);
     }
   }
 }
@@ -270,12 +307,12 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocks)
   const int64_t count_a = visits[0].count, count = count_a + visits[1].count;
   const int64_t parts = alone ? blocks : 2 * blocks, chunk = (count + parts - 1) / parts;
   const int64_t begin = chunk * (second ? blocks + block : block), end = begin + chunk < count ? begin + chunk : count;
-  for (int64_t first = begin + threadIdx.x; first < end; first += kMixThreads * kMixFlight) {
-    Vector<T, K> from_a[kMixFlight], from_b[kMixFlight];
-    uint32_t bits_a[kMixFlight], bits_b[kMixFlight];
-    int64_t at[kMixFlight];
+  for (int64_t first = begin + threadIdx.x; first < end; first += kMixThreads * kSwapFlight) {
+    MixVector<T, K> from_a[kSwapFlight], from_b[kSwapFlight];
+    uint32_t bits_a[kSwapFlight], bits_b[kSwapFlight];
+    int64_t at[kSwapFlight];
 #pragma unroll
-    for (int i = 0; i < kMixFlight; ++i) {
+    for (int i = 0; i < kSwapFlight; ++i) {
       const int64_t index = first + i * kMixThreads;
       bits_a[i] = bits_b[i] = 0;
       from_a[i] = from_b[i] = {};
@@ -291,14 +328,17 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocks)
         bits_a[i] = inside<K>(region_a, place, layout);
         bits_b[i] = inside<K>(region_b, place, layout);
         if (in_b && bits_a[i]) bits_a[i] = bits_b[i] = 0;
-        if (bits_b[i] || (bits_a[i] && (both_a || bits_a[i] != kAllBits<K>))) from_a[i] = load<T, K>(a + at[i]);
-        if (bits_a[i] || (bits_b[i] && (both_b || bits_b[i] != kAllBits<K>))) from_b[i] = load<T, K>(b + at[i]);
+        if (bits_b[i] || (bits_a[i] && (both_a || bits_a[i] != kAllBits<K>))) from_a[i] = load_words<T, K>(a + at[i]);
+        if (bits_a[i] || (bits_b[i] && (both_b || bits_b[i] != kAllBits<K>))) from_b[i] = load_words<T, K>(b + at[i]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kMixFlight; ++i) {
-      if (bits_a[i]) store(a + at[i], blend(bits_a[i], mixed(from_a[i], from_b[i], region_a.weight), from_a[i]));
-      if (bits_b[i]) store(b + at[i], blend(bits_b[i], mixed(from_b[i], from_a[i], region_b.weight), from_b[i]));
+    for (int i = 0; i < kSwapFlight; ++i) {
+      const auto mix = [&](T* to, uint32_t bits, const auto& own, const auto& other, float weight) {
+        if (bits) store_words<T, K>(to + at[i], blend<T, K>(bits, mixed<T, K>(own, other, weight), own));
+      };
+      mix(a, bits_a[i], from_a[i], from_b[i], region_a.weight);
+      mix(b, bits_b[i], from_b[i], from_a[i], region_b.weight);
     }
   }
 }

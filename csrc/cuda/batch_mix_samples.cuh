@@ -8,24 +8,20 @@ namespace pyrx::cuda {
 
 constexpr int kMixThreads = 256;
 
-// n / divisor by a product, for n below 2^31 (Granlund and Montgomery 1994); above that by a division.
+// n / divisor as the upper half of (n + 1) * floor((2^64 - 1) / divisor): exact where (n + 1) * divisor is at most 2^64.
 struct Divisor {
-  uint32_t divisor, magic;
-  int shift;
+  int64_t divisor;
+  uint64_t reciprocal;
 
   __device__ int64_t quotient(int64_t n) const {
-    if (n >> 31) return n / divisor;
-    return (__umulhi(static_cast<uint32_t>(n), magic) + static_cast<uint32_t>(n)) >> shift;
+    return static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(n) + 1, reciprocal));
   }
 };
 
-// divisor: at most 2^31; 0 counts as 1.
+// 0 counts as 1.
 PYRX_HOST_DEVICE Divisor make_divisor(int64_t divisor) {
-  const uint64_t d = divisor > 0 ? divisor : 1;
-  int shift = 0;
-  while ((uint64_t(1) << shift) < d) ++shift;
-  const uint64_t magic = (((uint64_t(1) << shift) - d) << 32) / d + 1;
-  return {static_cast<uint32_t>(d), static_cast<uint32_t>(magic), shift};
+  if (divisor < 1) divisor = 1;
+  return {divisor, ~uint64_t(0) / static_cast<uint64_t>(divisor)};
 }
 
 // One call's arguments and per-sample results, in device memory; null where there are none.
