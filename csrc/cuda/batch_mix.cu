@@ -42,7 +42,9 @@ struct MixTensors {
   MixCall call;
 
   MixTensors(const MixArguments& given, bool swap) {
-    const auto dense = [](const std::optional<at::Tensor>& value) { return value ? value->contiguous() : at::Tensor(); };
+    const auto dense = [](const std::optional<at::Tensor>& value) {
+      return value ? value->contiguous() : at::Tensor();
+    };
     labels = dense(given.labels), lam = dense(given.lam), boxes = dense(given.boxes), partner = dense(given.partner);
     const int64_t samples = given.draw.samples;
     const auto options = given.seed.options();
@@ -145,9 +147,9 @@ MixResults mix_into(const at::Tensor& out, const MixArguments& given, at::Memory
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_mix(
     const at::Tensor& images, const std::optional<at::Tensor>& labels, const at::Tensor& seed,
-    const std::optional<at::Tensor>& lam, const std::optional<at::Tensor>& boxes, const std::optional<at::Tensor>& partner,
-    int64_t pairing, int64_t kind, int64_t granularity, int64_t prob, int64_t switch_prob, double mixup_alpha,
-    double cutmix_alpha, double minimum, double maximum, bool correct_lam, at::ArrayRef<double> scale,
+    const std::optional<at::Tensor>& lam, const std::optional<at::Tensor>& boxes,
+    const std::optional<at::Tensor>& partner, int64_t pairing, int64_t kind, int64_t granularity, int64_t prob,
+    int64_t switch_prob, double mixup_alpha, double cutmix_alpha, double minimum, double maximum, bool correct_lam, at::ArrayRef<double> scale,
     at::ArrayRef<double> bias, at::ScalarType dtype) {
   const MixArguments given{images, labels, seed, lam, boxes, partner, pairing,
                            mix_draw(images, kind, granularity, prob, switch_prob, mixup_alpha, cutmix_alpha, minimum,
@@ -161,9 +163,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_mix
 
 MixResults batch_mix_out(const at::Tensor& out, const at::Tensor& images, const std::optional<at::Tensor>& labels,
                          const at::Tensor& seed, const std::optional<at::Tensor>& lam,
-                         const std::optional<at::Tensor>& boxes, const std::optional<at::Tensor>& partner, int64_t pairing,
-                         int64_t kind, int64_t granularity, int64_t prob, int64_t switch_prob, double mixup_alpha,
-                         double cutmix_alpha, double minimum, double maximum, bool correct_lam,
+                         const std::optional<at::Tensor>& boxes, const std::optional<at::Tensor>& partner,
+                         int64_t pairing, int64_t kind, int64_t granularity, int64_t prob, int64_t switch_prob,
+                         double mixup_alpha, double cutmix_alpha, double minimum, double maximum, bool correct_lam,
                          at::ArrayRef<double> scale, at::ArrayRef<double> bias) {
   const MixArguments given{images, labels, seed, lam, boxes, partner, pairing,
                            mix_draw(images, kind, granularity, prob, switch_prob, mixup_alpha, cutmix_alpha, minimum,

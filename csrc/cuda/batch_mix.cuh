@@ -68,7 +68,9 @@ using MixVector = MixWords<sizeof(T) * K>;
 template <typename T, int K>
 __device__ inline MixVector<T, K> load_words(const T* from) { return *reinterpret_cast<const MixVector<T, K>*>(from); }
 template <typename T, int K>
-__device__ inline void store_words(T* to, const MixVector<T, K>& words) { *reinterpret_cast<MixVector<T, K>*>(to) = words; }
+__device__ inline void store_words(T* to, const MixVector<T, K>& words) {
+  *reinterpret_cast<MixVector<T, K>*>(to) = words;
+}
 
 template <typename T, int K>
 __device__ inline Vector<T, K> unpack(const MixVector<T, K>& words) {
@@ -83,7 +85,7 @@ __device__ inline MixVector<T, K> pack(const Vector<T, K>& values) {
   return words;
 }
 
-// The bits of the elements of size `kSize` that 4-byte word `i` of a vector holds, those of them that are set in `bits`.
+// All bits of those elements of size `kSize` in word `i` of a vector that are set in `bits`.
 template <int kSize>
 __device__ inline uint32_t word_mask(uint32_t bits, int i) {
   if constexpr (kSize == 1) return (((bits >> 4 * i & 15) * 0x00204081u) & 0x01010101u) * 0xFFu;
@@ -200,7 +202,8 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocks)
   Out* to = output + n * layout.elements;
   const int64_t begin = block * chunk, left = layout.elements / K - begin, end = begin + (left < chunk ? left : chunk);
 
-  const auto finish = [&](int64_t at, uint32_t bits, const MixVector<In, K>& own_words, const MixVector<In, K>& other_words) {
+  const auto finish = [&](int64_t at, uint32_t bits, const MixVector<In, K>& own_words,
+                          const MixVector<In, K>& other_words) {
     if constexpr (std::is_same_v<In, Out>) {
       if (std::is_same_v<Out, uint8_t> || !normalisation.used) {  // integers are never normalised
         const auto inner = mixed<In, K>(own_words, other_words, region.weight);
@@ -270,8 +273,8 @@ __device__ inline void plan_visit(const MixSample& sample, const MixLayout& layo
   *to = {make_divisor(width), make_divisor(height), region.x0 / K, layout.planes * height * width};
 }
 
-// In place. Bytes: of CutMix 2 sizeof(T) a pixel of the patches over 4.8 TB/s, 10 us for (256, 3, 224, 224) bfloat16 and
-// alpha 1; of mixup one read and one write of all, 32 us. Operations: about 80 a vector, and two draws a block.
+// In place. Bytes: of CutMix 2 sizeof(T) a pixel of the patches over 4.8 TB/s, 10 us for (256, 3, 224, 224) bfloat16
+// and alpha 1; of mixup one read and one write of all, 32 us. Operations: about 80 a vector, and two draws a block.
 //
 // The blocks of both samples share their pair's work: the vectors that the first one's region touches, then what the
 // second one's touches beside them. A thread loads a vector of both, then stores: nobody else has it.

@@ -8,7 +8,7 @@ namespace pyrx::cuda {
 
 constexpr int kMixThreads = 256;
 
-// n / divisor as the upper half of (n + 1) * floor((2^64 - 1) / divisor): exact where (n + 1) * divisor is at most 2^64.
+// n / divisor, the upper half of (n + 1) * floor((2^64 - 1) / divisor): exact where (n + 1) * divisor is at most 2^64.
 struct Divisor {
   int64_t divisor;
   uint64_t reciprocal;
