@@ -5,6 +5,7 @@ from pyrx._version import __version__
 from pyrx.ops.batch_mix import cutmix, mixup, resizemix
 from pyrx.ops.dropout import dropout, dropout_mask
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
+from pyrx.ops.patch_mask import patch_mask
 from pyrx.targets import MixedTarget
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "multi_sample_dropout",
     "multi_sample_dropout_cross_entropy",
     "nn",
+    "patch_mask",
     "resizemix",
 ]
