@@ -1,4 +1,4 @@
-"""Masks for masked image modelling: counts, the definition in NumPy, distributions, hard patches, indices, compilation."""
+"""Masks for masked image modelling: counts, the definition in NumPy, distributions, indices, registrations, errors."""
 
 import math
 
@@ -15,7 +15,18 @@ from pyrx.reference import patch_mask as reference
 
 DOMAIN = 4
 METHODS = ("random", "block", "hard")
-SHAPES = [(1, 1, 1), (3, 1, 1), (0, 4, 4), (2, 0, 3), (2, 3, 0), (4, 7, 9), (5, 14, 14), (2, 1, 50), (3, 40, 33), (1, 5, 70)]
+SHAPES = [
+    (1, 1, 1),
+    (3, 1, 1),
+    (0, 4, 4),
+    (2, 0, 3),
+    (2, 3, 0),
+    (4, 7, 9),
+    (5, 14, 14),
+    (2, 1, 50),
+    (3, 40, 33),
+    (1, 5, 70),
+]
 RATIOS = [0.0, 0.3, 0.75, 0.999, 1.0]
 SEED = 0x0123456789ABCDEF
 
@@ -120,7 +131,13 @@ def test_block_options(backend, min_block, min_aspect):
     shape = (6, 16, 12)
     for masked in (0, 1, 5, 80, 191, 192):
         got = pyrx.patch_mask(
-            shape, num_masked=masked, method="block", min_block=min_block, min_aspect=min_aspect, seed=SEED, backend=backend
+            shape,
+            num_masked=masked,
+            method="block",
+            min_block=min_block,
+            min_aspect=min_aspect,
+            seed=SEED,
+            backend=backend,
         )
         assert torch.equal(got, expected_mask(shape, masked, "block", min_block=min_block, min_aspect=min_aspect))
 
@@ -337,6 +354,73 @@ def test_the_loops_bounds_are_the_kernels(cpu):
     got = pyrx.patch_mask(shape, num_masked=masked, method="block", min_block=1, min_aspect=0.05, seed=3, backend=cpu)
     draw = reference.Draw(reference.BLOCK, masked, 0, 1, math.log(0.05))
     assert torch.equal(got, reference.patch_mask(torch.tensor(3), None, shape, draw, False)[0])
+
+
+# Triton, and GPUs.
+
+SMALL = [(2, 1, 1), (0, 4, 4), (2, 0, 3), (3, 5, 7), (2, 14, 14)]
+
+
+def assert_equals_the_reference(backend, device, shapes):
+    for method in METHODS:
+        for shape in shapes:
+            for ratio in (0.0, 0.7, 1.0):
+                options = {"seed": -5, "return_indices": True, "min_block": 4, **options_for(method, shape)}
+                expected = pyrx.patch_mask(shape, ratio, backend="reference", **options)
+                options["losses"] = options["losses"].to(device) if method == "hard" else None
+                got = pyrx.patch_mask(shape, ratio, backend=backend, device=device, **options)
+                for a, b in zip(got, expected, strict=True):
+                    assert a.device.type == device and torch.equal(a.cpu(), b), (method, shape, ratio)
+
+
+INTERPRETED = """
+import test_patch_mask as tests
+from pyrx._triton import patch_mask as kernels
+tests.assert_equals_the_reference("triton", "cpu", tests.SMALL)
+kernels.GROUPS = 4  # several tiles a sample
+tests.assert_equals_the_reference("triton", "cpu", [(2, 5, 7)])
+for dtype in tests.FLOATS:
+    options = {"method": "hard", "losses": tests.losses_for((2, 30), dtype), "seed": 1}
+    made = [tests.pyrx.patch_mask((2, 30), backend=each, **options) for each in ("triton", "reference")]
+    assert made[0].equal(made[1]), dtype
+"""
+
+
+@pytest.mark.slow
+def test_triton_in_the_interpreter(python):
+    pytest.importorskip("triton")
+    python(INTERPRETED, TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gpu_masks_equal_the_references(backend):
+    need(backend, "cuda", ops=("patch_mask",))
+    # of the last, the bits of a grid lie in the device's memory
+    assert_equals_the_reference(backend, "cuda", [*SMALL, *SHAPES, (300, 14, 14), (2, 100, 130), (1, 700, 801)])
+    for dtype in FLOATS:
+        options = {"method": "hard", "losses": losses_for((7, 196), dtype).cuda(), "seed": 1}
+        got = pyrx.patch_mask((7, 196), backend=backend, **options)
+        assert torch.equal(got, pyrx.patch_mask((7, 196), backend="reference", **options)), dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_graphs_read_the_seed_when_replayed(backend, method):
+    need(backend, "cuda", ops=("patch_mask",))
+    seed, losses = torch.tensor(1, device="cuda"), torch.randn(8, 14, 14, device="cuda") if method == "hard" else None
+    options = {"method": method, "losses": losses, "seed": seed, "return_indices": True, "backend": backend}
+    pyrx.patch_mask((8, 14, 14), **options)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = pyrx.patch_mask((8, 14, 14), **options)
+    for value in (2, 3):
+        seed.fill_(value)
+        graph.replay()
+        for a, b in zip(captured, pyrx.patch_mask((8, 14, 14), **options), strict=True):
+            assert torch.equal(a, b)
 
 
 # Registrations.
