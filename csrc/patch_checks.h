@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
-#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -13,8 +12,9 @@
 
 namespace pyrx {
 
-inline PatchDraw check_patch_mask(const at::Tensor& seed, const std::optional<at::Tensor>& losses, at::IntArrayRef shape,
-                                  int64_t method, int64_t masked, int64_t hard, int64_t min_block, double log_aspect) {
+inline PatchDraw check_patch_mask(const at::Tensor& seed, const std::optional<at::Tensor>& losses,
+                                  at::IntArrayRef shape, int64_t method, int64_t masked, int64_t hard,
+                                  int64_t min_block, double log_aspect) {
   constexpr const char* op = "patch_mask";
   check_seed(op, seed, seed.device());
   PYRX_CHECK_VALUE(method >= kRandomPatches && method <= kHardPatches, op, "method", "in [0, 2]", method);
@@ -39,8 +39,8 @@ inline PatchDraw check_patch_mask(const at::Tensor& seed, const std::optional<at
 }
 
 // mask, ids_keep (N, keep), ids_restore (N, L); without indices these two are empty.
-inline std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_results(const at::Tensor& seed, at::IntArrayRef shape,
-                                                                    const PatchDraw& draw, bool indices) {
+using PatchResults = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+inline PatchResults patch_results(const at::Tensor& seed, at::IntArrayRef shape, const PatchDraw& draw, bool indices) {
   const int64_t size = draw.size();
   const auto ids = [&](int64_t columns) {
     return indices ? at::empty({draw.samples, columns}, seed.options()) : at::empty({0}, seed.options());

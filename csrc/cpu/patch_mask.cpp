@@ -10,7 +10,6 @@
 #include <bit>
 #include <functional>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "cpu/elements.h"
@@ -74,7 +73,8 @@ void mark_blocks(uint64_t seed, int64_t sample, const PatchDraw& draw, Scratch& 
   std::fill(scratch.bits.begin(), scratch.bits.end(), 0);
   const auto each_word = [&](const PatchBlock& block, auto f) {
     for (int64_t y = block.y0; y < block.y1; ++y)
-      for (int64_t w = block.x0 / kPatchWord; w * kPatchWord < block.x1; ++w) f(bits[y * words + w], block_bits(block, w));
+      for (int64_t w = block.x0 / kPatchWord; w * kPatchWord < block.x1; ++w)
+        f(bits[y * words + w], block_bits(block, w));
   };
   const auto fresh = [&](const PatchBlock& block) {
     int64_t count = 0;
@@ -100,19 +100,21 @@ void mark_hard(const T* losses, const PatchDraw& draw, Scratch& scratch) {
   for (int64_t i = 0; i < size; ++i) scratch.keys[i] |= static_cast<uint64_t>(scratch.order[i] >= least) << 63;
 }
 
-// Patches of either kind in ascending order, and where each patch stands in (kept, masked).
+// The kept patches in ascending order, and where each patch stands in (kept, masked).
 void write_indices(const uint8_t* mask, int64_t size, int64_t keep, int64_t* ids_keep, int64_t* ids_restore) {
-  int64_t kept = 0;
-  for (int64_t i = 0; i < size; ++i) {
+  int64_t i = 0;
+  // masks are random: a branch would be guessed wrong, so every patch is written where the next kept one belongs
+  for (int64_t kept = 0; kept < keep; ++i) {
+    ids_keep[kept] = i;
     ids_restore[i] = mask[i] ? keep + i - kept : kept;
-    if (!mask[i]) ids_keep[kept++] = i;
+    kept += 1 - mask[i];
   }
+  for (; i < size; ++i) ids_restore[i] = i;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_mask(const at::Tensor& seed, const std::optional<at::Tensor>& losses,
-                                                          at::IntArrayRef shape, int64_t method, int64_t masked,
-                                                          int64_t hard, int64_t min_block, double log_aspect,
-                                                          bool indices) {
+PatchResults patch_mask(const at::Tensor& seed, const std::optional<at::Tensor>& losses, at::IntArrayRef shape,
+                        int64_t method, int64_t masked, int64_t hard, int64_t min_block, double log_aspect,
+                        bool indices) {
   const PatchDraw draw = check_patch_mask(seed, losses, shape, method, masked, hard, min_block, log_aspect);
   const auto [out, ids_keep, ids_restore] = patch_results(seed, shape, draw, indices);
   const int64_t size = draw.size(), keep = size - draw.masked;

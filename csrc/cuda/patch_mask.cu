@@ -12,10 +12,9 @@ namespace {
 constexpr int64_t kSharedBytes = 32 * 1024;  // of a grid's bits
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_mask(const at::Tensor& seed, const std::optional<at::Tensor>& losses,
-                                                          at::IntArrayRef shape, int64_t method, int64_t masked,
-                                                          int64_t hard, int64_t min_block, double log_aspect,
-                                                          bool indices) {
+PatchResults patch_mask(const at::Tensor& seed, const std::optional<at::Tensor>& losses, at::IntArrayRef shape,
+                        int64_t method, int64_t masked, int64_t hard, int64_t min_block, double log_aspect,
+                        bool indices) {
   const PatchDraw draw = check_patch_mask(seed, losses, shape, method, masked, hard, min_block, log_aspect);
   const c10::cuda::CUDAGuard guard(seed.device());
   const auto [out, ids_keep, ids_restore] = patch_results(seed, shape, draw, indices);

@@ -1,5 +1,5 @@
-// Masks for masked image modelling: a block a sample. Keys are drawn again wherever they are asked for, which costs less
-// than memory to keep them, so that a sample may have any number of patches.
+// Masks for masked image modelling: a block a sample. Keys are drawn again wherever they are asked for, which costs
+// less than memory to keep them, so that a sample may have any number of patches.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -17,12 +17,13 @@ struct PatchOutput {
   int64_t* ids_restore;  // (N, L)
 };
 
-// The count-th largest of 0 < L < 2^31 keys, which differ, above all of them where count is 0; on every thread. group(g)
-// gives the keys of patches 4 g .. 4 g + 3. A radix select: of each digit the one at which the count-th key lies.
+// The count-th largest of 0 < L < 2^31 keys, which differ, above all of them where count is 0; on every thread.
+// group(g) gives the keys of patches 4 g .. 4 g + 3. A radix select: of each digit the one at which that key lies.
 template <typename Group>
 __device__ uint64_t nth_largest(int64_t size, int64_t count, Group group) {
   __shared__ int bins[kPatchBins];
   __shared__ int digit, above;
+  __shared__ bool whole;  // every key of the prefix is among the largest
   if (count == 0) return ~uint64_t(0);
   uint64_t prefix = 0, known = 0;
   for (int shift = 56; shift >= 0; shift -= 8) {
@@ -32,7 +33,8 @@ __device__ uint64_t nth_largest(int64_t size, int64_t count, Group group) {
       const Vector<uint64_t, kPatchGroup> keys = group(first / kPatchGroup);
 #pragma unroll
       for (int i = 0; i < kPatchGroup; ++i)
-        if (first + i < size && ((keys.v[i] ^ prefix) & known) == 0) atomicAdd(&bins[keys.v[i] >> shift & (kPatchBins - 1)], 1);
+        if (first + i < size && ((keys.v[i] ^ prefix) & known) == 0)
+          atomicAdd(&bins[keys.v[i] >> shift & (kPatchBins - 1)], 1);
     }
     __syncthreads();
     if (threadIdx.x < kWarp) {
@@ -54,14 +56,13 @@ __device__ uint64_t nth_largest(int64_t size, int64_t count, Group group) {
         for (; before + bins[bin] < count; --bin) before += bins[bin];
         digit = bin;
         above = before;
+        whole = before + bins[bin] == count;
       }
     }
     __syncthreads();
     prefix |= uint64_t(digit) << shift;
     known |= uint64_t(kPatchBins - 1) << shift;
     count -= above;
-    const bool whole = bins[digit] == count;  // every key of this prefix is among the largest
-    __syncthreads();                          // the next round clears the bins
     if (whole) break;
   }
   return prefix;
@@ -115,9 +116,9 @@ __device__ inline void mark_blocks(uint64_t seed, int64_t sample, const PatchDra
   __syncthreads();
 }
 
-// Bytes: N L, with losses N L sizeof(T) more, with indices 16 N L more. Operations: about 30 a patch and digit (a quarter of
-// a Philox call), two or three digits for random keys; a sample's chain of barriers is longer than either: some us.
-// Losses T: null, and T any, but for hard masks. scratch: bits of (N, Hp, row_words) where they are too many to share.
+// Bytes: N L, with losses N L sizeof(T) more, with indices 16 N L more. Operations: about 30 a patch and digit (a
+// quarter of a Philox call), two or three digits for random keys; a sample's chain of barriers is longer than either:
+// some us. Losses: null, and T any, but for hard masks. scratch: bits of (N, Hp, row_words) where they are too many to share.
 template <int kMethod, typename T>
 __global__ void __launch_bounds__(kPatchThreads)
     patch_mask_kernel(const int64_t* seed_at, const T* losses, PatchDraw draw, uint32_t* scratch, PatchOutput output) {
@@ -126,7 +127,9 @@ __global__ void __launch_bounds__(kPatchThreads)
   const int64_t size = draw.size(), keep = size - draw.masked, words = row_words(draw);
   for (int64_t sample = blockIdx.x; sample < draw.samples; sample += gridDim.x) {
     uint32_t* bits = scratch == nullptr ? shared_bits : scratch + blockIdx.x * draw.height * words;
-    const auto order = [&](int64_t patch) { return loss_key(static_cast<float>(widen(losses[sample * size + patch])), patch); };
+    const auto order = [&](int64_t patch) {
+      return loss_key(static_cast<float>(widen(losses[sample * size + patch])), patch);
+    };
     uint64_t least_order = 0;
     if constexpr (kMethod == kBlockPatches) mark_blocks(seed, sample, draw, bits);
     if constexpr (kMethod == kHardPatches)

@@ -1,7 +1,7 @@
-// Which patches of an image masked image modelling hides: keys, and the patches that are hidden before any key is asked.
+// Which patches of an image masked image modelling hides.
 //
-// Every patch has a key, no two the same, and the `masked` patches of the largest keys are masked. Keys are random under a
-// leading bit that is set on the patches in block masking's rectangles, or on hard patch mining's hardest.
+// Every patch has a key, no two the same, and the `masked` patches of the largest keys are masked. Keys are random under
+// a leading bit that is set on the patches in block masking's rectangles, or on hard patch mining's hardest.
 #pragma once
 
 #include "kernels/random.h"
@@ -84,8 +84,8 @@ PYRX_HOST_DEVICE uint32_t block_bits(const PatchBlock& block, int64_t word) {
   return from < to ? ~uint32_t(0) >> (kPatchWord - (to - from)) << from : 0;
 }
 
-// Draws the rectangles of a sample. fresh(block) counts its patches that no rectangle before has, mark(block) adds it. A
-// rectangle is taken if it has fresh patches, and no more than are still to be masked.
+// Draws the rectangles of a sample. fresh(block) counts its patches that no rectangle before has, mark(block) adds it.
+// A rectangle is taken if it has fresh patches, and no more than are still to be masked.
 template <typename Fresh, typename Mark>
 PYRX_HOST_DEVICE void draw_blocks(uint64_t seed, int64_t sample, const PatchDraw& draw, Fresh fresh, Mark mark) {
   int64_t left = draw.masked;
