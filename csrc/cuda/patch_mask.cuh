@@ -118,7 +118,8 @@ __device__ inline void mark_blocks(uint64_t seed, int64_t sample, const PatchDra
 
 // Bytes: N L, with losses N L sizeof(T) more, with indices 16 N L more. Operations: about 30 a patch and digit (a
 // quarter of a Philox call), two or three digits for random keys; a sample's chain of barriers is longer than either:
-// some us. Losses: null, and T any, but for hard masks. scratch: bits of (N, Hp, row_words) where they are too many to share.
+// some us. Losses: null, and T any, but for hard masks. scratch: bits (blocks, Hp, row_words) where they are too many
+// to share.
 template <int kMethod, typename T>
 __global__ void __launch_bounds__(kPatchThreads)
     patch_mask_kernel(const int64_t* seed_at, const T* losses, PatchDraw draw, uint32_t* scratch, PatchOutput output) {

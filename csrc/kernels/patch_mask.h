@@ -1,7 +1,7 @@
 // Which patches of an image masked image modelling hides.
 //
-// Every patch has a key, no two the same, and the `masked` patches of the largest keys are masked. Keys are random under
-// a leading bit that is set on the patches in block masking's rectangles, or on hard patch mining's hardest.
+// Every patch has a key, no two the same, and the `masked` patches of the largest keys are masked. Keys are random
+// under a leading bit that is set on the patches in block masking's rectangles, or on hard patch mining's hardest.
 #pragma once
 
 #include "kernels/random.h"
