@@ -7,6 +7,7 @@ from pyrx.ops.dropout import dropout, dropout_mask
 from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.ops.neighbor_fill import neighbor_fill
+from pyrx.ops.patch_mask import patch_mask
 from pyrx.targets import MixedTarget
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "multi_sample_dropout_cross_entropy",
     "neighbor_fill",
     "nn",
+    "patch_mask",
     "resizemix",
 ]

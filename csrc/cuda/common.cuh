@@ -8,6 +8,7 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#define PYRX_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #endif
 
 #include "kernels/dropout.h"
