@@ -95,6 +95,11 @@ const PairKernels<T>& pair_kernels() {
 }
 
 template <typename T>
+const BlendKernels<T>& blend_kernels() {
+  PYRX_PICK(blend_table<T>())
+}
+
+template <typename T>
 const ElementKernels<T>& element_kernels() {
   PYRX_PICK(element_table<T>())
 }
@@ -111,6 +116,7 @@ const HeadKernels<T, G>& head_kernels() {
 
 #define PYRX_PIXELS(In)                                                 \
   template const PairKernels<In>& pair_kernels<In>();                   \
+  template const BlendKernels<In>& blend_kernels<In>();                 \
   template const MixKernels<In, float>& mix_kernels<In, float>();       \
   template const MixKernels<In, double>& mix_kernels<In, double>();     \
   template const MixKernels<In, bfloat16>& mix_kernels<In, bfloat16>(); \
