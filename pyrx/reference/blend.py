@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +22,7 @@ def _blended(x: Tensor, y: Tensor, alpha: Tensor, partner: Tensor | None) -> Ten
     if x.dtype == torch.uint8:
         mixed = torch.where(mixed > 0, mixed.round().clamp(max=255), 0)
     # what is copied keeps its bits, beside NaN and infinity too
-    result = torch.where(weight == 1, x, torch.where(weight == 0, other, mixed.to(x.dtype)))
-    return result.contiguous(memory_format=sample_format(x))
+    return torch.where(weight == 1, x, torch.where(weight == 0, other, mixed.to(x.dtype)))
 
 
 def gather_backward(grad: Tensor, partner: Tensor, samples: int) -> Tensor:
@@ -35,27 +33,17 @@ def gather_backward(grad: Tensor, partner: Tensor, samples: int) -> Tensor:
 
 
 def blend_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    y: Tensor | None,
-    alpha: Tensor,
-    partner: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, y (with a partner: of y[partner]) and alpha that are needed."""
+    grad: Tensor, x: Tensor, y: Tensor, alpha: Tensor, partner: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, y and alpha."""
     accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
     weight, upstream = alpha.to(accumulate), grad.to(accumulate)
-    grad_x = grad_y = grad_alpha = None
-    if needs[0]:
-        grad_x = torch.where(weight == 0, 0, weight * upstream).to(grad.dtype)
-    if needs[1]:
-        grad_y = torch.where(weight == 1, 0, (1 - weight) * upstream).to(grad.dtype)
-    if needs[2]:
-        assert x is not None and y is not None
-        other = y if partner is None else y.index_select(0, partner)
-        terms = upstream * (x.to(accumulate) - other.to(accumulate))
-        grad_alpha = terms.sum_to_size(alpha.shape).to(alpha.dtype)
-    return grad_x, grad_y, grad_alpha
+    grad_x = torch.where(weight == 0, 0, weight * upstream).to(grad.dtype)
+    grad_y = torch.where(weight == 1, 0, (1 - weight) * upstream).to(grad.dtype)
+    other = y if partner is None else y.index_select(0, partner)
+    terms = upstream * (x.to(accumulate) - other.to(accumulate))
+    grad_alpha = terms.sum_to_size(alpha.shape).to(alpha.dtype)
+    return grad_x, grad_y if partner is None else gather_backward(grad_y, partner, y.shape[0]), grad_alpha
 
 
 class _Blend(torch.autograd.Function):
@@ -68,13 +56,11 @@ class _Blend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, alpha, partner = ctx.saved_tensors
-        grad_x, grad_y, grad_alpha = blend_backward(grad, x, y, alpha, partner, ctx.needs_input_grad)
-        if grad_y is not None and partner is not None:
-            grad_y = gather_backward(grad_y, partner, y.shape[0])
-        return grad_x, grad_y, grad_alpha, None
+        return *blend_backward(grad, *ctx.saved_tensors), None
 
 
 def blend(x: Tensor, y: Tensor, alpha: Tensor, partner: Tensor | None = None) -> Tensor:
     """alpha * x + (1 - alpha) * y[partner], each operation rounded alone."""
-    return _Blend.apply(x, y, alpha, partner)
+    mixed = _Blend.apply(x, y, alpha, partner)
+    # not in the function: torch.compile loses the gradient of a result that contiguous() gives back as it is
+    return mixed.contiguous(memory_format=sample_format(x))
