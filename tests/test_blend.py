@@ -15,11 +15,10 @@ from pyrx.reference import blend as reference
 DTYPES = (torch.uint8, *FLOATS)
 ALPHAS = (torch.bool, *FLOATS)
 SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (3, 2, 1, 63), (2, 3, 100, 13), (1, 40, 3, 3), (2, 17, 4, 5), (3, 4, 2, 5, 7)]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def served(backend, device="cpu", dtype=torch.float32):
-    return need(backend, device, dtype, ("blend",))
+    return need(backend, device, torch.float32 if dtype == torch.uint8 else dtype, ("blend",))
 
 
 def images_of(shape, dtype=torch.float32, seed=0):
@@ -78,7 +77,7 @@ def assert_blends(got, expected, what=""):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("kind", ALPHAS, ids=name_of)
 def test_formula(backend, dtype, kind):
-    served(backend)
+    served(backend, dtype=dtype)
     for shape in SHAPES:
         x, y = images_of(shape, dtype), images_of(shape, dtype, 2)
         for form in alpha_shapes(shape):
@@ -90,6 +89,7 @@ def test_formula(backend, dtype, kind):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=name_of)
 @pytest.mark.parametrize("shape", [(3, 3, 9, 5), (2, 3, 2, 5, 8)], ids=name_of)
 def test_layouts(backend, dtype, shape):
+    served(backend, dtype=dtype)
     x, y = images_of(shape, dtype), images_of(shape, dtype, 2)
     last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     for form in alpha_shapes(shape):
@@ -126,6 +126,7 @@ def test_the_operands_of_an_expanded_image_are_not_copied(cpu):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_partner(backend, dtype):
+    served(backend, dtype=dtype)
     x, y = images_of((4, 3, 5, 8), dtype), images_of((3, 3, 5, 8), dtype, 2)
     alpha = matte_of((4, 1, 5, 8))
     for partner in (torch.tensor([2, 0, 0, 1]), torch.tensor([0, 9, 1, 9, 1, 9, 2, 9])[::2]):
@@ -139,6 +140,7 @@ def test_partner(backend, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 def test_alpha_one_and_zero_copy_every_bit(backend, dtype):
+    served(backend, dtype=dtype)
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     made = torch.randint(torch.iinfo(kind).min, torch.iinfo(kind).max, (2, 2, 1, 32, 33), dtype=kind)
     made[:, 0, 0, 0, :3] = torch.tensor([math.nan, math.inf, -0.0], dtype=dtype).view(kind)
@@ -221,6 +223,7 @@ def expected_gradients(x, y, alpha, upstream, partner=None):
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_gradients(backend, dtype, shape):
+    served(backend, dtype=dtype)
     x, y, upstream = (images_of(shape, dtype, seed) for seed in (0, 2, 3))
     eps = torch.finfo(dtype).eps
     for form in alpha_shapes(shape):
@@ -238,14 +241,15 @@ def test_gradients(backend, dtype, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("shape", [(3, 3, 9, 5), (2, 3, 2, 5, 8)], ids=name_of)
-def test_gradients_in_every_layout(cpu, dtype, shape):
+def test_gradients_in_every_layout(backend, dtype, shape):
+    served(backend, dtype=dtype)
     x, y, upstream = (images_of(shape, dtype, seed) for seed in (0, 2, 3))
     for form in alpha_shapes(shape):
         alpha = matte_of(form)
         expected = gradients(x, y, alpha, upstream, "reference")
         for name, own in image_layouts(x):
             for grad_name, each in image_layouts(upstream):
-                found = gradients(own, y, alpha, each, cpu)
+                found = gradients(own, y, alpha, each, backend)
                 what = f"{name} {grad_name} {form}"
                 assert_same_bits(found[0], expected[0], what)
                 assert_same_bits(found[1], expected[1], what)
@@ -485,7 +489,7 @@ def test_kernels_check_partners(cpu):
 @pytest.mark.parametrize("kernels", ["cuda", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_gpu(kernels, dtype):
-    served(kernels, "cuda", torch.float32 if dtype == torch.uint8 else dtype)
+    served(kernels, "cuda", dtype)
     for shape in (*SHAPES, (4, 3, 224, 224)):
         x, y = images_of(shape, dtype), images_of(shape, dtype, 2)
         for form in alpha_shapes(shape):

@@ -12,6 +12,7 @@ from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import FLOAT_DTYPES, check_device, check_dtype, check_float, check_shape, check_tensor, fail
 from pyrx.reference import blend as reference
+from pyrx.reference.batch_mix import memory_format
 
 ROW = "blend"
 IMAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
