@@ -104,7 +104,8 @@ $(VENV)/.pyrx-torch-%:
 # after the build, so that its progress is seen and pip finds it done
 $(VENV)/.pyrx-extra-%: pyproject.toml $(ENVIRONMENT) | build
 	$(call say,'packages for $*')
-	@$(PY) -m pip install -q --no-build-isolation -e '.[$*]'
+	@$(PY) -m pip list --format=freeze | grep '^torch==' > $(VENV)/torch.txt  # which no package is to change
+	@$(PY) -m pip install -q --no-build-isolation -c $(VENV)/torch.txt -e '.[$*]'
 	@touch $@
 
 clean:

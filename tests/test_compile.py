@@ -49,7 +49,7 @@ def head_arguments(target, needs=(True, True, True), dtype=torch.float32):
     """Positional arguments of the raw op up to weight and seed."""
     head = make_head(7, 13, 5, target, class_weight=True, dtype=dtype)
     leaves = [getattr(head, name).requires_grad_(needed) for name, needed in zip(NAMES, needs, strict=True)]
-    parts = head.target if target == "mixed" else (head.target, None, None)
+    parts = head.target[:3] if target == "mixed" else (head.target, None, None)
     return [*leaves, *parts, head.weight, SEED, [32768] * 3]
 
 
@@ -128,7 +128,7 @@ def head_loss(backend, num_samples=4, **options):
 
 def loss_and_gradients(function, head):
     leaves = [getattr(head, name).detach().requires_grad_() for name in NAMES]
-    parts = head.target if isinstance(head.target, tuple) else (head.target,)
+    parts = head.target[:3] if isinstance(head.target, tuple) else (head.target,)
     loss = function(*leaves, *parts)
     upstream = torch.linspace(-1, 2, loss.numel()).reshape(loss.shape)
     return loss, *torch.autograd.grad(loss, leaves, upstream)
@@ -238,3 +238,58 @@ def test_compiled_autocast(cpu):
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(each, head.linear_weight) for each in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+# Batch mixing.
+
+
+def mix_arguments(images, kind, dtype, scale=(), bias=()):
+    """Positional arguments of the raw op."""
+    labels = torch.arange(images.shape[0])
+    draw = [0, kind, 2, 60000, 30000, 0.8, 1.0, 0.1 if kind == 2 else 0.0, 0.8 if kind == 2 else 0.0, True]
+    return [images, labels, SEED, None, None, None, *draw, list(scale), list(bias), dtype]
+
+
+@pytest.mark.parametrize("kind", range(4), ids=["mixup", "cutmix", "resizemix", "either"])
+def test_opcheck_of_batch_mix(kind):
+    images = torch.rand(4, 3, 9, 8)
+    opcheck("batch_mix", *mix_arguments(images.clone().requires_grad_(), kind, torch.float32))
+    last = (images * 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    opcheck("batch_mix", *mix_arguments(last, kind, torch.bfloat16, [1.0] * 3, [0.5] * 3))
+    arguments = mix_arguments(images, kind, torch.float32)
+    opcheck("batch_mix_out", torch.empty_like(images), *arguments[:-1])
+    if kind != 2:
+        opcheck("batch_mix_", *arguments[:-3])
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_batch_mixing_equals_eager(backend, dynamic):
+    def function(images, labels, seed):
+        options = {"seed": seed, "backend": backend}
+        first, target = pyrx.cutmix(images, labels, **options)
+        second, other = pyrx.mixup(first, labels, alpha=0.3, pairing="random", mean=0.5, std=0.5, **options)
+        third, last = pyrx.resizemix(second, labels, per_sample=False, **options)
+        return third, target.lam, other.boxes, last.b, last.boxes
+
+    fast = compiled(function, dynamic=dynamic)
+    for shape in ((4, 3, 9, 8), (7, 3, 16, 5)):
+        images, labels = torch.rand(shape, requires_grad=True), torch.arange(shape[0])
+        expected, found = function(images, labels, SEED), fast(images, labels, SEED)
+        for one, other in zip(found, expected, strict=True):
+            assert_same_bits(one, other)
+        upstream = torch.randn(shape)
+        gradients = [torch.autograd.grad(each[0], images, upstream)[0] for each in (found, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_compiled_mixing_in_place_and_into_out(backend):
+    def function(images, out, labels, seed):
+        images = images * 2
+        mixed, target = pyrx.cutmix(images, labels, inplace=True, seed=seed, backend=backend)
+        pyrx.mixup(mixed, labels, out=out, seed=seed, backend=backend)
+        return mixed + 1, out * 1, target.boxes
+
+    images, labels = torch.rand(5, 3, 9, 8), torch.arange(5)
+    results = [each(images, torch.empty_like(images), labels, SEED) for each in (function, compiled(function))]
+    for one, other in zip(*results, strict=True):
+        assert_same_bits(one, other)

@@ -14,7 +14,7 @@
 namespace pyrx::cpu {
 namespace {
 
-constexpr int64_t kTaskBytes = 128 << 10;  // of a task: in the second-level cache
+constexpr int64_t kTaskBytes = 128 << 10;  // of a task: in the second-level cache; less is not worth a second thread
 
 // f(storage type) for what arithmetic may be done with.
 template <typename F>
@@ -22,6 +22,11 @@ void dispatch_pixels(at::ScalarType dtype, F f) {
   if (dtype == at::kByte) return f(uint8_t());
   dispatch_storage(dtype, f);
 }
+
+template <typename T>
+uint8_t* as_bytes(T* p) { return reinterpret_cast<uint8_t*>(p); }
+template <typename T>
+const uint8_t* as_bytes(const T* p) { return reinterpret_cast<const uint8_t*>(p); }
 
 // The mixes of one call, and as the caller gets them.
 struct Mixes {
@@ -60,7 +65,8 @@ std::vector<int64_t> partners(const MixArguments& given, bool swap) {
       std::vector<bool> seen(samples);
       for (const int64_t each : partner) {
         const bool fresh = each >= 0 && each < samples && !seen[each];
-        PYRX_CHECK_VALUE(fresh, "batch_mix", "pairing", "to be a permutation of the samples", at::IntArrayRef(partner));
+        PYRX_CHECK_VALUE(fresh, "batch_mix", "pairing", "to be a permutation of the samples",
+                         at::IntArrayRef(partner));
         seen[each] = true;
       }
       for (int64_t i = 0; swap && i < samples; ++i)
@@ -128,9 +134,11 @@ void for_runs(const PixelLayout& layout, const Box& box, int64_t first, int64_t 
 // f(plane, first row, last row) for blocks of rows of every plane of every item, over the threads.
 template <typename F>
 void for_blocks(int64_t items, const PixelLayout& layout, int64_t element, F f) {
-  const int64_t rows = std::max<int64_t>(1, std::min(layout.height, kTaskBytes / std::max<int64_t>(1, layout.row * element)));
+  const int64_t row_bytes = layout.row * element;
+  const int64_t rows = std::max<int64_t>(1, std::min(layout.height, kTaskBytes / row_bytes));
   const int64_t blocks = (layout.height + rows - 1) / rows, each = layout.planes * blocks;
-  at::parallel_for(0, items * each, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kTaskBytes / (rows * row_bytes));
+  at::parallel_for(0, items * each, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % blocks * rows;
       f(i / each, i / blocks % layout.planes, first, std::min(layout.height, first + rows));
@@ -154,7 +162,8 @@ void shrink_row(const T* image, const PixelLayout& layout, const Box& box, int64
 template <typename T>
 void paste_into(const T* from, const PixelLayout& layout, const Mixes& mixes, bool shrink, bool stream, T* to) {
   const ByteKernels& kernels = byte_kernels();
-  for_blocks(static_cast<int64_t>(mixes.of.size()), layout, sizeof(T), [&](int64_t n, int64_t plane, int64_t first, int64_t last) {
+  const int64_t samples = static_cast<int64_t>(mixes.of.size());
+  for_blocks(samples, layout, sizeof(T), [&](int64_t n, int64_t plane, int64_t first, int64_t last) {
     const int64_t offset = plane * layout.plane();
     const Box& box = mixes.of[n].box;
     const T* own = from + n * layout.sample() + offset;
@@ -163,8 +172,9 @@ void paste_into(const T* from, const PixelLayout& layout, const Mixes& mixes, bo
     for_runs(layout, box, first, last, [&](bool inside, int64_t begin, int64_t end) {
       if (inside && shrink) return shrink_row(other, layout, box, begin / layout.row, out + begin);
       const T* source = (inside ? other : own) + begin;
-      if (!stream) std::memcpy(out + begin, source, (end - begin) * sizeof(T));
-      else kernels.copy_stream(reinterpret_cast<uint8_t*>(out + begin), reinterpret_cast<const uint8_t*>(source), (end - begin) * sizeof(T));
+      const int64_t bytes = (end - begin) * sizeof(T);
+      if (!stream) std::memcpy(out + begin, source, bytes);
+      else kernels.copy_stream(as_bytes(out + begin), as_bytes(source), bytes);
     });
   });
 }
@@ -192,18 +202,20 @@ struct Affine {
 };
 
 template <typename In, typename Out>
-void mix_into(const In* from, const PixelLayout& layout, int64_t frames, const Mixes& mixes, bool shrink, at::ArrayRef<double> scale,
-              at::ArrayRef<double> bias, bool stream, Out* to) {
+void mix_into(const In* from, const PixelLayout& layout, int64_t frames, const Mixes& mixes, bool shrink,
+              at::ArrayRef<double> scale, at::ArrayRef<double> bias, bool stream, Out* to) {
   using Acc = pixel_acc_t<In, Out>;
   const Affine<Acc> affine(scale, bias, layout);
   const auto& kernels = mix_kernels<In, Out>();
-  for_blocks(static_cast<int64_t>(mixes.of.size()), layout, sizeof(Out), [&](int64_t n, int64_t plane, int64_t first, int64_t last) {
+  const int64_t samples = static_cast<int64_t>(mixes.of.size());
+  for_blocks(samples, layout, sizeof(Out), [&](int64_t n, int64_t plane, int64_t first, int64_t last) {
     const int64_t offset = plane * layout.plane(), channel = layout.channel(plane, frames);
     const Mix& mix = mixes.of[n];
     const In* own = from + n * layout.sample() + offset;
     const In* other = from + mixes.partner[n] * layout.sample() + offset;
     Out* out = to + n * layout.sample() + offset;
-    const MixRun<In, Out> run{mix.weight, affine.at(affine.scale, channel), affine.at(affine.bias, channel), affine.period, stream};
+    const MixRun<In, Out> run{mix.weight, affine.at(affine.scale, channel), affine.at(affine.bias, channel),
+                              affine.period, stream};
     std::vector<In> shrunk(shrink ? layout.row : 0);
     for_runs(layout, mix.box, first, last, [&](bool inside, int64_t begin, int64_t end) {
       const In* source = own + begin;
@@ -246,8 +258,8 @@ void mix_out(const MixArguments& given, const Mixes& mixes, const at::Tensor& im
       using In = decltype(in);
       using Out = decltype(out);
       if constexpr (!std::is_same_v<Out, uint8_t> || std::is_same_v<In, Out>)
-        mix_into(static_cast<const In*>(images.const_data_ptr()), layout, frames, mixes, shrink, given.scale, given.bias, stream,
-                 static_cast<Out*>(to.mutable_data_ptr()));
+        mix_into(static_cast<const In*>(images.const_data_ptr()), layout, frames, mixes, shrink, given.scale,
+                 given.bias, stream, static_cast<Out*>(to.mutable_data_ptr()));
     });
   });
 }
@@ -266,8 +278,9 @@ void for_pair_runs(const PixelLayout& layout, const Mix& a, const Mix& b, int64_
     std::sort(edges, edges + 6);
     for (int k = 0; k < 5; ++k) {
       const auto inside = [&](bool in, const Box& box) { return in && box.x0 <= edges[k] && edges[k] < box.x1; };
-      run(inside(in_a, a.box) ? 0 : a.weight, inside(in_b, b.box) ? 0 : b.weight, y * layout.row + edges[k] * layout.step,
-          y * layout.row + edges[k + 1] * layout.step);
+      const int64_t row = y * layout.row;
+      run(inside(in_a, a.box) ? 0 : a.weight, inside(in_b, b.box) ? 0 : b.weight, row + edges[k] * layout.step,
+          row + edges[k + 1] * layout.step);
     }
   }
 }
@@ -278,14 +291,15 @@ void swap_in_place(T* images, const PixelLayout& layout, const Mixes& mixes, Mix
   for (int64_t i = 0; i < static_cast<int64_t>(mixes.of.size()); ++i)
     if (i <= mixes.partner[i]) firsts.push_back(i);
   const ByteKernels& kernels = byte_kernels();
-  for_blocks(static_cast<int64_t>(firsts.size()), layout, 2 * sizeof(T), [&](int64_t pair, int64_t plane, int64_t first, int64_t last) {
+  const int64_t pairs = static_cast<int64_t>(firsts.size());
+  for_blocks(pairs, layout, 2 * sizeof(T), [&](int64_t pair, int64_t plane, int64_t first, int64_t last) {
     const int64_t i = firsts[pair], j = mixes.partner[i], offset = plane * layout.plane();
     T* a = images + i * layout.sample() + offset;
     T* b = images + j * layout.sample() + offset;
     const auto run = [&](float weight_a, float weight_b, int64_t begin, int64_t end) {
       const int64_t n = end - begin;
       if (weight_a == 0 && weight_b == 0 && i != j)
-        kernels.swap(reinterpret_cast<uint8_t*>(a + begin), reinterpret_cast<uint8_t*>(b + begin), n * sizeof(T));
+        kernels.swap(as_bytes(a + begin), as_bytes(b + begin), n * sizeof(T));
       else if (weight_a == 0 && weight_b == 1) std::memcpy(a + begin, b + begin, n * sizeof(T));
       else if (weight_a == 1 && weight_b == 0) std::memcpy(b + begin, a + begin, n * sizeof(T));
       else if (weight_a != 0 || i != j) mix_pair(a + begin, b + begin, weight_a, weight_b, n);
@@ -294,7 +308,8 @@ void swap_in_place(T* images, const PixelLayout& layout, const Mixes& mixes, Mix
     if (i == j && mix_a.weight == 1) return;
     const auto is_empty = [](const Box& box) { return box.area() == 0; };
     if (is_empty(mix_a.box) && is_empty(mix_b.box)) {
-      if (mix_a.weight != 1 || mix_b.weight != 1) run(mix_a.weight, mix_b.weight, first * layout.row, last * layout.row);
+      if (mix_a.weight != 1 || mix_b.weight != 1)
+        run(mix_a.weight, mix_b.weight, first * layout.row, last * layout.row);
     } else {
       for_pair_runs(layout, mix_a, mix_b, first, last, run);
     }
@@ -333,10 +348,10 @@ void mix_in_place(const Mixes& mixes, const at::Tensor& images, at::MemoryFormat
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_mix(
     const at::Tensor& images, const std::optional<at::Tensor>& labels, const at::Tensor& seed,
-    const std::optional<at::Tensor>& lam, const std::optional<at::Tensor>& boxes, const std::optional<at::Tensor>& partner,
-    int64_t pairing, int64_t kind, int64_t granularity, int64_t prob, int64_t switch_prob, double mixup_alpha,
-    double cutmix_alpha, double minimum, double maximum, bool correct_lam, at::ArrayRef<double> scale,
-    at::ArrayRef<double> bias, at::ScalarType dtype) {
+    const std::optional<at::Tensor>& lam, const std::optional<at::Tensor>& boxes,
+    const std::optional<at::Tensor>& partner, int64_t pairing, int64_t kind, int64_t granularity, int64_t prob,
+    int64_t switch_prob, double mixup_alpha, double cutmix_alpha, double minimum, double maximum, bool correct_lam,
+    at::ArrayRef<double> scale, at::ArrayRef<double> bias, at::ScalarType dtype) {
   const MixArguments given{images, labels, seed, lam, boxes, partner, pairing,
                            mix_draw(images, kind, granularity, prob, switch_prob, mixup_alpha, cutmix_alpha, minimum,
                                     maximum, correct_lam),
@@ -352,9 +367,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_mix
 
 MixResults batch_mix_out(const at::Tensor& out, const at::Tensor& images, const std::optional<at::Tensor>& labels,
                          const at::Tensor& seed, const std::optional<at::Tensor>& lam,
-                         const std::optional<at::Tensor>& boxes, const std::optional<at::Tensor>& partner, int64_t pairing,
-                         int64_t kind, int64_t granularity, int64_t prob, int64_t switch_prob, double mixup_alpha,
-                         double cutmix_alpha, double minimum, double maximum, bool correct_lam,
+                         const std::optional<at::Tensor>& boxes, const std::optional<at::Tensor>& partner,
+                         int64_t pairing, int64_t kind, int64_t granularity, int64_t prob, int64_t switch_prob,
+                         double mixup_alpha, double cutmix_alpha, double minimum, double maximum, bool correct_lam,
                          at::ArrayRef<double> scale, at::ArrayRef<double> bias) {
   const MixArguments given{images, labels, seed, lam, boxes, partner, pairing,
                            mix_draw(images, kind, granularity, prob, switch_prob, mixup_alpha, cutmix_alpha, minimum,

@@ -22,7 +22,8 @@ inline void use_huge_pages(const at::Tensor& fresh) {
   const int64_t bytes = static_cast<int64_t>(fresh.nbytes());
   if (bytes < kHugeBytes) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = (begin + bytes) / kHugePage * kHugePage;
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: nothing is lost where it fails
 #endif
 }

@@ -59,7 +59,7 @@ inline void swap_bytes(uint8_t* a, uint8_t* b, int64_t n) {
   for (; i < n; ++i) std::swap(a[i], b[i]);
 }
 
-// kMix: own and other are weighed. kAffine: scale and bias follow, `period` elements and sixteen more that repeat the first.
+// kMix: own and other are weighed. kAffine: scale and bias follow.
 template <typename In, typename Out, bool kMix, bool kAffine>
 void mix_run(const MixRun<In, Out>& run, const In* own, const In* other, int64_t n, Out* out) {
   using Acc = pixel_acc_t<In, Out>;

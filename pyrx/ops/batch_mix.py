@@ -56,7 +56,7 @@ def _check_mix(
         fail(op, "dtype", f"{images.dtype} or a floating-point dtype", dtype, TypeError)
     if len(scale) > 0 and dtype not in FLOAT_DTYPES:
         fail(op, "dtype", "a floating-point dtype for a normalised result", dtype, TypeError)
-    if len(scale) != len(bias) or len(scale) not in (0, channels):
+    if len(scale) != len(bias) or (len(scale) > 0 and len(scale) != channels):
         fail(op, "mean and std", f"of C = {channels} channels", f"{len(bias)} and {len(scale)}")
     if len(scale) > MAX_CHANNELS:
         fail(op, "mean and std", f"of at most {MAX_CHANNELS} channels", len(scale))
@@ -338,11 +338,13 @@ def mix_batch(
     if target is not None and _overlaps(target):
         fail(op, "inplace" if inplace else "out", "to be memory of its own for every element", "expanded strides")
     if out is not None:
+        check_shape(op, "out", out, "[N, C, ...]", images.shape)
+        check_device(op, "out", out, device)
         if out.dtype != dtype:
             fail(op, "out", f"of dtype {dtype}", out.dtype, TypeError)
         if torch.is_grad_enabled() and images.requires_grad:
             fail(op, "out", "for images that require no gradient", "images that do", RuntimeError)
-        if out.untyped_storage().data_ptr() == images.untyped_storage().data_ptr() and samples > 0:
+        if not torch.compiler.is_compiling() and samples > 0 and torch._C._overlaps(out, images):
             fail(op, "out", "to be other memory than images (inplace=True mixes in place)", "the same")
     if masks is not None:
         check_tensor(op, "masks", masks)

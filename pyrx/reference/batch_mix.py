@@ -156,14 +156,15 @@ def _inside(boxes: Tensor, images: Tensor) -> Tensor:
 
 
 def _source(boxes: Tensor, images: Tensor) -> Tensor:
-    """(N, H W) flat index of the pixel that each pixel of a box shows when the whole image is shrunk into it."""
+    """(N, C, .., H W) flat index of the pixel that a box's pixel shows when the whole image is shrunk into it."""
     height, width = images.shape[-2:]
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     y0, x0, y1, x1 = (each[:, None] for each in boxes.unbind(1))
     rows = (y - y0) * height // (y1 - y0).clamp(min=1)
     columns = (x - x0) * width // (x1 - x0).clamp(min=1)
     flat = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
-    return flat.flatten(1)
+    shape = (len(images), *[1] * (images.dim() - 3), height * width)
+    return flat.reshape(shape).expand(*images.shape[:-2], -1)
 
 
 def _per_channel(values: Sequence[float], images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,23 +183,20 @@ def mix(
     dtype = images.dtype if dtype is None else dtype
     partner = images.index_select(0, mixes.partner)
     if resize:
-        at = _source(mixes.boxes, images).reshape(len(images), *[1] * (images.dim() - 3), -1)
-        partner = partner.flatten(-2).gather(-1, at.expand(*images.shape[:-2], -1)).view(images.shape)
+        partner = partner.flatten(-2).gather(-1, _source(mixes.boxes, images)).view(images.shape)
     inside = _inside(mixes.boxes, images)
     weight = _shaped(mixes.weight, images)
     whole = inside | (weight == 0), ~inside & (weight == 1)
-    # pixels that are copied keep their bits, beside NaN and infinity too
-    if images.dtype == dtype and not scale and not (images.is_floating_point() or images.dtype == torch.uint8):
-        return torch.where(whole[0], partner, images)
     accumulate = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
     own, other, weight = images.to(accumulate), partner.to(accumulate), weight.to(accumulate)
     mixed = torch.where(whole[0], other, torch.where(whole[1], own, own * weight + other * (1 - weight)))
     if scale:
         mixed = mixed * _per_channel(scale, images, accumulate) + _per_channel(bias, images, accumulate)
-    if not dtype.is_floating_point:
-        mixed = mixed.round()
-    result = mixed.to(dtype)
-    return result.contiguous(memory_format=memory_format(images))
+    mixed = (mixed if dtype.is_floating_point else mixed.round()).to(dtype)
+    if images.dtype == dtype and not scale:
+        # what is only copied keeps its bits: those of NaNs, and integers that no float holds
+        mixed = torch.where(whole[0], partner, torch.where(whole[1], images, mixed))
+    return mixed.contiguous(memory_format=memory_format(images))
 
 
 def mix_backward(grad: Tensor, mixes: Mixes, resize: bool, scale: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -214,10 +212,9 @@ def mix_backward(grad: Tensor, mixes: Mixes, resize: bool, scale: Sequence[float
     own = torch.where(whole[0], zero, upstream * weight)
     other = torch.where(whole[0], upstream, torch.where(whole[1], zero, upstream * (1 - weight)))
     if resize:
-        at = _source(mixes.boxes, grad).reshape(len(grad), *[1] * (grad.dim() - 3), -1).expand(*grad.shape[:-2], -1)
         # no two pixels of a box show the same one; what lies outside it goes nowhere
         nowhere = grad.shape[-1] * grad.shape[-2]
-        at = torch.where(inside.flatten(-2), at, nowhere)
+        at = torch.where(inside.flatten(-2), _source(mixes.boxes, grad), nowhere)
         wide = torch.zeros((*grad.shape[:-2], nowhere + 1), dtype=accumulate, device=grad.device)
         other = wide.scatter(-1, at, other.flatten(-2))[..., :-1].reshape(grad.shape)
     index = torch.arange(len(grad), device=grad.device)

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "cpu/simd.cpp"
+#include "cpu_pixels.h"
 #include "cuda_test.h"
 
 namespace {
@@ -323,7 +324,8 @@ void test_lookup(const char* set, const AccumulatorKernels<Acc>& kernels, double
   test_accumulators<double>(#name, name::accumulator_table<double>(), 1e-13);               \
   test_subset<float>(#name, name::accumulator_table<float>(), 1e-5);                        \
   test_subset<double>(#name, name::accumulator_table<double>(), 1e-13);                     \
-  test_lookup<float>(#name, name::accumulator_table<float>(), 1e-5);
+  test_lookup<float>(#name, name::accumulator_table<float>(), 1e-5);                        \
+  TEST_PIXELS(name)
 
 }  // namespace
 
