@@ -192,8 +192,7 @@ def test_the_same_seed_mixes_the_same(backend):
     assert torch.equal(target.mattes, other.mattes) and torch.equal(target.lam, other.lam)
     assert not torch.equal(pyrx.fmix(images, None, seed=8, backend=backend)[1].mattes, target.mattes)
     drawn = [
-        pyrx.fmix(images, None, generator=torch.Generator().manual_seed(3), backend=backend)[1].mattes
-        for _ in range(2)
+        pyrx.fmix(images, None, generator=torch.Generator().manual_seed(3), backend=backend)[1].mattes for _ in range(2)
     ]
     assert torch.equal(*drawn)
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyrx.ops import blend as ops
+from pyrx.reference.batch_mix import memory_format
 from pyrx.reference.blend import sample_format
 
 from .dropout import check_narrow
@@ -26,7 +27,7 @@ def _rows(
     pixels, channels, frames, group, plane, alpha_sample, alpha_channel, alpha_frame, PIXELS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """(sample, offsets in a sample and which are there, offsets in alpha and in alpha's gradient and which are there)."""
+    """(sample, offsets in it and which are there, offsets in alpha and in alpha's gradient and which are there)."""
     blocks = tl.cdiv(pixels, PIXELS)
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
@@ -51,8 +52,8 @@ def _partner(partner, sample, others):
 # Bytes: x, y and the result, and alpha once a pixel. Operations: five an element.
 @triton.jit(do_not_specialize=_VARYING)
 def _blend_kernel(
-    x, y, alpha, partner, output, others, pixels, channels, frames, group, repeat, plane, x_sample, y_sample, out_sample,
-    alpha_sample, alpha_channel, alpha_frame, PIXELS: tl.constexpr, GROUP: tl.constexpr,
+    x, y, alpha, partner, output, others, pixels, channels, frames, group, repeat, plane,
+    x_sample, y_sample, out_sample, alpha_sample, alpha_channel, alpha_frame, PIXELS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     sample, inside, mask, alphas, _, there = _rows(
         pixels, channels, frames, group, plane, alpha_sample, alpha_channel, alpha_frame, PIXELS, GROUP
@@ -174,7 +175,7 @@ def blend(x: Tensor, y: Tensor, alpha: Tensor, partner: Tensor | None) -> Tensor
 def blend_out(out: Tensor, x: Tensor, y: Tensor, alpha: Tensor, partner: Tensor | None) -> None:
     ops._out_fake(out, x, y, alpha, partner)
     check_narrow("blend_out", x)
-    layout = ops.memory_format(out)
+    layout = memory_format(out)
     target = out if out.is_contiguous(memory_format=layout) else torch.empty_like(out, memory_format=layout)
     _blend_into(target, x, y, alpha, partner, layout)
     if target is not out:

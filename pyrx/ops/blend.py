@@ -12,7 +12,6 @@ from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import FLOAT_DTYPES, check_device, check_dtype, check_float, check_shape, check_tensor, fail
 from pyrx.reference import blend as reference
-from pyrx.reference.batch_mix import memory_format
 
 ROW = "blend"
 IMAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
@@ -114,7 +113,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_y = reference.gather_backward(grad_y, partner, ctx.samples)
     if ctx.needs[2]:
         grad_alpha = grad_alpha.sum_to_size(alpha.shape).to(alpha.dtype)
-    found = [grad_x, grad_y, grad_alpha]
+    found: Sequence[Tensor] = (grad_x, grad_y, grad_alpha)
     if torch.is_grad_enabled():
         # create_graph=True: the gradients are constants here, so going through them once more must not pass
         message = "pyrx::blend: expected one differentiation, got a second: it has no double backward"
