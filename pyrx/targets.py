@@ -21,6 +21,7 @@ class MixedTarget(NamedTuple):
             sample was mixed pixel by pixel. None where the target does not come from a mixing op.
         pairing: (N,) int64, the partner of each sample, or None.
         masks: (N, H, W) segmentation maps that were mixed with the images, or None.
+        mattes: (N or 1, 1, H, W), the weight of the sample's own pixels where FMix mixed them, or None.
 
     Equivalent to the probabilities `lam * one_hot(a) + (1 - lam) * one_hot(b)`, without building them.
     """
@@ -31,6 +32,7 @@ class MixedTarget(NamedTuple):
     boxes: Tensor | None = None
     pairing: Tensor | None = None
     masks: Tensor | None = None
+    mattes: Tensor | None = None
 
     def to_probabilities(self, num_classes: int, label_smoothing: float = 0.0) -> Tensor:
         """(..., num_classes) of lam's dtype: each row sums to one, `label_smoothing` of it spread over all classes.

@@ -567,6 +567,7 @@ def compile_ahead_of_time(architecture):
         patches.patch_mask(seed, losses, (4, 14, 14), method, 147, 40 * (method == 2), 16, -1.2, method != 1)
     for packed, width in ((False, 8), (True, 8), (True, 9)):
         kernels.dropout_mask(seed, (4, width), 32768, 0, False, packed)
+    compile_blend()
     # large enough for wgmma's tiles, and for two chunks
     launcher.CHUNK_MASK_BYTES = 2**23
     call_head(8192, 2048, 100, torch.bfloat16, bias=False)
@@ -584,6 +585,18 @@ def compile_ahead_of_time(architecture):
         call_head(16, 64, 10, torch.float16, target=mixed, weight=torch.ones(10), thresholds=[1, 2, 3])
         call_head(16, 64, 10, torch.float16, target=mixed, thresholds=[1, 2, 3], averaged=True, antithetic=True)
     report(compiled, None)
+
+
+def compile_blend():
+    blend = importlib.import_module("pyrx._triton.blend")
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32):
+        images = torch.zeros(4, 3, 32, 32, dtype=dtype)
+        for each in (images, images.contiguous(memory_format=torch.channels_last)):
+            for alpha in (torch.ones(4, 1, 32, 32), torch.ones(4, 1, 32, 32, dtype=torch.bool)):
+                blend.blend(each, each, alpha, torch.arange(4))
+                if dtype != torch.uint8:
+                    blend.blend_backward(each, each, each, alpha, None, [True] * 3)
+                    blend.blend_backward(each, None, None, alpha, None, [True, False, False])
 
 
 def report(compiled, dtype):

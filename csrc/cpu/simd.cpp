@@ -96,6 +96,11 @@ const PairKernels<T>& pair_kernels() {
 }
 
 template <typename T>
+const BlendKernels<T>& blend_kernels() {
+  PYRX_PICK(blend_table<T>())
+}
+
+template <typename T>
 const ElementKernels<T>& element_kernels() {
   PYRX_PICK(element_table<T>())
 }
@@ -117,6 +122,7 @@ const LossKernels<T, O>& loss_kernels() {
 
 #define PYRX_PIXELS(In)                                                 \
   template const PairKernels<In>& pair_kernels<In>();                   \
+  template const BlendKernels<In>& blend_kernels<In>();                 \
   template const MixKernels<In, float>& mix_kernels<In, float>();       \
   template const MixKernels<In, double>& mix_kernels<In, double>();     \
   template const MixKernels<In, bfloat16>& mix_kernels<In, bfloat16>(); \

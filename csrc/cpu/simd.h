@@ -206,6 +206,26 @@ struct PairKernels {
   void (*mix_pair)(T* a, T* b, Acc weight_a, Acc weight_b, int64_t n);
 };
 
+// A run of elements, of which each has an alpha.
+template <typename T>
+struct BlendRun {
+  const T* grad;
+  const T* x;  // x and y are read for the terms alone
+  const T* y;
+  const accumulate_t<T>* alpha;
+  T* grad_x;  // alpha * grad, or null
+  T* grad_y;  // (1 - alpha) * grad, or null
+  accumulate_t<T>* terms;  // grad * (x - y), or null
+};
+
+template <typename T>
+struct BlendKernels {
+  // out[i] = alpha[i] * x[i] + (1 - alpha[i]) * y[i], rounded one by one; x or y itself where alpha is 1 or 0
+  void (*blend)(const T* x, const T* y, const accumulate_t<T>* alpha, int64_t n, T* out);
+  // `add`: to the terms that are there
+  void (*gradients)(const BlendRun<T>& run, bool add, int64_t n);
+};
+
 // "avx512", "avx2" or "default": what this processor has, less what ATEN_CPU_CAPABILITY forbids.
 const char* capability();
 
@@ -215,6 +235,8 @@ template <typename In, typename Out>
 const MixKernels<In, Out>& mix_kernels();
 template <typename T>
 const PairKernels<T>& pair_kernels();
+template <typename T>
+const BlendKernels<T>& blend_kernels();
 template <typename T>
 const ElementKernels<T>& element_kernels();
 template <typename Acc>

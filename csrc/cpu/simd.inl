@@ -2,6 +2,7 @@
 #include "cpu/vec.inl"
 #include "cpu/pixels.inl"
 #include "cpu/neighbor_fill.inl"
+#include "cpu/blend.inl"
 
 template <typename T, typename G>
 void select(const T* x, const uint8_t* bits, int64_t n, G* out) {

@@ -13,7 +13,14 @@
 namespace pyrx {
 
 // Counter word 3: what the words are for.
-enum Domain : uint32_t { kMaskDomain = 0, kDrawDomain = 1, kNoiseDomain = 2, kPairDomain = 3, kPatchDomain = 4 };
+enum Domain : uint32_t {
+  kMaskDomain = 0,
+  kDrawDomain = 1,
+  kNoiseDomain = 2,
+  kPairDomain = 3,
+  kPatchDomain = 4,
+  kSpectrumDomain = 5
+};
 
 #if defined(__CUDA_ARCH__)
 PYRX_HOST_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }

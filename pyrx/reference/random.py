@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyrx.reference.dropout import philox
 
-DRAW_DOMAIN, NOISE_DOMAIN, PAIR_DOMAIN, PATCH_DOMAIN = 1, 2, 3, 4
+DRAW_DOMAIN, NOISE_DOMAIN, PAIR_DOMAIN, PATCH_DOMAIN, SPECTRUM_DOMAIN = 1, 2, 3, 4, 5
 BETA_ATTEMPTS = 16
 
 

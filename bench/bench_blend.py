@@ -1,0 +1,175 @@
+"""Alpha compositing and FMix against PyTorch's eager and compiled forms, and against moving the same bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from harness import SETTINGS, Contender, expect, graphed, run_case, set_threads
+from torch import Tensor
+
+import pyrx
+
+ROW = "blend"
+SHAPE = (64, 3, 224, 224)
+CASES = [(torch.float32, False), (torch.uint8, False), (torch.float32, True)]
+
+
+def images_of(dtype: torch.dtype) -> Tensor:
+    device = SETTINGS.device
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, SHAPE, dtype=dtype, device=device)
+    return torch.rand(SHAPE, device=device).to(dtype)
+
+
+def lerp(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    if x.dtype == torch.uint8:
+        return torch.lerp(y.float(), x.float(), alpha).round().to(torch.uint8)
+    return torch.lerp(y, x, alpha)
+
+
+def formula(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    mixed = alpha * x + (1 - alpha) * y
+    return mixed.round().to(torch.uint8) if x.dtype == torch.uint8 else mixed
+
+
+def moved_bytes(count: int) -> list[Contender]:
+    """A copy that reads and writes `count` bytes together."""
+    source = torch.zeros(count // 2, dtype=torch.uint8, device=SETTINGS.device)
+    buffer = torch.empty_like(source)
+    return [
+        Contender("floor, new memory", source.clone, "floor", note="a copy into newly allocated memory"),
+        Contender("floor, buffers", lambda: buffer.copy_(source), "floor", note="a copy into memory that is there"),
+    ]
+
+
+def on_the_gpu(contenders: list[Contender]) -> list[Contender]:
+    """pyrx and the floor as CUDA graphs too: the device's time."""
+    if SETTINGS.device == "cpu":
+        return []
+    return [
+        Contender(f"{each.name}, CUDA graph", graphed(each.step), each.kind, "CUDA graph", each.note)
+        for each in contenders
+        if each.kind in ("pyrx", "floor")
+    ]
+
+
+def with_graphs(contenders: list[Contender], floors: dict[str, str]) -> tuple[list[Contender], dict[str, str]]:
+    graphs = on_the_gpu(contenders)
+    more = {f"{a}, CUDA graph": f"{b}, CUDA graph" for a, b in floors.items() if graphs}
+    return [*contenders, *graphs], floors | more
+
+
+def unlike(name: str, got: Tensor, expected: Tensor, slack: float) -> dict[str, Any]:
+    difference = (got.float() - expected.float()).abs().max().item()
+    return expect(name, "largest difference from the reference", difference, slack)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backward"),
+    CASES[: 1 if SETTINGS.quick else None],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_blend(dtype: torch.dtype, backward: bool, benchmark: Any) -> None:
+    """(N, 1, H, W) mattes; backward: all three gradients."""
+    set_threads()
+    torch._dynamo.reset()
+    x, y = images_of(dtype), images_of(dtype)
+    alpha = torch.rand(SHAPE[0], 1, *SHAPE[2:], device=SETTINGS.device)
+    leaves, upstream, buffer = (x, y, alpha), torch.rand(SHAPE, device=SETTINGS.device), torch.empty_like(x)
+    if backward:
+        leaves = tuple(each.requires_grad_() for each in leaves)
+
+    def step(form: Callable[..., Tensor]) -> Any:
+        mixed = form(*leaves)
+        return (mixed.detach(), *torch.autograd.grad(mixed, leaves, upstream)) if backward else (mixed,)
+
+    forms: dict[str, Callable[..., Tensor]] = {
+        "lerp": lerp,
+        "formula": formula,
+        "compiled lerp": torch.compile(lerp, dynamic=False, fullgraph=True),
+        "compiled formula": torch.compile(formula, dynamic=False, fullgraph=True),
+        "pyrx": pyrx.blend,
+    }
+    contenders = [
+        Contender(name, partial(step, form), "pyrx" if name == "pyrx" else "peer") for name, form in forms.items()
+    ]
+    floors = {"pyrx": "floor, new memory"}
+    if not backward:
+        contenders.append(Contender("pyrx, out", lambda: (pyrx.blend(*leaves, out=buffer),), "pyrx"))
+        floors["pyrx, out"] = "floor, buffers"
+    # forward: x, y, alpha, the result; backward: its gradient, x, y, alpha and their gradients
+    width, pixels = x.element_size(), 4 * alpha.numel()
+    contenders += moved_bytes((9 if backward else 3) * x.numel() * width + (3 if backward else 1) * pixels)
+    if not backward:
+        contenders, floors = with_graphs(contenders, floors)
+
+    def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
+        expected = step(partial(pyrx.blend, backend="reference"))
+        slack = 1.0 if dtype == torch.uint8 else 1e-5
+        found = []
+        for name, each in able.items():
+            if each.kind != "floor":
+                exact = name.startswith("pyrx") and not backward
+                for one, other in zip(each.step(), expected, strict=True):
+                    found.append(unlike(name, one, other, 0.0 if exact else slack))
+        return found
+
+    params = {"op": "blend", "shape": list(SHAPE), "dtype": str(dtype)[6:], "backward": backward}
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors)
+
+
+def host_matte(lam: float, size: tuple[int, int], decay_power: float = 3.0) -> Tensor:
+    """A matte on the host, one image at a time: noise, filter, transform, sort."""
+    height, width = size
+    y, x = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
+    frequency = torch.sqrt(y**2 + x**2).clamp(min=1 / max(size))
+    noise = torch.complex(torch.randn(height, width // 2 + 1), torch.randn(height, width // 2 + 1))
+    field = torch.fft.irfftn(noise / frequency**decay_power, size).flatten()
+    field = (field - field.min()) / (field.max() - field.min())
+    count = math.ceil(lam * field.numel()) if torch.rand(()) < 0.5 else math.floor(lam * field.numel())
+    matte = torch.zeros(field.numel())
+    matte[field.argsort(descending=True)[:count]] = 1
+    return matte.reshape(1, 1, height, width)
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["one_matte", "per_sample"])
+def test_fmix(per_sample: bool, benchmark: Any) -> None:
+    set_threads()
+    images = images_of(torch.float32)
+    labels = torch.randint(0, 1000, SHAPE[:1], device=SETTINGS.device)
+    beta = torch.distributions.Beta(1.0, 1.0)
+
+    def host() -> Any:
+        lam = [beta.sample().item() for _ in range(SHAPE[0] if per_sample else 1)]
+        matte = torch.cat([host_matte(each, SHAPE[2:]) for each in lam]).to(images.device)
+        return matte * images + (1 - matte) * images[torch.randperm(SHAPE[0], device=images.device)], matte, lam
+
+    def ours(**options: Any) -> Any:
+        mixed, target = pyrx.fmix(images, labels, per_sample=per_sample, **options)
+        return mixed, target.mattes, target.lam
+
+    given = pyrx.fmix(images, labels, per_sample=per_sample, seed=1)[1]
+    replay = {"lam": given.lam, "mattes": given.mattes, "pairing": given.pairing}
+    contenders = [
+        Contender("on the host, with images[randperm]", host),
+        Contender("pyrx", ours, "pyrx"),
+        Contender("pyrx, mattes given", partial(ours, **replay), "pyrx", "given"),
+        Contender("floor", images.clone, "floor", note="a copy of the images into newly allocated memory"),
+    ]
+
+    def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
+        mixed, target = pyrx.fmix(images, labels, per_sample=per_sample, seed=7)
+        expected = torch.where(target.mattes, images, images.flip(0))
+        area = target.mattes.double().sum((1, 2, 3)) - target.lam[: len(target.mattes)].double() * SHAPE[2] * SHAPE[3]
+        return [
+            unlike("pyrx", mixed, expected, 0.0),
+            expect("pyrx", "pixels between the mattes' areas and lam", area.abs().max().item(), 1),
+        ]
+
+    params = {"op": "fmix", "shape": list(SHAPE), "dtype": "float32", "per_sample": per_sample}
+    run_case(ROW, params, contenders, benchmark, check=check, floors={"pyrx": "floor", "pyrx, mattes given": "floor"})
