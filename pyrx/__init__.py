@@ -5,8 +5,8 @@ from pyrx._version import __version__
 from pyrx.ops.batch_mix import cutmix, mixup, resizemix
 from pyrx.ops.blend import blend
 from pyrx.ops.dropout import dropout, dropout_mask
-from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
 from pyrx.ops.fmix import fmix
+from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.ops.neighbor_fill import neighbor_fill
 from pyrx.ops.patch_mask import patch_mask

@@ -383,6 +383,8 @@ def test_neighbor_fill_layouts(device, channels):
         upstream = torch.randn(shape, device=device)
         (grad,) = torch.autograd.grad(got, input, upstream)
         assert torch.equal(grad, torch.where(mask, upstream, 0))
+
+
 # Mixed cross-entropy.
 
 
