@@ -8,7 +8,9 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define PYRX_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#define PYRX_DYNAMIC_SHARED(type, name)                               \
+  extern __shared__ __align__(16) unsigned char pyrx_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(pyrx_dynamic_shared)
 #endif
 
 #include "kernels/dropout.h"

@@ -5,12 +5,6 @@
 #include "cuda/common.cuh"
 #include "kernels/neighbor_fill.h"
 
-#if defined(__CUDACC__)
-#define PYRX_DYNAMIC_SHARED(type, name)                               \
-  extern __shared__ __align__(16) unsigned char pyrx_dynamic_shared[]; \
-  type* name = reinterpret_cast<type*>(pyrx_dynamic_shared)
-#endif
-
 namespace pyrx::cuda {
 
 constexpr int kFillTile = 32;        // places of a tile on a side
