@@ -239,7 +239,7 @@ int main() {
   test_type<double>();
   test_type<__half>();
   test_type<__nv_bfloat16>();
-  for (const Order order : {Order::kForward, Order::kBackward, Order::kShuffled}) {
+  for (const Order order : {Order::kForward, Order::kShuffled, Order::kWarpByWarp}) {
     shim::order = order;
     test_type<float>();
   }
