@@ -248,11 +248,11 @@ std::vector<int64_t> labels_of(int64_t n) {
 const Shape kShapes[] = {
     {1, 3, 1, 5, 5, false}, {2, 1, 1, 4, 3, false},   {5, 3, 1, 7, 1, false}, {5, 3, 1, 8, 16, true},
     {5, 1, 2, 6, 8, false}, {2, 3, 1, 3, 223, false}, {3, 3, 2, 4, 16, true}, {2, 3, 1, 5, 224, false},
-    {5, 3, 1, 2, 5, true},  {4, 3, 1, 16, 3, false},
+    {5, 3, 1, 2, 5, true},  {4, 3, 1, 16, 3, false},  {3, 4, 1, 6, 2, false},  // vectors over the ends of planes
 };
 
 void test_draws() {
-  for (const Shape& shape : {kShapes[0], kShapes[3], kShapes[8], kShapes[9]})
+  for (const Shape& shape : {kShapes[0], kShapes[3], kShapes[8], kShapes[10]})
     for (const MixKind kind : {kMixup, kCutmix, kResizemix, kEither})
       for (const int64_t pairing : {kFlip, kRoll, kRandom, kGiven})
         for (const Granularity granularity : {kPerBatch, kPerPair, kPerSample})
