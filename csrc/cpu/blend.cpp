@@ -137,6 +137,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> blend_backward(const at::Tensor& 
   check_blend_backward(grad, x, y, alpha, partner, needs);
   const at::MemoryFormat format = sample_format(x ? *x : grad);
   const auto found = blend_gradients(grad, alpha, needs, format);
+  for (const at::Tensor& each : found) use_huge_pages(each);
   const BlendOperands operands = blend_operands(grad, y, alpha, partner, format);
   const at::Tensor own = needs[2] ? dense_samples(*x, format) : at::Tensor();
   const std::vector<int64_t> partner_of =
