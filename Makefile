@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= 2.11.0
 TORCH_SYSTEM ?= 0
 export MAX_JOBS ?= $(shell nproc)
+TEST_JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
@@ -48,7 +49,7 @@ demo: $(call extras,demo)
 
 test: $(call extras,test) lint cpp
 	$(call say,'pytest on the CPU (some minutes)')
-	@PYRX_REQUIRE=cpu $(PY) -m pytest -q -m 'not gpu'
+	@PYRX_REQUIRE=cpu $(PY) -m pytest -q -m 'not gpu' -n $(TEST_JOBS) --dist worksteal
 
 bench: $(call extras,bench)
 	$(call say,'benchmarks (some minutes): results in bench/results')

@@ -256,6 +256,24 @@ def test_given_lam_and_boxes(backend):
         assert target.lam.tolist() == [share] * 4
 
 
+def test_boxes_of_minus_one_mix_pixel_by_pixel(backend):
+    """What nn.Mixup gives where it may do either; masks stay the sample's own there."""
+    images, masks = images_of((4, 3, 10, 10)), torch.randint(0, 9, (4, 10, 10), dtype=torch.uint8)
+    boxes = torch.tensor([[-1] * 4, [1, 2, 5, 9], [0] * 4, [-1] * 4])
+    lam = torch.tensor([0.25, 0.72, 1.0, 0.5])
+    for function in (pyrx.cutmix, pyrx.resizemix):
+        mixed, target = function(images, None, lam=lam, boxes=boxes, masks=masks, backend=backend)
+        weighed, _ = pyrx.mixup(images, None, lam=lam, backend=backend)
+        pasted_, _ = function(images, None, boxes=boxes.clamp(min=0), backend=backend)
+        assert_same_bits(mixed, torch.where((boxes[:, :1] < 0)[..., None, None], weighed, pasted_))
+        assert torch.equal(target.masks[[0, 2, 3]], masks[[0, 2, 3]]) and torch.equal(target.boxes, boxes)
+
+    def resized(value):
+        return pyrx.resizemix(value, None, lam=lam, boxes=boxes, backend=backend)[0]
+
+    assert torch.autograd.gradcheck(resized, (images[:, :1].double().requires_grad_(),))
+
+
 def test_empty_batches_and_images(backend):
     for shape in ((0, 3, 8, 8), (3, 0, 8, 8), (3, 3, 0, 8), (3, 3, 8, 0)):
         for function in (pyrx.cutmix, pyrx.mixup, pyrx.resizemix):

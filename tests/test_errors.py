@@ -521,6 +521,14 @@ CUTMIX_ROWS = [
         "boxes", "0 <= y0 <= y1 <= 8 and 0 <= x0 <= x1 <= 6", "[0, -1, 2, 2]", boxes=BOXES - torch.tensor([0, 1, 0, 0])
     ),
     row("lam", "to be given beside boxes of -1", "None", boxes=torch.full((4, 4), -1)),
+    row(
+        "boxes",
+        "0 <= y0 <= y1 <= 8 and 0 <= x0 <= x1 <= 6",
+        "[-1, -1, -1, -1]",
+        lam=0.5,
+        images=IMAGES.int(),
+        boxes=torch.full((4, 4), -1),
+    ),
     row("minmax", "to be two floats", "0.5", minmax=0.5),
     row("minmax", "0 <= minimum <= maximum <= 1 and maximum > 0", "(0.5, 0.2)", minmax=(0.5, 0.2)),
     row("masks", "of shape [N, H, W] = [4, 8, 6]", "[4, 6, 8]", masks=torch.zeros(4, 6, 8, dtype=torch.int64)),
@@ -593,6 +601,8 @@ def test_the_raw_op_of_batch_mix(changes, error, text):
         ({"boxes": BOXES + torch.tensor([0, 0, 7, 0])},
          "expected boxes 0 <= y0 <= y1 <= 8 and 0 <= x0 <= x1 <= 6, got [0, 0, 9, 2]"),
         ({"boxes": torch.full((4, 4), -1)}, "expected lam to be given beside boxes of -1, got None"),
+        ({"boxes": torch.full((4, 4), -1), "lam": torch.ones(4), "images": IMAGES.int(), "dtype": torch.int32},
+         "expected boxes 0 <= y0 <= y1 <= 8 and 0 <= x0 <= x1 <= 6, got [-1, -1, -1, -1]"),
         ({"partner": torch.tensor([0, 1, 1, 3]), "pairing": 3},
          "expected pairing to be a permutation of the samples, got [0, 1, 1, 3]"),
     ],

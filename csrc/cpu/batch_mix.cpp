@@ -82,13 +82,15 @@ Mixes draw(const MixArguments& given, bool swap) {
   Mixes mixes{std::vector<Mix>(samples), partners(given, swap), {}};
   const at::Tensor lams = given.lam ? given.lam->contiguous() : at::Tensor();
   const at::Tensor boxes = given.boxes ? given.boxes->contiguous() : at::Tensor();
+  const auto dtype = given.images.scalar_type();
+  const bool weighable = dtype == at::kByte || at::isFloatingType(dtype);  // other integers have boxes only
   for (int64_t i = 0; i < samples; ++i) {
     const float lam = given.lam ? lams.const_data_ptr<float>()[i] : -1.0f;
     PYRX_CHECK_VALUE(!given.lam || (lam >= 0 && lam <= 1), "batch_mix", "lam", "in [0, 1]", double(lam));
     if (given.boxes) {
       const int64_t* values = boxes.const_data_ptr<int64_t>() + 4 * i;
       const Box box{values[0], values[1], values[2], values[3]};
-      PYRX_CHECK_VALUE(is_box(box, given.draw), "batch_mix", "boxes",
+      PYRX_CHECK_VALUE(is_box(box, given.draw) && (box.y0 >= 0 || weighable), "batch_mix", "boxes",
                        "0 <= y0 <= y1 <= " + text(given.draw.height) + " and 0 <= x0 <= x1 <= " + text(given.draw.width),
                        at::IntArrayRef(values, 4));
       PYRX_CHECK_VALUE(given.lam || box.y0 >= 0, "batch_mix", "lam", "to be given beside boxes of -1", "None");

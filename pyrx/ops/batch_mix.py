@@ -190,18 +190,21 @@ _library.define(ROW, "batch_mix_", f"(Tensor(a!) images, {_DRAW}) -> ({_MIXES})"
 
 
 def _check_values(
-    op: str, lam: Tensor | None, boxes: Tensor | None, partner: Tensor | None, height: int, width: int, swap: bool
+    op: str, lam: Tensor | None, boxes: Tensor | None, partner: Tensor | None, images: Tensor, swap: bool
 ) -> None:
     """What only the values tell, of CPU tensors."""
+    height, width = images.shape[-2:]
+    weighable = images.dtype == torch.uint8 or images.is_floating_point()  # other integers have boxes only
     if lam is not None and not bool(((lam >= 0) & (lam <= 1)).all()):
         fail(op, "lam", "in [0, 1]", lam.tolist())
     if boxes is not None:
         y0, x0, y1, x1 = boxes.unbind(1)
         inside = (y0 >= 0) & (y0 <= y1) & (y1 <= height) & (x0 >= 0) & (x0 <= x1) & (x1 <= width)
-        if not bool((inside | (boxes == -1).all(1)).all()):
-            bad = boxes[~(inside | (boxes == -1).all(1))][0].tolist()
+        without = (boxes == -1).all(1) & weighable
+        if not bool((inside | without).all()):
+            bad = boxes[~(inside | without)][0].tolist()
             fail(op, "boxes", f"0 <= y0 <= y1 <= {height} and 0 <= x0 <= x1 <= {width}", bad)
-        if lam is None and bool((boxes == -1).any()):
+        if lam is None and bool(without.any()):
             fail(op, "lam", "to be given beside boxes of -1", None)
     if partner is not None:
         index = torch.arange(len(partner))
@@ -362,14 +365,15 @@ def mix_batch(
     if inplace:
         _check_swap(op, way, draw.kind)
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(op, lam, boxes, partner, images.shape[-2], images.shape[-1], inplace)
+        _check_values(op, lam, boxes, partner, images, inplace)
     mixed, partner_labels, mixes = _apply(
         images, labels, seed, lam, boxes, partner, way, draw, scale, bias, dtype, inplace, out, chosen
     )
     if masks is not None:
         again = draw._replace(kind=RESIZEMIX if draw.kind == RESIZEMIX else CUTMIX)
+        boxes = mixes.boxes.clamp(min=0)  # ids are not weighed: where pixels were, they stay
         masks = _apply(
-            masks.unsqueeze(1), None, seed, mixes.lam, mixes.boxes, mixes.partner, GIVEN, again, (), (), masks.dtype,
+            masks.unsqueeze(1), None, seed, mixes.lam, boxes, mixes.partner, GIVEN, again, (), (), masks.dtype,
             inplace, None, chosen,
         )[0].squeeze(1)  # fmt: skip
     a = mixes.partner.new_empty(0) if labels is None else labels

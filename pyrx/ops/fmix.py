@@ -115,7 +115,7 @@ def fmix(
     draw = Draw(MIXUP, PER_SAMPLE if per_sample else PER_BATCH, chance, 0, float(alpha), 0.0, 0.0, 0.0, True)
     batch_mix._check_mix(OP, images, labels, seed, lam, None, partner, way, draw, (), (), images.dtype)
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        batch_mix._check_values(OP, lam, None, partner, height, width, False)
+        batch_mix._check_values(OP, lam, None, partner, images, False)
     if mattes is not None:
         check_tensor(OP, "mattes", mattes)
         check_alpha(OP, "mattes", mattes if images.dim() == 4 else mattes.unsqueeze(2), images)

@@ -182,9 +182,10 @@ def mix(
     """Images (N, C, ..., H, W) under the mixes, times scale plus bias (C,) if given, each operation rounded alone."""
     dtype = images.dtype if dtype is None else dtype
     partner = images.index_select(0, mixes.partner)
-    if resize:
-        partner = partner.flatten(-2).gather(-1, _source(mixes.boxes, images)).view(images.shape)
     inside = _inside(mixes.boxes, images)
+    if resize:
+        shrunk = partner.flatten(-2).gather(-1, _source(mixes.boxes, images)).view(images.shape)
+        partner = torch.where(inside, shrunk, partner)
     weight = _shaped(mixes.weight, images)
     whole = inside | (weight == 0), ~inside & (weight == 1)
     accumulate = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
@@ -216,9 +217,10 @@ def mix_backward(grad: Tensor, mixes: Mixes, resize: bool, scale: Sequence[float
         nowhere = grad.shape[-1] * grad.shape[-2]
         at = torch.where(inside.flatten(-2), _source(mixes.boxes, grad), nowhere)
         wide = torch.zeros((*grad.shape[:-2], nowhere + 1), dtype=accumulate, device=grad.device)
-        other = wide.scatter(-1, at, other.flatten(-2))[..., :-1].reshape(grad.shape)
+        shrunk = wide.scatter(-1, at, other.flatten(-2))[..., :-1].reshape(grad.shape)
+        other = torch.where(inside, 0, other) + shrunk
     index = torch.arange(len(grad), device=grad.device)
-    inverse = torch.empty_like(mixes.partner).scatter(0, mixes.partner, index)
+    inverse = index.scatter(0, mixes.partner, index)
     return (own + other.index_select(0, inverse)).to(dtype)
 
 
