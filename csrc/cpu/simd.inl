@@ -1,6 +1,7 @@
 // Included by simd.cpp once for each instruction set, inside that set's namespace and target.
 #include "cpu/vec.inl"
 #include "cpu/pixels.inl"
+#include "cpu/noise.inl"
 
 template <typename T, typename G>
 void select(const T* x, const uint8_t* bits, int64_t n, G* out) {
