@@ -461,6 +461,7 @@ def compile_ahead_of_time(architecture):
         call_head(128, 512, 10, dtype, antithetic=True)
         call_head(128, 2043, 300, dtype, averaged=True)
         report(compiled, dtype)
+    compile_noise(seed)
     for packed, width in ((False, 8), (True, 8), (True, 9)):
         kernels.dropout_mask(seed, (4, width), 32768, 0, False, packed)
     # large enough for wgmma's tiles, and for two chunks
@@ -477,6 +478,20 @@ def compile_ahead_of_time(architecture):
         call_head(16, 64, 10, torch.float16, target=mixed, weight=torch.ones(10), thresholds=[1, 2, 3])
         call_head(16, 64, 10, torch.float16, target=mixed, thresholds=[1, 2, 3], averaged=True, antithetic=True)
     report(compiled, None)
+
+
+def compile_noise(seed):
+    erasing = importlib.import_module("pyrx._triton.random_erasing")
+    noise = importlib.import_module("pyrx._triton.noise_mask")
+    for dtype in (torch.bfloat16, torch.float32):
+        for images in (torch.zeros(4, 3, 16, 16, dtype=dtype), torch.zeros(4, 3, 5, 5, dtype=dtype)):
+            noise.noise_mask(images, images[:, :1], seed, 1.0, 0.0, 3)
+            noise.noise_mask(images, images, seed, 1.0, 0.0, 3)
+            noise.noise_mask_backward(images, seed, True, 1.0, 0.0, 3)
+            for kind, filling in ((0, 0), (0, 1), (1, 2)):
+                draw = (None, kind, 32768, 1, 2, 0.02, 0.3, 0.3, 3.3, 0, True, filling, [0.0])
+                erasing.random_erasing(images, seed, *draw)
+                erasing.random_erasing_(images.contiguous(memory_format=torch.channels_last), seed, *draw)
 
 
 def report(compiled, dtype):
