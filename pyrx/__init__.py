@@ -9,7 +9,9 @@ from pyrx.ops.fmix import fmix
 from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.ops.neighbor_fill import neighbor_fill
+from pyrx.ops.noise_mask import noise_mask
 from pyrx.ops.patch_mask import patch_mask
+from pyrx.ops.random_erasing import cutout, random_erasing
 from pyrx.targets import MixedTarget
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "__version__",
     "blend",
     "cutmix",
+    "cutout",
     "dropout",
     "dropout_mask",
     "fmix",
@@ -27,5 +30,7 @@ __all__ = [
     "neighbor_fill",
     "nn",
     "patch_mask",
+    "noise_mask",
+    "random_erasing",
     "resizemix",
 ]

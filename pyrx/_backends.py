@@ -11,7 +11,17 @@ import torch
 from pyrx import _extension
 from pyrx._checks import FLOAT_DTYPES, fail
 
-OPS = ("dropout", "multi_sample_dropout", "batch_mix", "neighbor_fill", "mixed_cross_entropy", "patch_mask", "blend")
+OPS = (
+    "dropout",
+    "multi_sample_dropout",
+    "batch_mix",
+    "neighbor_fill",
+    "mixed_cross_entropy",
+    "patch_mask",
+    "blend",
+    "random_erasing",
+    "noise_mask",
+)
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 # Triton's interpreter runs its kernels on CPU tensors; the variable must be set before triton is imported.

@@ -567,6 +567,7 @@ def compile_ahead_of_time(architecture):
     patches = importlib.import_module("pyrx._triton.patch_mask")
     for method, losses in enumerate((None, None, torch.zeros(4, 14, 14))):
         patches.patch_mask(seed, losses, (4, 14, 14), method, 147, 40 * (method == 2), 16, -1.2, method != 1)
+    compile_noise(seed)
     for packed, width in ((False, 8), (True, 8), (True, 9)):
         kernels.dropout_mask(seed, (4, width), 32768, 0, False, packed)
     compile_blend()
@@ -599,6 +600,20 @@ def compile_blend():
                 if dtype != torch.uint8:
                     blend.blend_backward(each, each, each, alpha, None, [True] * 3)
                     blend.blend_backward(each, None, None, alpha, None, [True, False, False])
+
+
+def compile_noise(seed):
+    erasing = importlib.import_module("pyrx._triton.random_erasing")
+    noise = importlib.import_module("pyrx._triton.noise_mask")
+    for dtype in (torch.bfloat16, torch.float32):
+        for images in (torch.zeros(4, 3, 16, 16, dtype=dtype), torch.zeros(4, 3, 5, 5, dtype=dtype)):
+            noise.noise_mask(images, images[:, :1], seed, 1.0, 0.0, 3)
+            noise.noise_mask(images, images, seed, 1.0, 0.0, 3)
+            noise.noise_mask_backward(images, seed, True, 1.0, 0.0, 3)
+            for kind, filling in ((0, 0), (0, 1), (1, 2)):
+                draw = (None, kind, 32768, 1, 2, 0.02, 0.3, 0.3, 3.3, 0, True, filling, [0.0])
+                erasing.random_erasing(images, seed, *draw)
+                erasing.random_erasing_(images.contiguous(memory_format=torch.channels_last), seed, *draw)
 
 
 def report(compiled, dtype):

@@ -84,6 +84,12 @@ const char* capability() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa
 
 const MaskKernels& mask_kernels() { PYRX_PICK(mask_table()) }
 const ByteKernels& byte_kernels() { PYRX_PICK(byte_table()) }
+const NormalKernels& normal_kernels() { PYRX_PICK(normal_table()) }
+
+template <typename T>
+const NoiseKernels<T>& noise_kernels() {
+  PYRX_PICK(noise_table<T>())
+}
 
 template <typename In, typename Out>
 const MixKernels<In, Out>& mix_kernels() {
@@ -134,6 +140,10 @@ PYRX_PIXELS(bfloat16)
 PYRX_PIXELS(float16)
 template const MixKernels<uint8_t, uint8_t>& mix_kernels<uint8_t, uint8_t>();
 
+template const NoiseKernels<float>& noise_kernels<float>();
+template const NoiseKernels<double>& noise_kernels<double>();
+template const NoiseKernels<bfloat16>& noise_kernels<bfloat16>();
+template const NoiseKernels<float16>& noise_kernels<float16>();
 template const ElementKernels<float>& element_kernels<float>();
 template const ElementKernels<double>& element_kernels<double>();
 template const ElementKernels<bfloat16>& element_kernels<bfloat16>();

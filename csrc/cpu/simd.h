@@ -9,6 +9,8 @@
 #include "kernels/dropout.h"
 #include "kernels/multi_sample_dropout.h"
 #include "kernels/neighbor_fill.h"
+#include "kernels/noise_mask.h"
+#include "kernels/random.h"
 
 namespace pyrx::cpu {
 
@@ -224,6 +226,20 @@ struct BlendKernels {
   void (*blend)(const T* x, const T* y, const accumulate_t<T>* alpha, int64_t n, T* out);
   // `add`: to the terms that are there
   void (*gradients)(const BlendRun<T>& run, bool add, int64_t n);
+constexpr int64_t kNormalBlock = 64;  // normals made at once
+
+struct NormalKernels {
+  // Standard normals of elements from 4 * first_group on; groups rounded up to a whole block are written.
+  void (*normals)(uint64_t seed, uint32_t sample, uint64_t first_group, int64_t groups, float* out);
+};
+
+template <typename T>
+struct NoiseKernels {
+  using Acc = accumulate_t<T>;
+  // out[i] = images[i] + mask[i] * noise[i]
+  void (*add)(const T* images, const T* mask, const float* normals, const Noise& noise, int64_t n, T* out);
+  // sum[i] += grad[i] * noise[i]
+  void (*accumulate)(const T* grad, const float* normals, const Noise& noise, int64_t n, Acc* sum);
 };
 
 // "avx512", "avx2" or "default": what this processor has, less what ATEN_CPU_CAPABILITY forbids.
@@ -231,6 +247,9 @@ const char* capability();
 
 const MaskKernels& mask_kernels();
 const ByteKernels& byte_kernels();
+const NormalKernels& normal_kernels();
+template <typename T>
+const NoiseKernels<T>& noise_kernels();
 template <typename In, typename Out>
 const MixKernels<In, Out>& mix_kernels();
 template <typename T>
@@ -258,6 +277,16 @@ inline void row_bits(uint64_t seed, SampleMask mask, uint64_t first, int64_t n, 
     for (int64_t i = 0; i < bytes; ++i) out[i] = static_cast<uint8_t>((scratch[i] | scratch[i + 1] << 8) >> shift);
   }
   if (n % 8 != 0) out[bytes - 1] &= static_cast<uint8_t>((1 << n % 8) - 1);
+}
+
+// Floats of scratch that `normals` asks for.
+inline int64_t normals_scratch(int64_t n) { return (n + 3 + kNormalBlock - 1) / kNormalBlock * kNormalBlock; }
+
+// Standard normals of elements first .. first + n - 1, somewhere in `scratch`.
+inline const float* normals(uint64_t seed, uint32_t sample, uint64_t first, int64_t n, float* scratch) {
+  const int64_t shift = static_cast<int64_t>(first % 4);
+  normal_kernels().normals(seed, sample, first / 4, (shift + n + 3) / 4, scratch);
+  return scratch + shift;
 }
 
 }  // namespace pyrx::cpu

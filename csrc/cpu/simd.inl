@@ -3,6 +3,7 @@
 #include "cpu/pixels.inl"
 #include "cpu/neighbor_fill.inl"
 #include "cpu/blend.inl"
+#include "cpu/noise.inl"
 
 template <typename T, typename G>
 void select(const T* x, const uint8_t* bits, int64_t n, G* out) {

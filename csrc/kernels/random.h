@@ -21,6 +21,9 @@ enum Domain : uint32_t {
   kPatchDomain = 4,
   kSpectrumDomain = 5
 };
+// Counter word 3: what the words are for. Word 2 of draws is 0 to 255 for batch mixing, from 256 on for random erasing; of
+// noise it is the caller's sample, the two largest for random erasing.
+enum Domain : uint32_t { kMaskDomain = 0, kDrawDomain = 1, kNoiseDomain = 2, kPairDomain = 3, kPatchDomain = 4 };
 
 #if defined(__CUDA_ARCH__)
 PYRX_HOST_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
@@ -136,6 +139,79 @@ PYRX_HOST_DEVICE double beta(uint64_t seed, uint64_t index, double alpha) {
     words = philox(seed, index, attempt + 1, kDrawDomain);
     u = uniform(words.w[0], words.w[1]);
   }
+}
+
+PYRX_HOST_DEVICE float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+PYRX_HOST_DEVICE uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Normals, in float32 without a branch, so that loops of it vectorise.
+
+// (word >> 8 + 1/2) / 2^24, in (0, 1].
+PYRX_HOST_DEVICE float uniform_float(uint32_t word) {
+  return (static_cast<float>(static_cast<int32_t>(word >> 8)) + 0.5f) * 0x1p-24f;
+}
+
+// -2 ln(u): ln(m) as in log_positive, m in [sqrt(1/2), sqrt(2)).
+PYRX_HOST_DEVICE float squared_radius(float u) {
+  const uint32_t shifted = to_bits(u) + (0x3F800000u - 0x3F3504F3u);
+  const float exponent = static_cast<float>(static_cast<int32_t>(shifted >> 23) - 127);
+  const float m = from_bits((shifted & 0x007FFFFFu) + 0x3F3504F3u);
+  const float s = (m - 1) / (m + 1), z = mul(s, s), twice = s + s;
+  float sum = 1.0f / 9;
+  sum = mul(sum, z) + 1.0f / 7;
+  sum = mul(sum, z) + 1.0f / 5;
+  sum = mul(sum, z) + 1.0f / 3;
+  sum = mul(sum, z);
+  return mul(-2.0f, mul(exponent, 0.693147182f) + (mul(twice, sum) + twice));
+}
+
+// cos(2 pi v) and sin(2 pi v) for v in [0, 1].
+struct TurnFloat {
+  float cosine, sine;
+};
+PYRX_HOST_DEVICE TurnFloat turn(float v) {
+  const float t = 4 * v;
+  const int32_t quadrant = static_cast<int32_t>(t + 0.5f);
+  const float a = mul(t - static_cast<float>(quadrant), 1.57079637f), z = mul(a, a);
+  float c = 1.0f / 40320, s = 1.0f / 362880;
+  c = mul(c, z) - 1.0f / 720;
+  s = mul(s, z) - 1.0f / 5040;
+  c = mul(c, z) + 1.0f / 24;
+  s = mul(s, z) + 1.0f / 120;
+  c = mul(c, z) - 1.0f / 2;
+  s = mul(s, z) - 1.0f / 6;
+  c = mul(c, z) + 1;
+  s = mul(s, z) + 1;
+  s = mul(s, a);
+  const uint32_t cosine = quadrant & 1 ? to_bits(s) : to_bits(c), sine = quadrant & 1 ? to_bits(c) : to_bits(s);
+  // quadrants 0 .. 3: (c, s), (-s, c), (-c, -s), (s, -c)
+  return {from_bits(cosine ^ (static_cast<uint32_t>(quadrant + 1) & 2) << 30),
+          from_bits(sine ^ (static_cast<uint32_t>(quadrant) & 2) << 30)};
+}
+
+// Standard normals of elements 4 * group .. 4 * group + 3 (Box and Muller 1958).
+struct Normals {
+  float v[4];
+};
+PYRX_HOST_DEVICE Normals normals(uint64_t seed, uint64_t group, uint32_t sample) {
+  const PhiloxWords words = philox(seed, group, sample, kNoiseDomain);
+  const float first = std::sqrt(squared_radius(uniform_float(words.w[0])));
+  const float second = std::sqrt(squared_radius(uniform_float(words.w[2])));
+  const TurnFloat a = turn(uniform_float(words.w[1])), b = turn(uniform_float(words.w[3]));
+  return {{mul(first, a.cosine), mul(first, a.sine), mul(second, b.cosine), mul(second, b.sine)}};
+}
+
+// The standard normal of one element.
+PYRX_HOST_DEVICE float normal(uint64_t seed, uint64_t element, uint32_t sample) {
+  return normals(seed, element / 4, sample).v[element % 4];
 }
 
 }  // namespace pyrx

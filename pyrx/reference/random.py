@@ -1,4 +1,4 @@
-"""Draws that are not masks, the definition in csrc/kernels/random.h: float64 in +, -, *, / and sqrt alone."""
+"""Draws that are not masks, the definition in csrc/kernels/random.h: +, -, *, / and sqrt alone, normals in float32."""
 
 from __future__ import annotations
 
@@ -110,3 +110,50 @@ def beta(seed: Tensor, index: Tensor, alpha: float) -> Tensor:
         result = torch.where(accepted, torch.where(x < y, ratio, 1.0) / (1 + ratio), result)
         done = done | accepted
     return result
+
+
+def _uniform_float(word: Tensor) -> Tensor:
+    """(word >> 8 + 1/2) / 2**24 in (0, 1], float32."""
+    return ((word >> 8).float() + 0.5) * 2.0**-24
+
+
+def _squared_radius(u: Tensor) -> Tensor:
+    """-2 ln(u): ln(m) as in log_positive, m in [sqrt(1/2), sqrt(2))."""
+    shifted = u.view(torch.int32) + (0x3F800000 - 0x3F3504F3)
+    exponent = ((shifted >> 23) - 127).float()
+    m = ((shifted & 0x007FFFFF) + 0x3F3504F3).view(torch.float32)
+    s = (m - 1) / (m + 1)
+    z, twice = s * s, s + s
+    total = torch.full_like(s, 1 / 9)
+    for odd in (7, 5, 3):
+        total = total * z + 1 / odd
+    return -2 * (exponent * 0.693147182 + (twice * (total * z) + twice))
+
+
+def _turn_float(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos(2 pi v), sin(2 pi v)) for v in [0, 1], float32."""
+    t = 4 * v
+    q = (t + 0.5).int()
+    a = (t - q.float()) * 1.57079637
+    z = a * a
+    c, s = torch.full_like(z, 1 / 40320), torch.full_like(z, 1 / 362880)
+    for even, odd in ((-1 / 720, -1 / 5040), (1 / 24, 1 / 120), (-1 / 2, -1 / 6), (1.0, 1.0)):
+        c, s = c * z + even, s * z + odd
+    s = s * a
+    first, second = torch.where((q & 1) == 1, s, c), torch.where((q & 1) == 1, c, s)
+    # quadrants 0 .. 3: (c, s), (-s, c), (-c, -s), (s, -c)
+    return torch.where(((q + 1) & 2) == 0, first, -first), torch.where((q & 2) == 0, second, -second)
+
+
+def normals(seed: Tensor, group: Tensor, sample: int) -> Tensor:
+    """Standard normals of elements 4 group .. 4 group + 3 (Box and Muller 1958), float32: (*group.shape, 4)."""
+    words = philox(seed, group, sample, NOISE_DOMAIN)
+    # in float64, since torch's float32 roots are not all correctly rounded
+    radius = _squared_radius(_uniform_float(words[..., ::2])).double().sqrt().float()
+    cosine, sine = _turn_float(_uniform_float(words[..., 1::2]))
+    return torch.stack([radius * cosine, radius * sine], -1).flatten(-2)
+
+
+def normal(seed: Tensor, numel: int, sample: int) -> Tensor:
+    """The standard normals of elements 0 .. numel - 1, float32."""
+    return normals(seed, torch.arange((numel + 3) // 4, device=seed.device), sample).reshape(-1)[:numel]
