@@ -226,6 +226,8 @@ struct BlendKernels {
   void (*blend)(const T* x, const T* y, const accumulate_t<T>* alpha, int64_t n, T* out);
   // `add`: to the terms that are there
   void (*gradients)(const BlendRun<T>& run, bool add, int64_t n);
+};
+
 constexpr int64_t kNormalBlock = 64;  // normals made at once
 
 struct NormalKernels {

@@ -12,7 +12,8 @@
 
 namespace pyrx {
 
-// Counter word 3: what the words are for.
+// Counter word 3: what the words are for. Word 2 of draws is 0 to 255 for batch mixing, from 256 on for random erasing; of
+// noise it is the caller's sample, the two largest for random erasing.
 enum Domain : uint32_t {
   kMaskDomain = 0,
   kDrawDomain = 1,
@@ -21,9 +22,6 @@ enum Domain : uint32_t {
   kPatchDomain = 4,
   kSpectrumDomain = 5
 };
-// Counter word 3: what the words are for. Word 2 of draws is 0 to 255 for batch mixing, from 256 on for random erasing; of
-// noise it is the caller's sample, the two largest for random erasing.
-enum Domain : uint32_t { kMaskDomain = 0, kDrawDomain = 1, kNoiseDomain = 2, kPairDomain = 3, kPatchDomain = 4 };
 
 #if defined(__CUDA_ARCH__)
 PYRX_HOST_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
