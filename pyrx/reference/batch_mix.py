@@ -182,7 +182,8 @@ def mix(
     dtype = images.dtype if dtype is None else dtype
     partner = images.index_select(0, mixes.partner)
     if resize:
-        at = _source(mixes.boxes, images).reshape(len(images), *[1] * (images.dim() - 3), -1)
+        at = _source(mixes.boxes, images)
+        at = at.reshape(len(images), *[1] * (images.dim() - 3), images.shape[-2] * images.shape[-1])
         partner = partner.flatten(-2).gather(-1, at.expand(*images.shape[:-2], -1)).view(images.shape)
     inside = _inside(mixes.boxes, images)
     weight = _shaped(mixes.weight, images)
@@ -214,7 +215,8 @@ def mix_backward(grad: Tensor, mixes: Mixes, resize: bool, scale: Sequence[float
     own = torch.where(whole[0], zero, upstream * weight)
     other = torch.where(whole[0], upstream, torch.where(whole[1], zero, upstream * (1 - weight)))
     if resize:
-        at = _source(mixes.boxes, grad).reshape(len(grad), *[1] * (grad.dim() - 3), -1).expand(*grad.shape[:-2], -1)
+        at = _source(mixes.boxes, grad).reshape(len(grad), *[1] * (grad.dim() - 3), grad.shape[-2] * grad.shape[-1])
+        at = at.expand(*grad.shape[:-2], -1)
         # no two pixels of a box show the same one; what lies outside it goes nowhere
         nowhere = grad.shape[-1] * grad.shape[-2]
         at = torch.where(inside.flatten(-2), at, nowhere)
