@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrx.reference.dropout import philox
-from pyrx.reference.random import PATCH_DOMAIN, below, exp_negative
+from pyrx.reference.random import PATCH_DOMAIN, below, exp_negative, sqrt
 
 RANDOM, BLOCK, HARD = range(3)
 MOST_PATCHES = 2**31
@@ -70,7 +70,7 @@ def _blocks(seed: Tensor, samples: int, height: int, width: int, draw: Draw) -> 
         v = ((words[:, 1] & 0x7FFFFFFF).double() + 0.5) * 2.0**-31
         area = draw.min_block + (left - draw.min_block).double() * u
         aspect = exp_negative(draw.log_aspect * v)
-        shorter, longer = (torch.sqrt(area * aspect) + 0.5).long(), (torch.sqrt(area / aspect) + 0.5).long()
+        shorter, longer = (sqrt(area * aspect) + 0.5).long(), (sqrt(area / aspect) + 0.5).long()
         tall = words[:, 1] >> 31 == 1
         rows, columns = torch.where(tall, longer, shorter), torch.where(tall, shorter, longer)
         fits = (rows <= height) & (columns <= width)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrx.reference.batch_mix import memory_format
 from pyrx.reference.dropout import philox
-from pyrx.reference.random import DRAW_DOMAIN, below, exp_negative, happens, log_positive, normal
+from pyrx.reference.random import DRAW_DOMAIN, below, exp_negative, happens, log_positive, normal, sqrt
 
 RANDOM_ERASING, CUTOUT = range(2)
 CONST, RAND, PIXEL = range(3)
@@ -54,8 +54,8 @@ def _random_erasing_box(
         share = draw.min_scale + (draw.max_scale - draw.min_scale) * _uniform(words[:, 0])
         log_ratio = least + (most - least) * _uniform(words[:, 1])
         lesser = exp_negative(-log_ratio.abs())
-        shorter = (torch.sqrt(share * area * lesser) + 0.5).long()
-        longer = (torch.sqrt(share * area / lesser) + 0.5).long()
+        shorter = (sqrt(share * area * lesser) + 0.5).long()
+        longer = (sqrt(share * area / lesser) + 0.5).long()
         wide = log_ratio < 0
         box_height, box_width = torch.where(wide, shorter, longer), torch.where(wide, longer, shorter)
         fits = (box_height < height) & (box_width < width)
