@@ -101,8 +101,8 @@ def _channel_noise_kernel(output, seed, numel, BLOCK: tl.constexpr):
     tl.store(output + at, normal(seed, at, tl.cast(CHANNEL_NOISE, tl.int64)), mask=at < numel)
 
 
-# Bytes: 1 read and 1 write; in place 1 write of the boxes. Operations: ~30 an element for its place, ~10 a box, ~300 more
-# for noise in blocks of elements that a box touches.
+# Bytes: 1 read and 1 write; in place 1 write of the boxes. Operations: ~30 an element for its place, ~10 a box; ~300
+# more for noise in blocks of elements that a box touches.
 @triton.jit
 def _erase_kernel(
     images, output, boxes, fills, seed, count, elements, step, row, height, frames, channels, fill_sample, fill_box,
@@ -189,8 +189,8 @@ def _erase(
         step = 1 if images.is_contiguous() else channels
         elements = images.numel() // samples
         _erase_kernel[(triton.cdiv(elements, BLOCK), samples)](
-            images, output, found, fills, seed, count, elements, step, images.shape[-1] * step, images.shape[-2], frames,
-            channels, *strides, images is not output, filling == PIXEL, BLOCK, enable_fp_fusion=False,
+            images, output, found, fills, seed, count, elements, step, images.shape[-1] * step, images.shape[-2],
+            frames, channels, *strides, images is not output, filling == PIXEL, BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
     return found
 
