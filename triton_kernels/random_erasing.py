@@ -101,7 +101,7 @@ def _channel_noise_kernel(output, seed, numel, BLOCK: tl.constexpr):
     tl.store(output + at, normal(seed, at, tl.cast(CHANNEL_NOISE, tl.int64)), mask=at < numel)
 
 
-# Bytes: 1 read and 1 write; in place 1 write of the boxes. Operations: ~30 an element for its place, ~10 a box, ~300
+# Bytes: 1 read and 1 write; in place 1 write of the boxes. Operations: ~30 an element for its place, ~10 a box; ~300
 # more for noise in blocks of elements that a box touches.
 @triton.jit
 def _erase_kernel(

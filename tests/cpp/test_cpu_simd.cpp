@@ -121,6 +121,16 @@ void test_masks(const char* set, const MaskKernels& kernels) {
     }
 }
 
+void test_normals(const char* set, const NormalKernels& kernels) {
+  for (const uint64_t first : {0ull, 5ull, (1ull << 32) - 9, (1ull << 40) + 3})
+    for (const int64_t groups : {1, 15, 16, 40}) {
+      Buffer<float> out((groups + 15) / 16 * kNormalBlock);
+      kernels.normals(0x0123456789abcdefull, 7, first, groups, out.data());
+      for (int64_t i = 0; i < 4 * groups; ++i)
+        CHECK(same_bits(out[i], pyrx::normal(0x0123456789abcdefull, 4 * first + static_cast<uint64_t>(i), 7)), "%s: normal %ld", set, i);
+    }
+}
+
 // One row of bits at any element, by the kernels this machine picks.
 void test_row_bits() {
   for (const int64_t n : kSizes)
@@ -365,6 +375,7 @@ void test_lookup(const char* set, const AccumulatorKernels<Acc>& kernels, double
 
 #define TEST_SET(name)                                                                      \
   test_masks(#name, name::mask_table());                                                    \
+  test_normals(#name, name::normal_table());                                                  \
   test_elements<float>(#name, name::element_table<float>(), 1e-6);                          \
   test_elements<double>(#name, name::element_table<double>(), 1e-14);                       \
   test_elements<bfloat16>(#name, name::element_table<bfloat16>(), 0.004);                   \
