@@ -13,11 +13,7 @@ from .noise import four_normals, normal
 GROUPS = 256  # of four elements, a program
 
 
-<<<<<<< HEAD
-# Bytes: 1 read of images and mask, 1 write. Operations: ~75 an element (Philox, roots, divisions, polynomials of four).
-=======
 # Bytes: 1 read of images and mask, 1 write. Operations: ~75 an element (Philox, roots, divisions, polynomials).
->>>>>>> erase-noise
 @triton.jit(do_not_specialize=["sample"])
 def _noise_mask_kernel(
     images,
