@@ -22,9 +22,9 @@ def _check_noise(op: str, name: str, images: Tensor, seed: Tensor, std: float, m
     if images.dim() < 3:
         fail(op, name, "of shape [N, C, ..., W]", list(images.shape))
     check_seed(op, seed, images.device)
-    if not (std >= 0 and math.isfinite(std)):
+    if not 0 <= std < math.inf:
         fail(op, "std", "finite and at least 0", std)
-    if not math.isfinite(mean):
+    if not -math.inf < mean < math.inf:
         fail(op, "mean", "finite", mean)
     check_integer(op, "sample", sample, 0, MAX_SAMPLE)
 
