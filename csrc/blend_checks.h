@@ -17,9 +17,6 @@ namespace pyrx {
 inline void check_blend(std::string_view op, std::string_view name, const at::Tensor& images,
                         const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& y, const at::Tensor& alpha,
                         const std::optional<at::Tensor>& partner) {
-  const auto is_float = [](at::ScalarType dtype) {
-    return dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
-  };
   const int64_t dim = images.dim();
   PYRX_CHECK_VALUE(dim == 4 || dim == 5, op, name, "of shape [N, C, H, W] or [N, C, T, H, W]", images.sizes());
   PYRX_CHECK_TYPE(images.scalar_type() == at::kByte || is_float(images.scalar_type()), op, name,

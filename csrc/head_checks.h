@@ -36,10 +36,15 @@ inline at::ScalarType accumulation_dtype(at::ScalarType dtype) { return dtype ==
 // float16 gradients wait for the upstream (loss) scale in float32, whose range they need.
 inline at::ScalarType saved_gradient_dtype(at::ScalarType dtype) { return dtype == at::kHalf ? at::kFloat : dtype; }
 
+// The floating-point dtypes that kernels serve.
+inline bool is_float(at::ScalarType dtype) {
+  return dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
+}
+
 inline void check_float(std::string_view op, std::string_view argument, const at::Tensor& value) {
   const auto dtype = value.scalar_type();
-  PYRX_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, op,
-                  argument, "of dtype float16, bfloat16, float32 or float64", dtype_name(dtype));
+  PYRX_CHECK_TYPE(is_float(dtype), op, argument,
+                  "of dtype float16, bfloat16, float32 or float64", dtype_name(dtype));
 }
 
 inline void check_dtype(std::string_view op, std::string_view argument, const at::Tensor& value, at::ScalarType dtype) {

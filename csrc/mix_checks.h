@@ -1,6 +1,7 @@
 // The arguments of batch_mix and their checks, shared by the CPU and CUDA entries, with the texts of pyrx/ops/batch_mix.py.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -12,6 +13,9 @@
 namespace pyrx {
 
 constexpr int64_t kMostMixChannels = 64;
+
+// Whether pixels can be weighed; others only have boxes.
+inline bool is_weighable(at::ScalarType dtype) { return dtype == at::kByte || is_float(dtype); }
 
 struct MixArguments {
   at::Tensor images;  // (N, C, [T,] H, W)
@@ -43,16 +47,13 @@ inline void check_mix(const MixArguments& given) {
   constexpr std::string_view op = "batch_mix";
   const at::Tensor& images = given.images;
   const MixDraw& draw = given.draw;
-  const auto is_float = [](at::ScalarType dtype) {
-    return dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
-  };
   PYRX_CHECK_VALUE(images.dim() == 4 || images.dim() == 5, op, "images", "of shape [N, C, H, W] or [N, C, T, H, W]",
                    images.sizes());
   PYRX_CHECK_TYPE(!images.is_complex(), op, "images", "of a real dtype", dtype_name(images.scalar_type()));
   const int64_t samples = images.size(0), channels = images.size(1);
   PYRX_CHECK_VALUE(samples < kMostSamples, op, "images", "of fewer than " + text(kMostSamples) + " samples", samples);
-  PYRX_CHECK_TYPE(!given.is_arithmetic() || images.scalar_type() == at::kByte || is_float(images.scalar_type()), op,
-                  "images", "of dtype uint8, float16, bfloat16, float32 or float64", dtype_name(images.scalar_type()));
+  PYRX_CHECK_TYPE(!given.is_arithmetic() || is_weighable(images.scalar_type()), op, "images",
+                  "of dtype uint8, float16, bfloat16, float32 or float64", dtype_name(images.scalar_type()));
   PYRX_CHECK_TYPE(given.dtype == images.scalar_type() || is_float(given.dtype), op, "dtype",
                   dtype_name(images.scalar_type()) + " or a floating-point dtype", dtype_name(given.dtype));
   PYRX_CHECK_TYPE(given.scale.empty() || is_float(given.dtype), op, "dtype",
@@ -93,22 +94,30 @@ inline void check_mix(const MixArguments& given) {
                    "0 <= minimum <= maximum <= 1", "(" + text(draw.minimum) + ", " + text(draw.maximum) + ")");
 }
 
+inline void check_own_memory(std::string_view argument, const at::Tensor& value) {
+  PYRX_CHECK_VALUE(at::has_internal_overlap(value) != at::MemOverlap::Yes, "batch_mix", argument,
+                   "to be memory of its own for every element", "strides " + text(value.strides()));
+}
+
 // In place: partners swap, so pairs must be each other's.
 inline void check_swap(const MixArguments& given) {
   PYRX_CHECK_VALUE(given.pairing != kRoll, "batch_mix", "pairing", "to be its own inverse for inplace=True", "'roll'");
   PYRX_CHECK_VALUE(given.draw.kind != kResizemix, "batch_mix", "inplace", "of patches that keep their size", "resizemix's");
+  check_own_memory("inplace", given.images);
 }
 
 inline void check_out(const at::Tensor& out, const at::Tensor& images) {
   check_shape("batch_mix", "out", out, "[N, C, ...]", images.sizes());
   check_device("batch_mix", "out", out, images.device());
+  check_own_memory("out", out);
+  const at::MemOverlapStatus shared = at::get_overlap_status(out, images);
+  PYRX_CHECK_VALUE(shared != at::MemOverlapStatus::Full && shared != at::MemOverlapStatus::Partial, "batch_mix", "out",
+                   "to be other memory than the inputs", "the same");
 }
 
-// Channels last where that is the images' own layout, else contiguous: the layout of results.
+// Channels last where the images' strides are such, else contiguous: the layout of results.
 inline at::MemoryFormat pixel_format(const at::Tensor& images) {
-  if (images.is_contiguous()) return at::MemoryFormat::Contiguous;
-  const auto last = images.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
-  return images.is_contiguous(last) ? last : at::MemoryFormat::Contiguous;
+  return images.is_contiguous() ? at::MemoryFormat::Contiguous : images.suggest_memory_format();
 }
 
 // A sample's memory: `planes` of `height` rows of `row` elements, a pixel's `step` channels side by side.

@@ -53,3 +53,40 @@ def check_integer(op: str, argument: str, value: object, minimum: int, maximum: 
         fail(op, argument, "to be an int", type(value).__name__, TypeError)
     if not minimum <= value <= maximum:
         fail(op, argument, f"in [{minimum}, {maximum}]", value)
+
+
+def check_own_memory(op: str, argument: str, value: Tensor) -> None:
+    """Of a tensor that is written: no two of its elements lie in one place."""
+    reach = 0  # of the dimensions of smaller strides
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True), key=lambda each: int(each[0])):
+        if size > 1 and stride <= reach:
+            fail(op, argument, "to be memory of its own for every element", f"strides {list(value.stride())}")
+        reach += stride * (size - 1)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage from its first element to its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first = int(tensor.storage_offset())
+    return first * tensor.itemsize, (first + int(reach) + 1) * tensor.itemsize
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0 or b.numel() == 0 or not torch._C._overlaps(a, b):  # which tells storages apart, no more
+        return False
+    (begin, end), (other_begin, other_end) = _span(a), _span(b)
+    return begin < other_end and other_begin < end
+
+
+def check_written(op: str, argument: str, value: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Of an out= tensor: its own memory, none of the inputs', and no gradient to record."""
+    if torch.is_grad_enabled():
+        if any(each.requires_grad for each in inputs):
+            fail(op, argument, "for tensors that require no gradient", "one that does", RuntimeError)
+        if value.requires_grad:
+            fail(op, argument, "that requires no gradient", "one that does", RuntimeError)
+    if torch.compiler.is_compiling():
+        return
+    check_own_memory(op, argument, value)
+    if any(_meet(value, each) for each in inputs):
+        fail(op, argument, "to be other memory than the inputs", "the same")

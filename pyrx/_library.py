@@ -53,6 +53,18 @@ def _autograd_kernel(
     return kernel
 
 
+def _version_kernel(op: Any) -> Callable[..., Any]:
+    """Tells autograd that the first argument was written, so that a backward that saved it raises."""
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+        torch.autograd.graph.increment_version(args[0])
+        return result
+
+    return kernel
+
+
 def define(
     row: str,
     name: str,
@@ -61,12 +73,13 @@ def define(
     backward: Callable[..., tuple[Any, ...]] | None = None,
     setup_context: Callable[..., None] | None = None,
     native_formula: bool = True,
+    writes: bool = False,
 ) -> None:
     """Defines `name` + `schema` in both namespaces.
 
     The native op's kernels register themselves when the extension is loaded, with its autograd formula (csrc/autograd)
     where `native_formula`. The Triton op's kernel is the function of the same name in pyrx._triton.<row>, its formula
-    is `backward`.
+    is `backward`. With `writes` the first argument is the caller's and is written.
     """
     for library in (NATIVE, TRITON):
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -76,6 +89,9 @@ def define(
         for library in (TRITON,) if native_formula else (NATIVE, TRITON):
             op = getattr(getattr(torch.ops, library.ns), name).default
             library.impl(name, _autograd_kernel(op, setup_context, backward), "Autograd", with_keyset=True)
+    for library in (NATIVE, TRITON) if writes else ():
+        op = getattr(getattr(torch.ops, library.ns), name).default
+        library.impl(name, _version_kernel(op), "ADInplaceOrView", with_keyset=True)
     keys = ("CUDA", "CPU") if TRITON_INTERPRETED else ("CUDA",)
     for key in keys:
         TRITON.impl(name, _launcher(row, name), key)

@@ -42,9 +42,14 @@ class MixedTarget(NamedTuple):
         check_integer("MixedTarget.to_probabilities", "num_classes", num_classes, 1, 2**31)
         if not 0 <= label_smoothing <= 1:
             fail("MixedTarget.to_probabilities", "label_smoothing", "in [0, 1]", label_smoothing)
-        keep, lam = 1 - label_smoothing, self.lam.unsqueeze(-1)
-        rows = torch.full(
-            (*self.a.shape, num_classes), label_smoothing / num_classes, dtype=lam.dtype, device=lam.device
-        )
-        rows.scatter_add_(-1, self.a.unsqueeze(-1), keep * lam)
-        return rows.scatter_add_(-1, self.b.unsqueeze(-1), keep * (1 - lam))
+        if self.a.shape != self.lam.shape:
+            fail("MixedTarget.to_probabilities", "a", f"of lam's shape {list(self.lam.shape)}", list(self.a.shape))
+        # compared, since scattered sums are not deterministic on a GPU
+        classes = torch.arange(num_classes, device=self.a.device)
+        lam, keep = self.lam.unsqueeze(-1), 1 - label_smoothing
+        a, b = (each.unsqueeze(-1) == classes for each in (self.a, self.b))
+        return keep * (lam * a + (1 - lam) * b) + label_smoothing / num_classes
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedTarget:
+        """The target on another device, as `Tensor.to`."""
+        return MixedTarget(*(None if each is None else each.to(device, non_blocking=non_blocking) for each in self))  # type: ignore[arg-type]

@@ -162,6 +162,40 @@ def test_in_place_equals_out_of_place(backend, shape, dtype):
                     assert_same_target(same, target)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_in_place_copies_what_is_not_weighed(backend, dtype):
+    """Weights of 0 and 1 beside others, in one pair: no NaN leaks, no bit changes."""
+    special = torch.tensor([math.inf, -0.0, math.nan, -math.inf, 1.5, 0.0], dtype=dtype)
+    images = special.repeat(6 * 2 * 101)[: 6 * 2 * 10 * 10].view(6, 2, 10, 10)
+    images = images + torch.arange(6, dtype=dtype).view(6, 1, 1, 1) * (images == 1.5)
+    for lam in ([1, 0.5, 0, 0.25, 1, 0], [0, 0.5, 0.5, 0.5, 0.5, 1], [0.5, 1, 0.75, 0.25, 0, 0.5]):
+        expected, _ = pyrx.mixup(images, None, lam=torch.tensor(lam), backend="reference")
+        mixed, _ = pyrx.mixup(images.clone(), None, lam=torch.tensor(lam), inplace=True, backend=backend)
+        assert_same_bits(torch.nan_to_num(mixed, 7), torch.nan_to_num(expected, 7))
+        assert torch.equal(mixed.isnan(), expected.isnan())
+    for seed in range(10):
+        results = []
+        for inplace, each in ((False, "reference"), (True, backend)):
+            generator = torch.Generator().manual_seed(seed)
+            mix = pyrx.nn.Mixup(1.0, 1.0, prob=0.7, mode="elem", inplace=inplace, generator=generator, backend=each)
+            results.append(mix(images.clone(), labels_of(6) % 4)[0])
+        assert torch.equal(results[0].isnan(), results[1].isnan())
+        assert_same_bits(*(torch.nan_to_num(each, 7) for each in results))
+
+
+def test_writing_is_seen_by_autograd(backend):
+    weight = torch.rand(4, 3, 8, 8, requires_grad=True)
+    for write in (
+        lambda images: pyrx.cutmix(images, None, inplace=True, seed=1, backend=backend),
+        lambda images: pyrx.cutmix(torch.rand(4, 3, 8, 8), None, out=images, seed=1, backend=backend),
+    ):
+        images = torch.rand(4, 3, 8, 8)
+        product = (images * weight).sum()
+        write(images)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
 def test_in_place_on_other_strides(backend):
     whole = images_of((6, 3, 9, 20))
     images = whole[..., ::2]

@@ -190,6 +190,16 @@ def test_out(backend):
         assert_same_bits(out, expected, name)
 
 
+def test_out_of_the_same_buffer(backend):
+    made = images_of((6, 3, 9, 5))
+    x, y, alpha = made[:3], images_of((3, 3, 9, 5), seed=2), matte_of((3, 1, 9, 5))
+    expected = formula(x, y, alpha)
+    with pytest.raises(ValueError, match="out to be other memory than the inputs, got the same"):
+        pyrx.blend(x, y, alpha, out=made[2:5], backend=backend)
+    assert_same_bits(pyrx.blend(x, y, alpha, out=made[3:], backend=backend), expected)
+    assert_same_bits(made[3:], expected)
+
+
 def test_threads_do_not_change_bits(cpu):
     x, y, alpha = images_of((7, 3, 63, 65)), images_of((7, 3, 63, 65), seed=2), matte_of((7, 1, 63, 65))
     leaves = [each.requires_grad_() for each in (x, y, alpha)]
@@ -370,6 +380,15 @@ def test_compiled_equals_eager(backend, dynamic):
     torch._dynamo.reset()
 
 
+def test_compiled_out(backend):
+    torch._dynamo.reset()
+    x, y, alpha = images_of((2, 3, 6, 5)), images_of((2, 3, 6, 5), seed=2), matte_of((2, 1, 6, 5))
+    fast, out = torch.compile(pyrx.blend, fullgraph=True, backend="aot_eager"), torch.zeros(2, 3, 6, 5)
+    fast(x, y, alpha, out=out, backend=backend)
+    assert_same_bits(out, formula(x, y, alpha))
+    torch._dynamo.reset()
+
+
 def test_autocast_keeps_the_dtype(backend):
     x, alpha = images_of((1, 3, 4, 5)), matte_of((1, 1, 4, 5), torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -414,14 +433,20 @@ PUBLIC_ROWS = [
     (
         ValueError,
         {"out": torch.zeros(2, 1, 4, 5).expand(2, 3, 4, 5)},
-        "out to be memory of its own for every element, got expanded strides",
+        "out to be memory of its own for every element, got strides [20, 0, 5, 1]",
     ),
-    (ValueError, {"out": X}, "out to be other memory than x, y and alpha, got the same"),
+    (ValueError, {"out": X}, "out to be other memory than the inputs, got the same"),
     (
         RuntimeError,
         {"alpha": A.clone().requires_grad_(), "out": torch.zeros(2, 3, 4, 5)},
         "out for tensors that require no gradient, got one that does",
     ),
+    (
+        RuntimeError,
+        {"out": torch.zeros(2, 3, 4, 5, requires_grad=True)},
+        "out that requires no gradient, got one that does",
+    ),
+    (TypeError, {"out": [1.0]}, "out to be a Tensor, got list"),
 ]
 
 

@@ -312,6 +312,26 @@ def test_compiled_equals_eager(fill):
     torch.testing.assert_close(compiled(pictures(), patches()), masked(pictures(), patches()), rtol=1e-4, atol=1e-5)
 
 
+class Dropping(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+def test_functions_follow_the_mode():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Dropping()).train()
+    masked, images, mask = LayerMasking(model), pictures(), patches()
+    assert not torch.equal(masked(images, mask), masked(images, mask))
+    compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    model.eval()  # not through LayerMasking
+    got = compiled(images, mask)
+    assert torch.equal(got, masked(images, mask)) and torch.equal(got, masked(images, mask))
+    model.train()
+    assert not torch.equal(masked(images, mask), masked(images, mask))
+    assert not torch.equal(compiled(images, mask), compiled(images, mask))
+    torch._dynamo.reset()
+
+
 class Shuffled(nn.Module):
     def __init__(self, act):
         super().__init__()
@@ -330,6 +350,7 @@ class Shuffled(nn.Module):
         (lambda x: torch.cat([x, x], 2), "cat", "the function cat"),
         (lambda x: x.mean(1), "mean", "the method mean"),
         (lambda x: x.view(2, 2, 2, 62, 62), "view", "the method view"),
+        (lambda x: torch.add(x, x, alpha=2), "add", "the function add"),
     ],
 )
 def test_a_node_without_a_rule_is_named(act, node, kind):

@@ -120,13 +120,15 @@ def test_all_ignored(backend, reduction):
         assert not gradient.any()
 
 
-def test_a_class_without_weight_may_be_ruled_out(cpu):
+def test_a_class_without_weight_may_be_ruled_out(backend):
     logits, target, _ = make(5, 20)
     target = target._replace(a=torch.zeros(5).long(), b=torch.full((5,), 3), lam=torch.zeros(5))
     logits[:, 0] = -math.inf
-    loss, gradient = run(logits, target, reduction="none", backend=cpu)
-    torch.testing.assert_close(loss, F.cross_entropy(logits, target.b, reduction="none"))
-    assert gradient.isfinite().all() and not gradient[:, 0].any()
+    swapped = pyrx.MixedTarget(target.b, target.a, 1 - target.lam)
+    for each in (target, swapped):
+        loss, gradient = run(logits, each, reduction="none", backend=backend)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, target.b, reduction="none"))
+        assert gradient.isfinite().all() and not gradient[:, 0].any()
 
 
 def test_large_and_nan_logits(backend):

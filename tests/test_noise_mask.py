@@ -139,6 +139,20 @@ def test_gradients(backend, dtype, channels, needs):
                 assert_same_bits(found[-1], exact.to(dtype), name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, *FLOATS], ids=name_of)
+@pytest.mark.parametrize("images", [torch.bfloat16, torch.float32], ids=name_of)
+def test_masks_of_other_dtypes(backend, images, dtype):
+    x = torch.randn(SHAPE).to(images)
+    mask = (torch.rand(SHAPE[0], 1, *SHAPE[2:]) * 2).to(dtype).requires_grad_(dtype.is_floating_point)
+    rounded = mask.detach().to(images).requires_grad_()
+    got, same = (pyrx.noise_mask(x, each, seed=6, backend=backend) for each in (mask, rounded))
+    assert_same_bits(got.detach(), same.detach())
+    if mask.requires_grad:
+        upstream = torch.randn(SHAPE).to(images)
+        found, plain = (torch.autograd.grad(y, m, upstream)[0] for y, m in ((got, mask), (same, rounded)))
+        assert_same_bits(found, plain.to(dtype))
+
+
 def test_compiled_backward_equals_the_references(cpu):
     grad, seed = torch.randn(5, 3, 40, 37), torch.tensor(8)
     from pyrx.reference.noise_mask import noise_mask_backward
@@ -224,7 +238,6 @@ X, M, SEED = torch.randn(2, 3, 4, 5), torch.rand(2, 1, 4, 5), torch.tensor(1)
 ROWS = [
     ({"images": X.long()}, TypeError, "images of dtype float16, bfloat16, float32 or float64, got torch.int64"),
     ({"images": X[0, 0]}, ValueError, "images of shape [N, C, ..., W], got [4, 5]"),
-    ({"mask": M.half()}, TypeError, "mask of dtype torch.float32, got torch.float16"),
     ({"mask": M[:1]}, ValueError, "mask of shape [N, 1 or C, ...] with [N, C, ...] = [2, 3, 4, 5], got [1, 1, 4, 5]"),
     ({"mask": M[:, 0]}, ValueError, "mask of shape [N, 1 or C, ...] with [N, C, ...] = [2, 3, 4, 5], got [2, 4, 5]"),
     (
@@ -241,10 +254,12 @@ ROWS = [
     ({"sample": -1}, ValueError, "sample in [0, 4294967295], got -1"),
     ({"sample": 2**32}, ValueError, "sample in [0, 4294967295], got 4294967296"),
 ]
+RAW_ROWS = [*ROWS, ({"mask": M.half()}, TypeError, "mask of dtype torch.float32, got torch.float16")]
 PUBLIC_ROWS = [
     *ROWS,
     ({"images": [1.0]}, TypeError, "images to be a Tensor, got list"),
     ({"mask": 0.5}, TypeError, "mask to be a Tensor, got float"),
+    ({"mask": M.int()}, TypeError, "mask of dtype bool, float16, bfloat16, float32 or float64, got torch.int32"),
     ({"mask": M.to("meta")}, RuntimeError, "mask on device cpu, got meta"),
     ({"std": "1"}, TypeError, "std to be a float, got str"),
     ({"mean": True}, TypeError, "mean to be a float, got bool"),
@@ -260,7 +275,7 @@ def test_errors(backend, changes, error, text):
     assert str(caught.value) == f"pyrx::noise_mask: expected {text}"
 
 
-@pytest.mark.parametrize("changes, error, text", ROWS, ids=[text for _, _, text in ROWS])
+@pytest.mark.parametrize("changes, error, text", RAW_ROWS, ids=[text for _, _, text in RAW_ROWS])
 def test_kernels_and_fakes_raise_the_same(changes, error, text):
     op = _library.namespace(need("cpu", ops=("noise_mask",))).noise_mask
     arguments = {"images": X, "mask": M, "seed": SEED, "std": 1.0, "mean": 0.0, "sample": 0} | changes

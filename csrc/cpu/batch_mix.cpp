@@ -82,8 +82,7 @@ Mixes draw(const MixArguments& given, bool swap) {
   Mixes mixes{std::vector<Mix>(samples), partners(given, swap), {}};
   const at::Tensor lams = given.lam ? given.lam->contiguous() : at::Tensor();
   const at::Tensor boxes = given.boxes ? given.boxes->contiguous() : at::Tensor();
-  const auto dtype = given.images.scalar_type();
-  const bool weighable = dtype == at::kByte || at::isFloatingType(dtype);  // other integers have boxes only
+  const bool weighable = is_weighable(given.images.scalar_type());
   for (int64_t i = 0; i < samples; ++i) {
     const float lam = given.lam ? lams.const_data_ptr<float>()[i] : -1.0f;
     PYRX_CHECK_VALUE(!given.lam || (lam >= 0 && lam <= 1), "batch_mix", "lam", "in [0, 1]", double(lam));
@@ -318,6 +317,25 @@ void swap_in_place(T* images, const PixelLayout& layout, const Mixes& mixes, Mix
   });
 }
 
+// Both partners of a pair at once. A weight of 0 or 1 copies, whatever the other side holds.
+template <typename T>
+void mix_pair(T* a, T* b, accumulate_t<T> weight_a, accumulate_t<T> weight_b, int64_t n) {
+  if (weight_a == 0 || weight_a == 1) {
+    std::swap(a, b);
+    std::swap(weight_a, weight_b);
+  }
+  if (a != b && weight_b != 0 && weight_b != 1) return pair_kernels<T>().mix_pair(a, b, weight_a, weight_b, n);
+  constexpr int64_t kBlock = 256;
+  const MixRun<T, T> run{weight_a, nullptr, nullptr, 0, false};
+  T before[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t count = std::min(kBlock, n - i);
+    std::copy_n(a + i, count, before);
+    mix_kernels<T, T>().mix(run, a + i, b + i, count, a + i);
+    if (a != b && weight_b == 0) std::copy_n(before, count, b + i);
+  }
+}
+
 void mix_in_place(const Mixes& mixes, const at::Tensor& images, at::MemoryFormat format) {
   if (images.numel() == 0) return;
   const PixelLayout layout = pixel_layout(images, format);
@@ -339,11 +357,7 @@ void mix_in_place(const Mixes& mixes, const at::Tensor& images, at::MemoryFormat
     using Acc = accumulate_t<T>;
     swap_in_place(static_cast<T*>(images.mutable_data_ptr()), layout, mixes,
                   [](T* a, T* b, float weight_a, float weight_b, int64_t n) {
-                    if (a == b) {
-                      const MixRun<T, T> run{Acc(weight_a), nullptr, nullptr, 0, false};
-                      return mix_kernels<T, T>().mix(run, a, a, n, a);
-                    }
-                    pair_kernels<T>().mix_pair(a, b, Acc(weight_a), Acc(weight_b), n);
+                    mix_pair(a, b, static_cast<Acc>(weight_a), static_cast<Acc>(weight_b), n);
                   });
   });
 }

@@ -125,7 +125,7 @@ void blend_out(const at::Tensor& out, const at::Tensor& x, const at::Tensor& y, 
   check_blend("blend_out", "x", x, {}, y, alpha, partner);
   check_blend_out(out, x);
   const at::MemoryFormat format = pixel_format(out);
-  const at::Tensor target = out.is_contiguous(format) ? out : at::empty(out.sizes(), out.options(), format);
+  const at::Tensor target = contiguous_target(out, format);
   blend_into(blend_operands(x, y, alpha, partner, format), target);
   finish(target, out);
 }

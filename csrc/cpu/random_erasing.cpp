@@ -69,13 +69,15 @@ class Filler {
     if (given.mode == kPixel) scratch_.resize(normals_scratch(width_));
   }
 
-  // Box `box` of a sample is next.
-  void begin(int64_t sample, int64_t box) {
+  // Box `box` of a plane of a sample is next.
+  void begin(int64_t sample, int64_t plane, int64_t box) {
     if (given_.mode != kRand) return;
-    std::vector<float> drawn(layout_.channels);
-    for (int64_t c = 0; c < layout_.channels; ++c)
-      drawn[c] = channel_noise(key_, sample, box, c, given_.count(), layout_.channels, given_.draw);
-    convert(drawn.data(), layout_.channels, values_.data());
+    const bool one = layout_.step == 1;  // channel a plane
+    const int64_t first = one ? plane / frames_ : 0, last = one ? first + 1 : layout_.channels;
+    for (int64_t c = first; c < last; ++c) {
+      const float drawn = channel_noise(key_, sample, box, c, given_.count(), layout_.channels, given_.draw);
+      convert(&drawn, 1, &values_[c]);
+    }
   }
 
   // Pixels [x0, x1) of row y of a plane, which begin at `to`.
@@ -130,7 +132,7 @@ void erase(const EraseArguments& given, const PixelLayout& layout, const Erasure
         const Box& box = erasures.at(n, k);
         const int64_t y0 = std::max(first, box.y0), y1 = std::min(last, box.y1);
         if (y0 >= y1 || box.x0 >= box.x1) continue;
-        filler.begin(n, k);
+        filler.begin(n, plane, k);
         for (int64_t y = y0; y < y1; ++y)
           filler.fill(n, plane, y, box.x0, box.x1, to + offset + y * layout.row + box.x0 * layout.step);
       }

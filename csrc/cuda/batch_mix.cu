@@ -64,7 +64,7 @@ struct MixTensors {
             given.draw,
             given.pairing,
             swap,
-            dtype != at::kByte && !at::isFloatingType(dtype)};
+            !is_weighable(dtype)};
   }
 };
 

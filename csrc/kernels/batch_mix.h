@@ -39,7 +39,8 @@ struct Mix {
 constexpr Box kNoBox{-1, -1, -1, -1};
 
 PYRX_HOST_DEVICE float corrected_lam(const Box& box, const MixDraw& draw) {
-  return static_cast<float>(1 - static_cast<double>(box.area()) / (static_cast<double>(draw.height) * draw.width));
+  const double area = static_cast<double>(box.area());
+  return area == 0 ? 1.0f : static_cast<float>(1 - area / (static_cast<double>(draw.height) * draw.width));
 }
 
 PYRX_HOST_DEVICE int64_t clip(int64_t value, int64_t low, int64_t high) {

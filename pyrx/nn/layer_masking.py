@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -307,7 +307,18 @@ class LayerMasking(nn.Module):
         super().__init__()
         check_choice(NAME, "fill", fill, ("neighbors", None, "renormalize"))
         self.model, self.fill, self.backend = model, fill, backend
-        self._steps = _steps(model)
+        self._traces: dict[tuple[bool, ...], list[_Step]] = {}
+        self._trace(self._modes())
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self.model.modules())
+
+    # torch.compile runs it instead of tracing it
+    @torch.compiler.assume_constant_result
+    def _trace(self, modes: tuple[bool, ...]) -> None:
+        """Finds the steps in these modes, if they are new: in a trace `training` is a constant."""
+        if modes not in self._traces:
+            self._traces[modes] = _steps(self.model)
 
     def forward(self, images: Tensor, mask: Tensor) -> Any:
         check_float(NAME, "images", images)
@@ -320,7 +331,9 @@ class LayerMasking(nn.Module):
         check_device(NAME, "mask", mask, images.device)
         present = mask if mask.dtype == torch.bool else mask != 0
         values: dict[str, Any] = {}
-        for step in self._steps:
+        modes = self._modes()
+        self._trace(modes)
+        for step in self._traces[modes]:
             if step.op == "placeholder":
                 # a model's other arguments have defaults
                 first = not values
@@ -341,16 +354,22 @@ class LayerMasking(nn.Module):
             return self._call(step, args, kwargs)
         found = None
         if step.rule in OF_ALL_ARGUMENTS:
-            found = step.rule(*args, **kwargs)
-        elif step.rule is not None and isinstance(args[0], Masked) and not _any_masked((args[1:], kwargs)):
+            try:
+                found = step.rule(*args, **kwargs)
+            except TypeError:  # arguments that the rule does not take
+                self._fail(step)
+        elif step.rule is not None and args and isinstance(args[0], Masked) and not _any_masked((args[1:], kwargs)):
             if step.rule is _conv:
                 conv: Any = self.model.get_submodule(step.target)
                 return _conv(conv, args[0], self.fill, self.backend)
             found = step.rule(lambda x: self._call(step, (x, *args[1:]), kwargs), args[0])
         if found is None:
-            what = "to be of a kind that has a rule for masked activations"
-            fail(NAME, f"node {step.name!r}", what, self._kind(step))
+            self._fail(step)
         return found
+
+    def _fail(self, step: _Step) -> NoReturn:
+        what = "to be of a kind that has a rule for masked activations"
+        fail(NAME, f"node {step.name!r}", what, self._kind(step))
 
     def _call(self, step: _Step, args: Any, kwargs: Any) -> Any:
         if step.op == "call_module":

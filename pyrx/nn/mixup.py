@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from pyrx._checks import check_choice, check_integer, fail
-from pyrx.ops.batch_mix import level, mix_batch
+from pyrx.ops.batch_mix import check_minmax, level, mix_batch
 from pyrx.reference.batch_mix import CUTMIX, EITHER, MIXUP, PER_BATCH, PER_PAIR, PER_SAMPLE, Draw
 from pyrx.targets import MixedTarget
 
@@ -47,7 +45,7 @@ class Mixup(nn.Module):
         self,
         mixup_alpha: float = 1.0,
         cutmix_alpha: float = 0.0,
-        cutmix_minmax: Sequence[float] | None = None,
+        cutmix_minmax: tuple[float, float] | None = None,
         prob: float = 1.0,
         switch_prob: float = 0.5,
         mode: str = "batch",
@@ -62,18 +60,17 @@ class Mixup(nn.Module):
     ) -> None:
         super().__init__()
         name = "Mixup"
-        minimum, maximum = 0.0, 0.0
+        minimum, maximum = check_minmax(name, "cutmix_minmax", cutmix_minmax)
         if cutmix_minmax is not None:
-            if len(cutmix_minmax) != 2 or not 0 <= cutmix_minmax[0] <= cutmix_minmax[1] <= 1 or cutmix_minmax[1] == 0:
-                fail(name, "cutmix_minmax", "two floats, 0 <= minimum <= maximum <= 1 and maximum > 0", cutmix_minmax)
-            minimum, maximum = map(float, cutmix_minmax)
             cutmix_alpha = 1.0
+        for argument, value in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                fail(name, argument, "to be a float", type(value).__name__, TypeError)
         if not (mixup_alpha >= 0 and cutmix_alpha >= 0 and mixup_alpha + cutmix_alpha > 0):
             fail(name, "mixup_alpha or cutmix_alpha", "above 0", f"{mixup_alpha} and {cutmix_alpha}")
         check_choice(name, "mode", mode, tuple(MODES))
         check_integer(name, "num_classes", num_classes, 1, 2**31)
-        if not 0 <= label_smoothing <= 1:
-            fail(name, "label_smoothing", "in [0, 1]", label_smoothing)
+        level(name, "label_smoothing", label_smoothing)
         kind = EITHER if mixup_alpha > 0 and cutmix_alpha > 0 else MIXUP if mixup_alpha > 0 else CUTMIX
         self.draw = Draw(
             kind, MODES[mode], level(name, "prob", prob), level(name, "switch_prob", switch_prob), float(mixup_alpha),
@@ -93,7 +90,8 @@ class Mixup(nn.Module):
             mixed = MixedTarget(target, target, torch.ones(target.shape, device=target.device))
         if self.mode == "half":
             half = images.shape[0] // 2
-            images, mixed = images[:half], MixedTarget(mixed.a[:half], mixed.b[:half], mixed.lam[:half])
+            kept = [None if each is None else each[:half] for each in mixed[3:]]
+            images, mixed = images[:half], MixedTarget(mixed.a[:half], mixed.b[:half], mixed.lam[:half], *kept)
         if self.mixed_target:
             return images, mixed
         return images, mixed.to_probabilities(self.num_classes, self.label_smoothing)

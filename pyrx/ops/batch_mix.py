@@ -10,7 +10,17 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import FLOAT_DTYPES, check_choice, check_device, check_dtype, check_shape, check_tensor, fail
+from pyrx._checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_own_memory,
+    check_shape,
+    check_tensor,
+    check_written,
+    fail,
+)
 from pyrx._random import LEVELS, check_seed, seed_tensor
 from pyrx.reference import batch_mix as reference
 from pyrx.reference.batch_mix import CUTMIX, EITHER, GIVEN, MIXUP, PER_BATCH, PER_SAMPLE, RESIZEMIX, ROLL, Draw, Mixes
@@ -18,12 +28,9 @@ from pyrx.targets import MixedTarget
 
 ROW = "batch_mix"
 PAIRINGS = ("flip", "roll", "random")
+MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MAX_SAMPLES = 2**24
 MAX_CHANNELS = 64  # that mean and std may have: they travel as kernel arguments
-
-
-def memory_format(images: Tensor) -> torch.memory_format:
-    return reference.memory_format(images)
 
 
 def _check_mix(
@@ -130,7 +137,7 @@ def _mix_fake(
 ) -> tuple[Tensor, ...]:
     draw = Draw(kind, granularity, prob, switch_prob, mixup_alpha, cutmix_alpha, minimum, maximum, correct_lam)
     _check_mix(ROW, images, labels, seed, lam, boxes, partner, pairing, draw, scale, bias, dtype)
-    mixed = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=memory_format(images))
+    mixed = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=reference.memory_format(images))
     return mixed, *_results(images, labels)
 
 
@@ -185,8 +192,9 @@ _library.define(
     "batch_mix_out",
     f"(Tensor(a!) out, Tensor images, {_DRAW}, float[] scale, float[] bias) -> ({_MIXES})",
     _out_fake,
+    writes=True,
 )
-_library.define(ROW, "batch_mix_", f"(Tensor(a!) images, {_DRAW}) -> ({_MIXES})", _inplace_fake)
+_library.define(ROW, "batch_mix_", f"(Tensor(a!) images, {_DRAW}) -> ({_MIXES})", _inplace_fake, writes=True)
 
 
 def _check_values(
@@ -194,7 +202,7 @@ def _check_values(
 ) -> None:
     """What only the values tell, of CPU tensors."""
     height, width = images.shape[-2:]
-    weighable = images.dtype == torch.uint8 or images.is_floating_point()  # other integers have boxes only
+    weighable = images.dtype == torch.uint8 or images.dtype in FLOAT_DTYPES  # others have boxes only
     if lam is not None and not bool(((lam >= 0) & (lam <= 1)).all()):
         fail(op, "lam", "in [0, 1]", lam.tolist())
     if boxes is not None:
@@ -214,10 +222,6 @@ def _check_values(
             fail(op, "pairing", "to be its own inverse for inplace=True", partner.tolist())
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 def _apply(
     images: Tensor,
     labels: Tensor | None,
@@ -233,8 +237,8 @@ def _apply(
     inplace: bool,
     out: Tensor | None,
     chosen: str,
-) -> tuple[Tensor, Tensor, Mixes]:
-    """(mixed images, the partners' labels, the mixes) by one backend."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(mixed images, the partners' labels, partner, lam, boxes) by one backend."""
     drawn = (labels, seed, lam, boxes, partner, pairing, *draw)
     if chosen == "reference":
         mixed, partner_labels, mixes = reference.batch_mix(
@@ -242,7 +246,7 @@ def _apply(
         )
         if inplace or out is not None:
             mixed = (images if out is None else out).copy_(mixed)
-        return mixed, partner_labels, mixes
+        return mixed, partner_labels, mixes.partner, mixes.lam, mixes.boxes
     ops = _library.namespace(chosen)
     if inplace:
         mixed, found = images, ops.batch_mix_(images, *drawn)
@@ -250,8 +254,7 @@ def _apply(
         mixed, found = out, ops.batch_mix_out(out, images, *drawn, scale, bias)
     else:
         mixed, *found = ops.batch_mix(images, *drawn, scale, bias, dtype)
-    partner_labels, partner, lam, boxes = found
-    return mixed, partner_labels, Mixes(partner, lam, lam, boxes)
+    return mixed, *found
 
 
 def _normalisation(
@@ -268,6 +271,8 @@ def _normalisation(
             value = default
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             value = [value] * channels
+        elif hasattr(value, "tolist") and getattr(value, "device", None) in (None, torch.device("cpu"), "cpu"):
+            value = value.tolist()  # NumPy's arrays and CPU tensors
         if not isinstance(value, (list, tuple)) or not all(isinstance(each, (int, float)) for each in value):
             fail(op, name, "to be a float or a sequence of floats", type(value).__name__, TypeError)
         if len(value) != channels:
@@ -313,8 +318,9 @@ def mix_batch(
     check_tensor(op, "images", images)
     if images.dim() not in (4, 5):
         fail(op, "images", "of shape [N, C, H, W] or [N, C, T, H, W]", list(images.shape))
-    if labels is not None:
-        check_tensor(op, "labels", labels)
+    for name, value in (("labels", labels), ("out", out)):
+        if value is not None:
+            check_tensor(op, name, value)
     samples, device = images.shape[0], images.device
     dtype = dtype if dtype is not None else out.dtype if out is not None else images.dtype
     scale, bias = _normalisation(op, images, mean, std, dtype)
@@ -324,6 +330,10 @@ def mix_batch(
         if not 0 <= lam <= 1:
             fail(op, "lam", "in [0, 1]", lam)
         lam = torch.full((samples,), float(lam), device=device)
+    if isinstance(lam, Tensor) and lam.requires_grad:
+        fail(op, "lam", "without requires_grad: there is no gradient to lam", "requires_grad=True")
+    if lam is not None and boxes is None and draw.maximum > 0:
+        fail(op, "boxes", "beside lam, which does not decide the sides of these", None)
     partner, way = None, GIVEN
     if isinstance(pairing, Tensor):
         partner = pairing
@@ -337,27 +347,23 @@ def mix_batch(
             fail(op, "inplace", "of images that keep their dtype and values", "mean, std or dtype")
         if torch.is_grad_enabled() and images.requires_grad:
             fail(op, "inplace", "of images that require no gradient", "images that do", RuntimeError)
-    target = images if inplace else out
-    if target is not None and _overlaps(target):
-        fail(op, "inplace" if inplace else "out", "to be memory of its own for every element", "expanded strides")
+        if not torch.compiler.is_compiling():
+            check_own_memory(op, "inplace", images)
     if out is not None:
         check_shape(op, "out", out, "[N, C, ...]", images.shape)
         check_device(op, "out", out, device)
         if out.dtype != dtype:
             fail(op, "out", f"of dtype {dtype}", out.dtype, TypeError)
-        if torch.is_grad_enabled() and images.requires_grad:
-            fail(op, "out", "for images that require no gradient", "images that do", RuntimeError)
-        if not torch.compiler.is_compiling() and samples > 0 and torch._C._overlaps(out, images):
-            fail(op, "out", "to be other memory than images (inplace=True mixes in place)", "the same")
+        check_written(op, "out", out, [images])
     if masks is not None:
         check_tensor(op, "masks", masks)
         shape = [samples, *images.shape[2:]]
         check_shape(op, "masks", masks, "[N, H, W]" if images.dim() == 4 else "[N, T, H, W]", shape)
-        if masks.is_floating_point() or masks.is_complex():
-            fail(op, "masks", "of an integer dtype", masks.dtype, TypeError)
+        if masks.dtype not in MASK_DTYPES:
+            fail(op, "masks", "of dtype bool, uint8, int8, int16, int32 or int64", masks.dtype, TypeError)
         check_device(op, "masks", masks, device)
-        if inplace and _overlaps(masks):
-            fail(op, "masks", "to be memory of its own for every element", "expanded strides")
+        if inplace and not torch.compiler.is_compiling():
+            check_own_memory(op, "masks", masks)
     computed = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
     chosen = select(ROW, device.type, computed, backend)
     seed = seed_tensor(op, seed, generator, device)
@@ -366,18 +372,17 @@ def mix_batch(
         _check_swap(op, way, draw.kind)
     if device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(op, lam, boxes, partner, images, inplace)
-    mixed, partner_labels, mixes = _apply(
+    mixed, b, partner, lam, boxes = _apply(
         images, labels, seed, lam, boxes, partner, way, draw, scale, bias, dtype, inplace, out, chosen
     )
     if masks is not None:
         again = draw._replace(kind=RESIZEMIX if draw.kind == RESIZEMIX else CUTMIX)
-        boxes = mixes.boxes.clamp(min=0)  # ids are not weighed: where pixels were, they stay
+        pasted = boxes.clamp(min=0)  # ids are not weighed: where pixels were, they stay
         masks = _apply(
-            masks.unsqueeze(1), None, seed, mixes.lam, boxes, mixes.partner, GIVEN, again, (), (), masks.dtype,
-            inplace, None, chosen,
+            masks.unsqueeze(1), None, seed, lam, pasted, partner, GIVEN, again, (), (), masks.dtype, inplace, None,
+            chosen,
         )[0].squeeze(1)  # fmt: skip
-    a = mixes.partner.new_empty(0) if labels is None else labels
-    return mixed, MixedTarget(a, partner_labels, mixes.lam, mixes.boxes, mixes.partner, masks)
+    return mixed, MixedTarget(b if labels is None else labels, b, lam, boxes, partner, masks)
 
 
 def cutmix(
@@ -417,8 +422,8 @@ def cutmix(
         prob: the chance that a sample (per_sample=False: the batch) is mixed at all, on a grid of 1/65536.
         correct_lam: lam becomes 1 - box area / image area. False: the drawn lam stays.
         minmax: draw the box's sides uniformly between these shares of the image's instead, wholly inside the image.
-        inplace: partners swap their patches in `images`, and only the patches' bytes move; pairing must be its own
-            inverse.
+        inplace: partners swap their patches in `images` (and `masks`), and only the patches' bytes move; pairing must
+            be its own inverse. Images of other layouts than contiguous and channels_last are copied there and back.
         out: a tensor of images' shape that takes the result, of `dtype`.
         mean, std: normalise in the same pass: (x - mean) / std a channel, where uint8 images count as [0, 1].
         dtype: of the result. Default: out's or the images'. uint8 images that become floating-point lie in [0, 1].
@@ -434,18 +439,20 @@ def cutmix(
     Equivalent to, for each sample i with partner j, `mixed[i] = images[i]; mixed[i][..., y0:y1, x0:x1] = images[j][...,
     y0:y1, x0:x1]`.
 
-    Cost: one read and one write of the images, in place of the patches alone; one launch. The gradient of the images
-    takes some PyTorch operations.
+    Cost: one read and one write of the images, in place of the patches alone; one launch. Layouts other than
+    contiguous and channels_last, and an `out` of another one than the images', cost a copy first. The gradient of the
+    images takes some PyTorch operations.
 
     Raises:
         ValueError: shapes; lam outside [0, 1], boxes outside the image and pairings that are no permutation, where the
-        images are on the CPU. On a GPU such a sample is left as it is and its lam is NaN. TypeError: dtypes.
+        images are on the CPU. On a GPU a sample whose lam, box or partner is out of range (in place: whose partner has
+        another) is left as it is and its lam is NaN. TypeError: dtypes.
         RuntimeError: devices, a backend that cannot serve, inplace or out of images that require a gradient.
 
     Source: Yun et al., "CutMix", ICCV 2019, equations 1 and 2.
     """
     _check_alpha("cutmix", alpha)
-    minimum, maximum = _check_minmax("cutmix", minmax)
+    minimum, maximum = check_minmax("cutmix", "minmax", minmax)
     granularity = PER_SAMPLE if per_sample else PER_BATCH
     draw = Draw(CUTMIX, granularity, level("cutmix", "prob", prob), 0, 0.0, alpha, minimum, maximum, correct_lam)
     return mix_batch(
@@ -474,8 +481,9 @@ def mixup(
 ) -> tuple[Tensor, MixedTarget]:
     """Mixup: each image becomes `lam * image + (1 - lam) * partner`, summed in float32 and rounded once.
 
-    The arguments are those of `pyrx.cutmix`, without boxes; `target.boxes` is -1. lam 1 and 0 copy, NaN and infinity
-    of the other image too; uint8 results are rounded to the nearest, halves to even.
+    The arguments are those of `pyrx.cutmix` but boxes, correct_lam, minmax and masks; `target.boxes` is -1. A tensor
+    `lam` is taken as it is, whatever `prob`, so that it replays a draw. lam 1 and 0 copy, whatever the other image
+    holds; uint8 results are rounded to the nearest, halves to even.
 
     Returns:
         (mixed, MixedTarget(labels, labels[partner], lam, boxes, partner)).
@@ -490,7 +498,8 @@ def mixup(
     """
     _check_alpha("mixup", alpha)
     granularity = PER_SAMPLE if per_sample else PER_BATCH
-    draw = Draw(MIXUP, granularity, level("mixup", "prob", prob), 0, alpha, 0.0, 0.0, 0.0, True)
+    chance = level("mixup", "prob", prob)
+    draw = Draw(MIXUP, granularity, LEVELS if isinstance(lam, Tensor) else chance, 0, alpha, 0.0, 0.0, 0.0, True)
     return mix_batch(
         "mixup", images, labels, draw, lam=lam, pairing=pairing, inplace=inplace, out=out, mean=mean, std=std,
         dtype=dtype, seed=seed, generator=generator, backend=backend,
@@ -518,11 +527,12 @@ def resizemix(
 ) -> tuple[Tensor, MixedTarget]:
     """ResizeMix: the whole partner, made smaller, is pasted into a box of each image.
 
-    The arguments are those of `pyrx.cutmix`; `scale` is the range of the box's sides as a share of the image's, one
-    uniform draw a sample. The box lies wholly inside the image and lam is 1 - box area / image area.
+    The arguments are those of `pyrx.cutmix` but alpha, correct_lam, minmax and inplace; `scale` is the range of the
+    box's sides as a share of the image's, one uniform draw a sample. The box lies wholly inside the image and lam is
+    1 - box area / image area; `lam` is given beside `boxes` only.
 
-    Equivalent to, for each sample i with partner j, `mixed[i] = images[i]; mixed[i][..., y0:y1, x0:x1] =
-    F.interpolate(images[j], (y1 - y0, x1 - x0), mode="nearest")`.
+    Equivalent to, for each sample i with partner j, `mixed[i] = images[i]` and, in the box, `mixed[i][..., y, x] =
+    images[j][..., (y - y0) * H // (y1 - y0), (x - x0) * W // (x1 - x0)]`: nearest-neighbour interpolation.
 
     Cost: one read and one write of the images, one launch.
 
@@ -530,7 +540,7 @@ def resizemix(
 
     Source: Qin et al., "ResizeMix: Mixing Data with Preserved Object Information and True Labels", 2020.
     """
-    minimum, maximum = _check_minmax("resizemix", scale)
+    minimum, maximum = check_minmax("resizemix", "scale", scale)
     granularity = PER_SAMPLE if per_sample else PER_BATCH
     draw = Draw(RESIZEMIX, granularity, level("resizemix", "prob", prob), 0, 0.0, 0.0, minimum, maximum, True)
     return mix_batch(
@@ -546,12 +556,16 @@ def _check_alpha(op: str, alpha: float) -> None:
         fail(op, "alpha", "above 0", alpha)
 
 
-def _check_minmax(op: str, minmax: tuple[float, float] | None) -> tuple[float, float]:
-    if minmax is None:
+def check_minmax(op: str, name: str, value: tuple[float, float] | None) -> tuple[float, float]:
+    if value is None:
         return 0.0, 0.0
-    if not isinstance(minmax, (list, tuple)) or len(minmax) != 2:
-        fail(op, "minmax" if op == "cutmix" else "scale", "to be two floats", minmax)
-    minimum, maximum = map(float, minmax)
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 2
+        or not all(isinstance(each, (int, float)) for each in value)
+    ):
+        fail(op, name, "to be two floats", value)
+    minimum, maximum = map(float, value)
     if not (0 <= minimum <= maximum <= 1 and maximum > 0):
-        fail(op, "minmax" if op == "cutmix" else "scale", "0 <= minimum <= maximum <= 1 and maximum > 0", minmax)
+        fail(op, name, "0 <= minimum <= maximum <= 1 and maximum > 0", value)
     return minimum, maximum

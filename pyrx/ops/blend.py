@@ -10,7 +10,16 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import FLOAT_DTYPES, check_device, check_dtype, check_float, check_shape, check_tensor, fail
+from pyrx._checks import (
+    FLOAT_DTYPES,
+    check_device,
+    check_dtype,
+    check_float,
+    check_shape,
+    check_tensor,
+    check_written,
+    fail,
+)
 from pyrx.reference import blend as reference
 
 ROW = "blend"
@@ -124,7 +133,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _OPERANDS = "Tensor x, Tensor y, Tensor alpha, Tensor? partner"
 _library.define(ROW, "blend", f"({_OPERANDS}) -> Tensor", _blend_fake, _backward, _setup, native_formula=False)
-_library.define(ROW, "blend_out", f"(Tensor(a!) out, {_OPERANDS}) -> ()", _out_fake)
+_library.define(ROW, "blend_out", f"(Tensor(a!) out, {_OPERANDS}) -> ()", _out_fake, writes=True)
 _library.define(
     ROW,
     "blend_backward",
@@ -133,8 +142,10 @@ _library.define(
 )
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def check_out(op: str, out: Tensor, images: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Of a public function's out=."""
+    _check_out(op, out, images)
+    check_written(op, "out", out, inputs)
 
 
 def blend(
@@ -174,8 +185,8 @@ def blend(
 
     Raises:
         ValueError: shapes; partners outside [0, M), where the tensors are on the CPU (on a GPU such a sample of y is
-        NaN, for uint8 0). TypeError: dtypes. RuntimeError: devices, a backend that cannot serve, `out` beside tensors
-        that require a gradient.
+        NaN, for uint8 0). TypeError: dtypes. RuntimeError: devices, a backend that cannot serve, `out` that requires
+        a gradient or is beside tensors that do.
 
     Example: prompting a model by blurring what lies outside of N masks of one image (Yang et al., "Fine-Grained Visual
     Prompting", NeurIPS 2023). The image is blurred once, and neither it nor its blur is copied N times:
@@ -191,15 +202,7 @@ def blend(
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     chosen = select(ROW, x.device.type, accumulate, backend)
     if out is not None:
-        check_tensor("blend", "out", out)
-        _check_out("blend", out, x)
-        if _overlaps(out):
-            fail("blend", "out", "to be memory of its own for every element", "expanded strides")
-        if torch.is_grad_enabled() and any(each.requires_grad for each in (x, y, alpha)):
-            fail("blend", "out", "for tensors that require no gradient", "one that does", RuntimeError)
-        storages = [each.untyped_storage().data_ptr() for each in (x, y, alpha)]
-        if out.numel() > 0 and out.untyped_storage().data_ptr() in storages:
-            fail("blend", "out", "to be other memory than x, y and alpha", "the same")
+        check_out("blend", out, x, (x, y, alpha))
     if partner is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
         outside = (partner < 0) | (partner >= y.shape[0])
         if bool(outside.any()):

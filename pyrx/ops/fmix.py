@@ -8,7 +8,7 @@ from torch import Tensor
 from pyrx._checks import check_choice, check_device, check_shape, check_tensor, fail
 from pyrx._random import seed_tensor
 from pyrx.ops import batch_mix
-from pyrx.ops.blend import blend, check_alpha
+from pyrx.ops.blend import blend, check_alpha, check_out
 from pyrx.reference import batch_mix as draws
 from pyrx.reference import fmix as reference
 from pyrx.reference.batch_mix import GIVEN, MIXUP, PER_BATCH, PER_SAMPLE, Draw
@@ -105,6 +105,8 @@ def fmix(
     if lam is not None and not isinstance(lam, Tensor):
         _check_number("lam", lam, 0, 1)
         lam = torch.full((samples,), float(lam), device=device)
+    if lam is not None and lam.requires_grad:
+        fail(OP, "lam", "without requires_grad: there is no gradient to lam", "requires_grad=True")
     partner, way = None, GIVEN
     if isinstance(pairing, Tensor):
         partner = pairing
@@ -128,6 +130,9 @@ def fmix(
         if masks.is_floating_point() or masks.is_complex():
             fail(OP, "masks", "of an integer dtype", masks.dtype, TypeError)
         check_device(OP, "masks", masks, device)
+    if out is not None:
+        inputs = [each for each in (images, mattes, masks) if each is not None]
+        check_out(OP, out, images, inputs)
 
     if mattes is not None:
         partner = draws.partners(seed, samples, way) if partner is None else partner

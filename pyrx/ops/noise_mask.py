@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_device, check_dtype, check_float, check_integer, check_tensor, fail
+from pyrx._checks import FLOAT_DTYPES, check_device, check_dtype, check_float, check_integer, check_tensor, fail
 from pyrx._random import MAX_SAMPLE, check_seed, seed_tensor
 from pyrx.reference import noise_mask as reference
 
@@ -48,12 +48,6 @@ def _backward_fake(grad: Tensor, seed: Tensor, broadcast: bool, std: float, mean
     return grad.new_empty((grad.shape[0], 1, *grad.shape[2:]) if broadcast else grad.shape)
 
 
-def _add(images: Tensor, mask: Tensor, seed: Tensor, std: float, mean: float, sample: int, backend: str) -> Tensor:
-    if backend == "reference":
-        return reference.noise_mask(images, mask, seed, std, mean, sample)
-    return _library.namespace(backend).noise_mask(images, mask, seed, std, mean, sample)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     images, mask, seed, *ctx.noise = inputs
     ctx.broadcast = mask.shape[1] == 1
@@ -65,9 +59,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     mask_grad = None
     if ctx.needs[1]:
         (seed,) = ctx.saved_tensors
-        backend = select(ROW, grad.device.type, grad.dtype, None)
-        function = reference if backend == "reference" else _library.namespace(backend)
-        mask_grad = function.noise_mask_backward(grad, seed, ctx.broadcast, *ctx.noise)
+        mask_grad = ctx.ops.noise_mask_backward(grad, seed, ctx.broadcast, *ctx.noise)
     return grad if ctx.needs[0] else None, mask_grad, None, None, None, None
 
 
@@ -80,9 +72,7 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     # linear in the gradient, so its adjoint is the noise that `upstream` weighs
     (seed,) = ctx.saved_tensors
-    backend = select(ROW, upstream.device.type, upstream.dtype, None)
-    std, mean, sample = ctx.noise
-    return _add(upstream.new_zeros(ctx.shape), upstream, seed, std, mean, sample, backend), None, None, None, None, None
+    return ctx.ops.noise_mask(upstream.new_zeros(ctx.shape), upstream, seed, *ctx.noise), None, None, None, None, None
 
 
 _NOISE = "float std, float mean, int sample"
@@ -118,7 +108,8 @@ def noise_mask(
     Args:
         images: (N, C, H, W), or any (N, C, ...) of at least three dimensions and any strides; float16, bfloat16,
             float32 or float64.
-        mask: (N, 1, H, W), one weight for all channels, or (N, C, H, W); of images' dtype.
+        mask: (N, 1, H, W), one weight for all channels, or (N, C, H, W); bool, float16, bfloat16, float32 or float64,
+            rounded to images' dtype.
         std, mean: of the noise. Default 1.0 and 0.0.
         seed: int, or int64 tensor of one element on the images' device. Default: drawn there from `generator`.
         generator: torch.Generator on the images' device. Default: torch's.
@@ -134,6 +125,7 @@ def noise_mask(
     Equivalent to `images + mask * (mean + std * torch.randn_like(images))` in distribution.
 
     Cost: one read of images and mask and one write; the mask's gradient one read and one write of its own.
+    Images that are not contiguous (channels_last ones too) cost two more passes, a mask of another dtype one.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, std below 0, sample out of range. RuntimeError: a mask or seed on another
@@ -149,5 +141,9 @@ def noise_mask(
     chosen = select(ROW, images.device.type, images.dtype, backend)
     seed = seed_tensor(ROW, seed, generator, images.device)
     _check_noise(ROW, "images", images, seed, std, mean, sample)
+    if mask.dtype != torch.bool and mask.dtype not in FLOAT_DTYPES:
+        fail(ROW, "mask", "of dtype bool, float16, bfloat16, float32 or float64", mask.dtype, TypeError)
+    mask = mask.to(images.dtype)
     _check_mask(images, mask)
-    return _add(images, mask, seed, std, mean, sample, chosen)
+    function = reference if chosen == "reference" else _library.namespace(chosen)
+    return function.noise_mask(images, mask, seed, std, mean, sample)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from pyrx.reference.dropout import philox
-from pyrx.reference.random import DRAW_DOMAIN, PAIR_DOMAIN, below, beta, divide, happens, sqrt, uniform
+from pyrx.reference.random import DRAW_DOMAIN, PAIR_DOMAIN, below, beta, happens, sqrt, uniform
 
 FLIP, ROLL, RANDOM, GIVEN = range(4)
 PER_BATCH, PER_PAIR, PER_SAMPLE = range(3)
@@ -55,7 +56,8 @@ def partners(seed: Tensor, samples: int, pairing: int) -> Tensor:
 
 def _area_lam(boxes: Tensor, height: int, width: int) -> Tensor:
     y0, x0, y1, x1 = boxes.unbind(1)
-    return (1 - divide(((y1 - y0) * (x1 - x0)).double(), float(height) * width)).float()
+    area = ((y1 - y0) * (x1 - x0)).double()
+    return torch.where(area == 0, 1.0, 1 - area / (float(height) * width)).float()
 
 
 def _cutmix_boxes(lam: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
@@ -104,13 +106,11 @@ def draw_mixes(
     draw: Draw,
 ) -> Mixes:
     """The mixes of `samples` images of height x width; lam, boxes and partner are taken where they are given."""
-    if partner is None:
-        partner = partners(seed, samples, pairing)
+    partner = partners(seed, samples, pairing) if partner is None else partner.clone()
     if boxes is not None:
         without = boxes[:, 0] < 0
-        if lam is None:
-            lam = _area_lam(boxes, height, width)
-        return Mixes(partner, lam, torch.where(without, lam, 1.0), boxes)
+        lam = _area_lam(boxes, height, width) if lam is None else lam.clone()
+        return Mixes(partner, lam, torch.where(without, lam, 1.0), boxes.clone())
     index = torch.arange(samples, device=seed.device)
     if draw.granularity == PER_BATCH:
         index = torch.zeros_like(index)
@@ -168,7 +168,9 @@ def _source(boxes: Tensor, images: Tensor) -> Tensor:
 
 
 def _per_channel(values: Sequence[float], images: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=images.device).reshape(-1, *[1] * (images.dim() - 2))
+    # filled, since a copy from the host syncs
+    each = [torch.full((), value, dtype=dtype, device=images.device) for value in values]
+    return torch.stack(each).reshape(-1, *[1] * (images.dim() - 2))
 
 
 def mix(
@@ -219,19 +221,13 @@ def mix_backward(grad: Tensor, mixes: Mixes, resize: bool, scale: Sequence[float
         wide = torch.zeros((*grad.shape[:-2], nowhere + 1), dtype=accumulate, device=grad.device)
         shrunk = wide.scatter(-1, at, other.flatten(-2))[..., :-1].reshape(grad.shape)
         other = torch.where(inside, 0, other) + shrunk
-    index = torch.arange(len(grad), device=grad.device)
-    inverse = index.scatter(0, mixes.partner, index)
-    return (own + other.index_select(0, inverse)).to(dtype)
+    # each sample is the partner of one, so that nothing is summed in an order of its own
+    return own.index_add(0, mixes.partner, other).to(dtype)
 
 
 def memory_format(images: Tensor) -> torch.memory_format:
-    """The layout of the result: channels last where that is the images' own, else contiguous."""
-    if images.is_contiguous():
-        return torch.contiguous_format
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(images.dim())
-    if last is not None and images.is_contiguous(memory_format=last):
-        return last
-    return torch.contiguous_format
+    """The layout of the result: channels last where the images' strides are such, else contiguous."""
+    return torch.contiguous_format if images.is_contiguous() else suggest_memory_format(images)
 
 
 def batch_mix(

@@ -36,6 +36,7 @@ def two_class_loss(
         each = F.cross_entropy(logits, ids, weight, None, ignore_index, None, "none", label_smoothing)
         kept = ids != ignore_index
         class_weight = 1.0 if weight is None else weight[torch.where(kept, ids, 0)]
+        each = torch.where(share == 0, 0, each)  # which may be infinite
         losses.append(share.to(each.dtype) * each)
         weights.append(torch.where(kept, share * class_weight, 0))
     loss = losses[0] + losses[1]

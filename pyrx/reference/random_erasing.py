@@ -102,8 +102,9 @@ def fill(images: Tensor, boxes: Tensor, seed: Tensor, mode: int, value: Sequence
     y = torch.arange(images.shape[-2], device=images.device)[:, None]
     x = torch.arange(images.shape[-1], device=images.device)
     if mode == CONST:
-        constant = torch.tensor(value, dtype=torch.float64, device=images.device).to(images.dtype)
-        fills = [constant.reshape(1, -1, *tail)] * count
+        # filled on the device, where a list would be copied to; no value at all is that of no channels
+        each = [torch.full((), v, dtype=torch.float64, device=images.device) for v in value or [0.0]]
+        fills = [torch.stack(each).to(images.dtype).reshape(1, -1, *tail)] * count
     elif mode == PIXEL:
         fills = [normal(seed, images.numel(), PIXEL_NOISE).reshape(images.shape).to(images.dtype)] * count
     else:
