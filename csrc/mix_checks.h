@@ -117,7 +117,9 @@ inline void check_out(const at::Tensor& out, const at::Tensor& images) {
 
 // Channels last where the images' strides are such, else contiguous: the layout of results.
 inline at::MemoryFormat pixel_format(const at::Tensor& images) {
-  return images.is_contiguous() ? at::MemoryFormat::Contiguous : images.suggest_memory_format();
+  if (images.is_contiguous()) return at::MemoryFormat::Contiguous;
+  const auto last = images.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+  return images.is_contiguous(last) ? last : images.suggest_memory_format();
 }
 
 // A sample's memory: `planes` of `height` rows of `row` elements, a pixel's `step` channels side by side.

@@ -227,7 +227,12 @@ def mix_backward(grad: Tensor, mixes: Mixes, resize: bool, scale: Sequence[float
 
 def memory_format(images: Tensor) -> torch.memory_format:
     """The layout of the result: channels last where the images' strides are such, else contiguous."""
-    return torch.contiguous_format if images.is_contiguous() else suggest_memory_format(images)
+    if images.is_contiguous():
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(images.dim())
+    if last is not None and images.is_contiguous(memory_format=last):
+        return last
+    return suggest_memory_format(images)
 
 
 def batch_mix(
