@@ -35,7 +35,7 @@ HAS_TORCH := import re, torch; v = tuple(map(int, re.findall(r"\d+", torch.__ver
 
 help:
 	@echo 'make demo    train a real model through pyrx: table and loss curves       (5 minutes after the build)'
-	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (20 minutes from a clean clone)'
+	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
 	@echo 'make bench   time every op against PyTorch and peers, tables and charts'
 	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
 	@echo 'make lint    ruff and mypy'
