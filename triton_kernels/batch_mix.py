@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyrx._checks import FLOAT_DTYPES
 from pyrx.ops import batch_mix as ops
-from pyrx.reference.batch_mix import CUTMIX, EITHER, MIXUP, RESIZEMIX, Draw
+from pyrx.reference.batch_mix import CUTMIX, EITHER, MIXUP, RESIZEMIX, Draw, memory_format
 
 from .dropout import check_narrow, philox
 from .random import DRAW_DOMAIN, PAIR_DOMAIN, below, beta, float64_of, happens, uniform
@@ -118,7 +118,8 @@ def _scale_side(ratio, word, size):
 @triton.jit
 def _area_lam(y0, x0, y1, x1, height, width):
     area = ((y1 - y0) * (x1 - x0)).to(tl.float64)
-    return (1 - area / (height.to(tl.float64) * width.to(tl.float64))).to(tl.float32)
+    share = 1 - area / (height.to(tl.float64) * width.to(tl.float64))
+    return tl.where(area == 0, 1.0, share).to(tl.float32)
 
 
 @triton.jit
@@ -456,7 +457,7 @@ def batch_mix(images: Tensor, labels: Tensor | None, *rest: Any) -> tuple[Tensor
     check_narrow(ops.ROW, images)
     check_narrow(ops.ROW, mixed)
     *drawn, scale, bias, _ = rest
-    layout = ops.memory_format(images)
+    layout = memory_format(images)
     _launch(images.contiguous(memory_format=layout), mixed, layout, labels, drawn, scale, bias, results)
     return mixed, *results
 
@@ -466,7 +467,7 @@ def batch_mix_out(out: Tensor, images: Tensor, labels: Tensor | None, *rest: Any
     check_narrow(ops.ROW, images)
     check_narrow(ops.ROW, out)
     *drawn, scale, bias = rest
-    layout = ops.memory_format(out)
+    layout = memory_format(out)
     target = out if out.is_contiguous(memory_format=layout) else torch.empty_like(out, memory_format=layout)
     _launch(images.contiguous(memory_format=layout), target, layout, labels, drawn, scale, bias, results)
     if target is not out:
@@ -477,7 +478,7 @@ def batch_mix_out(out: Tensor, images: Tensor, labels: Tensor | None, *rest: Any
 def batch_mix_(images: Tensor, labels: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     results = ops._inplace_fake(images, labels, *rest)
     check_narrow(ops.ROW, images)
-    layout = ops.memory_format(images)
+    layout = memory_format(images)
     dense = images.contiguous(memory_format=layout)
     _launch(dense, dense, layout, labels, rest, (), (), results)
     if dense is not images:

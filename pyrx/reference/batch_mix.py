@@ -190,6 +190,8 @@ def mix(
         partner = torch.where(inside, shrunk, partner)
     weight = _shaped(mixes.weight, images)
     whole = inside | (weight == 0), ~inside & (weight == 1)
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        return torch.where(whole[0], partner, images).contiguous(memory_format=memory_format(images))
     accumulate = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
     own, other, weight = images.to(accumulate), partner.to(accumulate), weight.to(accumulate)
     mixed = torch.where(whole[0], other, torch.where(whole[1], own, own * weight + other * (1 - weight)))
@@ -197,7 +199,7 @@ def mix(
         mixed = mixed * _per_channel(scale, images, accumulate) + _per_channel(bias, images, accumulate)
     mixed = (mixed if dtype.is_floating_point else mixed.round()).to(dtype)
     if images.dtype == dtype and not scale:
-        # what is only copied keeps its bits: those of NaNs, and integers that no float holds
+        # what is only copied keeps its bits, those of NaNs
         mixed = torch.where(whole[0], partner, torch.where(whole[1], images, mixed))
     return mixed.contiguous(memory_format=memory_format(images))
 
