@@ -55,6 +55,17 @@ def check_integer(op: str, argument: str, value: object, minimum: int, maximum: 
         fail(op, argument, f"in [{minimum}, {maximum}]", value)
 
 
+def check_number(op: str, argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(op, argument, "to be a float", type(value).__name__, TypeError)
+
+
+def check_image_shape(op: str, argument: str, value: Tensor) -> None:
+    check_tensor(op, argument, value)
+    if value.dim() not in (4, 5):
+        fail(op, argument, "of shape [N, C, H, W] or [N, C, T, H, W]", list(value.shape))
+
+
 def check_own_memory(op: str, argument: str, value: Tensor) -> None:
     """Of a tensor that is written: no two of its elements lie in one place."""
     reach = 0  # of the dimensions of smaller strides

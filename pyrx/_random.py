@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyrx._checks import check_choice, check_device, check_dtype, check_integer, fail
+from pyrx._checks import check_choice, check_device, check_dtype, check_integer, check_number, fail
 
 LEVELS = 65536
 MAX_SAMPLE = 2**32 - 1
@@ -16,8 +16,7 @@ SAMPLINGS = ("independent", "antithetic")
 
 def threshold(op: str, p: float) -> int:
     """round(65536 p), at most 65535: an element is kept iff its 16-bit lane is at least this."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        fail(op, "p", "to be a float", type(p).__name__, TypeError)
+    check_number(op, "p", p)
     if not 0 <= p < 1:
         fail(op, "p", "in [0, 1)", p)
     return min(round(LEVELS * p), LEVELS - 1)

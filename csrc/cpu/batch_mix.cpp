@@ -16,13 +16,6 @@ namespace {
 
 constexpr int64_t kTaskBytes = 128 << 10;  // of a task: in the second-level cache; less is not worth a second thread
 
-// f(storage type) for what arithmetic may be done with.
-template <typename F>
-void dispatch_pixels(at::ScalarType dtype, F f) {
-  if (dtype == at::kByte) return f(uint8_t());
-  dispatch_storage(dtype, f);
-}
-
 template <typename T>
 uint8_t* as_bytes(T* p) { return reinterpret_cast<uint8_t*>(p); }
 template <typename T>

@@ -15,12 +15,6 @@ namespace {
 constexpr int64_t kRun = 4096;  // elements of a run: its alphas stay in the first-level cache
 constexpr int64_t kTask = 32768;
 
-template <typename F>
-void dispatch_pixels(at::ScalarType dtype, F f) {
-  if (dtype == at::kByte) return f(uint8_t());
-  dispatch_storage(dtype, f);
-}
-
 float widen(bfloat16 x) { return c10::detail::f32_from_bits(x.bits); }
 float widen(float16 x) { return c10::detail::fp16_ieee_to_fp32_value(x.bits); }
 template <typename A>

@@ -33,6 +33,13 @@ void dispatch_storage(at::ScalarType dtype, F f) {
   }
 }
 
+// Of images: bytes too.
+template <typename F>
+void dispatch_pixels(at::ScalarType dtype, F f) {
+  if (dtype == at::kByte) return f(uint8_t());
+  dispatch_storage(dtype, f);
+}
+
 // f(first, n, bits) over chunks of [0, numel), first a multiple of 8; bits are the thread's own, for kChunk elements.
 template <typename F>
 void for_chunks(int64_t numel, F f) {

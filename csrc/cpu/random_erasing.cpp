@@ -144,12 +144,10 @@ void erase_into(const EraseArguments& given, const Erasures& erasures, const at:
                 const at::Tensor& to) {
   if (images.numel() == 0) return;
   const PixelLayout layout = pixel_layout(images, format);
-  const auto of = [&](auto type) {
+  dispatch_pixels(images.scalar_type(), [&](auto type) {
     using T = decltype(type);
     erase(given, layout, erasures, static_cast<const T*>(images.const_data_ptr()), static_cast<T*>(to.mutable_data_ptr()));
-  };
-  if (images.scalar_type() == at::kByte) of(uint8_t());
-  else dispatch_storage(images.scalar_type(), of);
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor> random_erasing(const at::Tensor& images, const at::Tensor& seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyrx._checks import check_choice, check_integer, fail
+from pyrx._checks import check_choice, check_integer, check_number, fail
 from pyrx.ops.batch_mix import check_minmax, level, mix_batch
 from pyrx.reference.batch_mix import CUTMIX, EITHER, MIXUP, PER_BATCH, PER_PAIR, PER_SAMPLE, Draw
 from pyrx.targets import MixedTarget
@@ -64,8 +64,7 @@ class Mixup(nn.Module):
         if cutmix_minmax is not None:
             cutmix_alpha = 1.0
         for argument, value in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                fail(name, argument, "to be a float", type(value).__name__, TypeError)
+            check_number(name, argument, value)
         if not (mixup_alpha >= 0 and cutmix_alpha >= 0 and mixup_alpha + cutmix_alpha > 0):
             fail(name, "mixup_alpha or cutmix_alpha", "above 0", f"{mixup_alpha} and {cutmix_alpha}")
         check_choice(name, "mode", mode, tuple(MODES))

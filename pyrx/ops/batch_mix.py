@@ -15,6 +15,8 @@ from pyrx._checks import (
     check_choice,
     check_device,
     check_dtype,
+    check_image_shape,
+    check_number,
     check_own_memory,
     check_shape,
     check_tensor,
@@ -48,9 +50,7 @@ def _check_mix(
     dtype: torch.dtype,
 ) -> None:
     """Everything that can be known without reading a tensor."""
-    check_tensor(op, "images", images)
-    if images.dim() not in (4, 5):
-        fail(op, "images", "of shape [N, C, H, W] or [N, C, T, H, W]", list(images.shape))
+    check_image_shape(op, "images", images)
     if images.is_complex():
         fail(op, "images", "of a real dtype", images.dtype, TypeError)
     samples, channels, device = images.shape[0], images.shape[1], images.device
@@ -288,8 +288,7 @@ def _normalisation(
 
 def level(op: str, name: str, prob: float) -> int:
     """round(65536 prob)."""
-    if isinstance(prob, bool) or not isinstance(prob, (int, float)):
-        fail(op, name, "to be a float", type(prob).__name__, TypeError)
+    check_number(op, name, prob)
     if not 0 <= prob <= 1:
         fail(op, name, "in [0, 1]", prob)
     return round(LEVELS * prob)
@@ -315,9 +314,7 @@ def mix_batch(
     backend: str | None = None,
 ) -> tuple[Tensor, MixedTarget]:
     """The family's common part: checks what the caller says, draws, mixes, and makes the target."""
-    check_tensor(op, "images", images)
-    if images.dim() not in (4, 5):
-        fail(op, "images", "of shape [N, C, H, W] or [N, C, T, H, W]", list(images.shape))
+    check_image_shape(op, "images", images)
     for name, value in (("labels", labels), ("out", out)):
         if value is not None:
             check_tensor(op, name, value)
@@ -550,8 +547,7 @@ def resizemix(
 
 
 def _check_alpha(op: str, alpha: float) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        fail(op, "alpha", "to be a float", type(alpha).__name__, TypeError)
+    check_number(op, "alpha", alpha)
     if not alpha > 0:
         fail(op, "alpha", "above 0", alpha)
 

@@ -15,6 +15,7 @@ from pyrx._checks import (
     check_device,
     check_dtype,
     check_float,
+    check_image_shape,
     check_shape,
     check_tensor,
     check_written,
@@ -27,9 +28,7 @@ IMAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
 
 
 def _check_images(op: str, name: str, images: Tensor) -> None:
-    check_tensor(op, name, images)
-    if images.dim() not in (4, 5):
-        fail(op, name, "of shape [N, C, H, W] or [N, C, T, H, W]", list(images.shape))
+    check_image_shape(op, name, images)
     if images.dtype not in IMAGE_DTYPES:
         fail(op, name, "of dtype uint8, float16, bfloat16, float32 or float64", images.dtype, TypeError)
 

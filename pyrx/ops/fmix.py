@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrx._checks import check_choice, check_device, check_shape, check_tensor, fail
+from pyrx._checks import check_choice, check_device, check_image_shape, check_number, check_shape, check_tensor, fail
 from pyrx._random import seed_tensor
 from pyrx.ops import batch_mix
 from pyrx.ops.blend import blend, check_alpha, check_out
@@ -17,9 +17,8 @@ from pyrx.targets import MixedTarget
 OP = "fmix"
 
 
-def _check_number(name: str, value: object, minimum: float, maximum: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        fail(OP, name, "to be a float", type(value).__name__, TypeError)
+def _check_range(name: str, value: float, minimum: float, maximum: float) -> None:
+    check_number(OP, name, value)
     if not minimum <= value <= maximum:
         fail(OP, name, f"in [{minimum}, {maximum}]", value)
 
@@ -89,21 +88,19 @@ def fmix(
 
     Source: Harris et al., "FMix: Enhancing Mixed Sample Data Augmentation", 2020.
     """
-    check_tensor(OP, "images", images)
-    if images.dim() not in (4, 5):
-        fail(OP, "images", "of shape [N, C, H, W] or [N, C, T, H, W]", list(images.shape))
+    check_image_shape(OP, "images", images)
     if labels is not None:
         check_tensor(OP, "labels", labels)
     samples, height, width, device = images.shape[0], images.shape[-2], images.shape[-1], images.device
-    _check_number("alpha", alpha, 0, float("inf"))
+    _check_range("alpha", alpha, 0, float("inf"))
     if not alpha > 0:
         fail(OP, "alpha", "above 0", alpha)
-    _check_number("decay_power", decay_power, 0, 8)
-    _check_number("max_soft", max_soft, 0, 0.5)
+    _check_range("decay_power", decay_power, 0, 8)
+    _check_range("max_soft", max_soft, 0, 0.5)
     chance = batch_mix.level(OP, "prob", prob)
     shared_lam = lam is None or not isinstance(lam, Tensor)
     if lam is not None and not isinstance(lam, Tensor):
-        _check_number("lam", lam, 0, 1)
+        _check_range("lam", lam, 0, 1)
         lam = torch.full((samples,), float(lam), device=device)
     if lam is not None and lam.requires_grad:
         fail(OP, "lam", "without requires_grad: there is no gradient to lam", "requires_grad=True")

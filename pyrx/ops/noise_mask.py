@@ -10,7 +10,16 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import FLOAT_DTYPES, check_device, check_dtype, check_float, check_integer, check_tensor, fail
+from pyrx._checks import (
+    FLOAT_DTYPES,
+    check_device,
+    check_dtype,
+    check_float,
+    check_integer,
+    check_number,
+    check_tensor,
+    fail,
+)
 from pyrx._random import MAX_SAMPLE, check_seed, seed_tensor
 from pyrx.reference import noise_mask as reference
 
@@ -86,9 +95,8 @@ _library.define(
 )  # fmt: skip
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        fail(ROW, name, "to be a float", type(value).__name__, TypeError)
+def _number(name: str, value: float) -> float:
+    check_number(ROW, name, value)
     return float(value)
 
 

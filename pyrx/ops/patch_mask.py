@@ -10,7 +10,16 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_choice, check_device, check_float, check_integer, check_shape, check_tensor, fail
+from pyrx._checks import (
+    check_choice,
+    check_device,
+    check_float,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from pyrx._random import check_seed, seed_tensor
 from pyrx.reference import patch_mask as reference
 from pyrx.reference.patch_mask import BLOCK, HARD, MOST_PATCHES, RANDOM, Draw
@@ -84,8 +93,7 @@ def _share(name: str, value: float) -> float:
 
 
 def _log_aspect(min_aspect: float) -> float:
-    if isinstance(min_aspect, bool) or not isinstance(min_aspect, (int, float)):
-        fail(ROW, "min_aspect", "to be a float", type(min_aspect).__name__, TypeError)
+    check_number(ROW, "min_aspect", min_aspect)
     if not 1e-300 <= min_aspect <= 1:
         fail(ROW, "min_aspect", "in (0, 1]", min_aspect)
     return math.log(min_aspect)

@@ -15,6 +15,7 @@ from pyrx._checks import (
     check_choice,
     check_device,
     check_dtype,
+    check_image_shape,
     check_integer,
     check_own_memory,
     check_tensor,
@@ -33,8 +34,7 @@ MAX_CHANNELS = 64  # that value may have: it travels as a kernel argument
 
 
 def _check_images(op: str, images: Tensor) -> None:
-    if images.dim() not in (4, 5):
-        fail(op, "images", "of shape [N, C, H, W] or [N, C, T, H, W]", list(images.shape))
+    check_image_shape(op, "images", images)
     if images.dtype != torch.uint8 and images.dtype not in FLOAT_DTYPES:
         fail(op, "images", "of dtype uint8, float16, bfloat16, float32 or float64", images.dtype, TypeError)
 
