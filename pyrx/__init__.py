@@ -9,6 +9,7 @@ from pyrx.ops.fmix import fmix
 from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.ops.neighbor_fill import neighbor_fill
+from pyrx.ops.nm_sparsity import nm_mask, nm_sparsify
 from pyrx.ops.noise_mask import noise_mask
 from pyrx.ops.patch_mask import patch_mask
 from pyrx.ops.random_erasing import cutout, random_erasing
@@ -29,8 +30,10 @@ __all__ = [
     "multi_sample_dropout_cross_entropy",
     "neighbor_fill",
     "nn",
-    "patch_mask",
+    "nm_mask",
+    "nm_sparsify",
     "noise_mask",
+    "patch_mask",
     "random_erasing",
     "resizemix",
 ]

@@ -21,6 +21,7 @@ OPS = (
     "blend",
     "random_erasing",
     "noise_mask",
+    "nm_sparsity",
 )
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -35,8 +36,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _has_kernel(op: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyrx::{op}", key)
+# the op that tells whether a row was built, where it does not have the row's name
+_OP_OF_ROW = {"nm_sparsity": "nm_sparsify"}
+
+
+def _has_kernel(row: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyrx::{_OP_OF_ROW.get(row, row)}", key)
 
 
 # torch.compile asks once instead of tracing what is found

@@ -1,16 +1,13 @@
 #include "cpu/simd.h"
 
+#include "cpu/isa.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string_view>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define PYRX_X86 1
-#include <immintrin.h>
-#endif
 
 // The kernels once more for each instruction set: PYRX_ISA is 0, 2 (AVX2) or 512 (AVX-512).
 #define PYRX_ISA 0
@@ -40,47 +37,8 @@ namespace pyrx::cpu::avx512 {
 #endif
 
 namespace pyrx::cpu {
-namespace {
-
-enum class Isa { plain, avx2, avx512 };
-
-Isa detect() {
-#ifdef PYRX_X86
-  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view allowed = limit ? limit : "";
-  if (allowed == "default") return Isa::plain;
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && allowed != "avx2") return Isa::avx512;
-  if (has_avx2) return Isa::avx2;
-#endif
-  return Isa::plain;
-}
-
-Isa isa() {
-  static const Isa found = detect();
-  return found;
-}
-
-}  // namespace
 
 const char* capability() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "default"; }
-
-#ifdef PYRX_X86
-#define PYRX_PICK(...)                                     \
-  switch (isa()) {                                         \
-    case Isa::avx512: { static constexpr auto table = avx512::__VA_ARGS__; return table; } \
-    case Isa::avx2: { static constexpr auto table = avx2::__VA_ARGS__; return table; }     \
-    default: { static constexpr auto table = plain::__VA_ARGS__; return table; }           \
-  }
-#else
-#define PYRX_PICK(...) \
-  static constexpr auto table = plain::__VA_ARGS__; \
-  return table;
-#endif
 
 const MaskKernels& mask_kernels() { PYRX_PICK(mask_table()) }
 const ByteKernels& byte_kernels() { PYRX_PICK(byte_table()) }

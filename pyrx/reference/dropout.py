@@ -37,6 +37,19 @@ def lanes(seed: Tensor, numel: int, sample: int) -> Tensor:
     return torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)[:numel]
 
 
+def pack_bits(mask: Tensor) -> Tensor:
+    """uint8 (..., ceil(D / 8)) of a bool (..., D): bit j of byte k is element 8k + j, bits beyond the row are 0."""
+    size = mask.shape[-1]
+    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -size % 8)).unflatten(-1, ((size + 7) // 8, 8))
+    return (bits << torch.arange(8, device=mask.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, size: int) -> Tensor:
+    """bool (..., size) of what `pack_bits` made."""
+    lanes = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return (bits[..., None] >> lanes & 1).bool().flatten(-2)[..., :size]
+
+
 def dropout_mask(
     seed: Tensor, shape: Sequence[int], threshold: int, sample: int, antithetic: bool, packed: bool
 ) -> Tensor:
@@ -44,11 +57,7 @@ def dropout_mask(
     second = antithetic and sample % 2 == 1
     u = lanes(seed, math.prod(shape), sample - 1 if second else sample)
     mask = ((65535 - u if second else u) >= threshold).reshape(tuple(shape))
-    if not packed:
-        return mask
-    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -shape[-1] % 8)).unflatten(-1, (-1, 8))
-    weights = 2 ** torch.arange(8, device=seed.device, dtype=torch.uint8)
-    return (bits * weights).sum(-1, dtype=torch.uint8)
+    return pack_bits(mask) if packed else mask
 
 
 def scale(threshold: int) -> float:

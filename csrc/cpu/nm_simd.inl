@@ -1,0 +1,3 @@
+// Included by nm_simd.cpp once for each instruction set, inside that set's namespace and target.
+#include "cpu/vec.inl"
+#include "cpu/nm_sparsity.inl"
