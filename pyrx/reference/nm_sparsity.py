@@ -76,12 +76,12 @@ class _Sparsify(torch.autograd.Function):
         return nm_apply(weight, bits, FORWARD[estimator], factor, None, 0.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         bits, factor, weight = ctx.saved_tensors
         dropped = BACKWARD[ctx.estimator]
-        found = grad if dropped is None else nm_apply(grad, bits, dropped, factor, weight, ctx.strength)
-        return found, None, None, None, None
+        if dropped is not None:
+            grad = nm_apply(grad, bits, dropped, factor, weight, ctx.strength)
+        return grad, None, None, None, None
 
 
 def nm_sparsify(weight: Tensor, bits: Tensor, factor: Tensor | None, estimator: int, strength: float) -> Tensor:
