@@ -347,6 +347,7 @@ def test_compiled_equals_eager(backend, dynamic, estimator):
         return torch.nn.functional.linear(x, sparse), pyrx.nm_mask(weight, 2, 4, packed=True, backend=backend)
 
     fast = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
+    frames = 0
     for rows, features in ((8, 12), (3, 20)):
         for value in (0.5, 0.25, 0.0):
             weight, x = torch.randn(rows, features, requires_grad=True), torch.randn(5, features)
@@ -356,7 +357,8 @@ def test_compiled_equals_eager(backend, dynamic, estimator):
             torch.testing.assert_close(found[0], expected[0])
             grads = [torch.autograd.grad(each[0].square().sum(), weight)[0] for each in (found, expected)]
             torch.testing.assert_close(*grads)
-    assert counter.frame_count <= 2, "a decay in memory recompiles nothing"
+            frames = counter.frame_count if value == 0.5 else frames
+            assert counter.frame_count == frames, "a decay in memory recompiles nothing"
 
 
 # Errors.
