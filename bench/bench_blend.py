@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, expect, graphed, run_case, set_threads
+from harness import SETTINGS, Contender, expect, moved_bytes, run_case, set_threads, with_graphs
 from torch import Tensor
 
 import pyrx
@@ -35,33 +35,6 @@ def lerp(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
 def formula(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     mixed = alpha * x + (1 - alpha) * y
     return mixed.round().to(torch.uint8) if x.dtype == torch.uint8 else mixed
-
-
-def moved_bytes(count: int) -> list[Contender]:
-    """A copy that reads and writes `count` bytes together."""
-    source = torch.zeros(count // 2, dtype=torch.uint8, device=SETTINGS.device)
-    buffer = torch.empty_like(source)
-    return [
-        Contender("floor, new memory", source.clone, "floor", note="a copy into newly allocated memory"),
-        Contender("floor, buffers", lambda: buffer.copy_(source), "floor", note="a copy into memory that is there"),
-    ]
-
-
-def on_the_gpu(contenders: list[Contender]) -> list[Contender]:
-    """pyrx and the floor as CUDA graphs too: the device's time."""
-    if SETTINGS.device == "cpu":
-        return []
-    return [
-        Contender(f"{each.name}, CUDA graph", graphed(each.step), each.kind, "CUDA graph", each.note)
-        for each in contenders
-        if each.kind in ("pyrx", "floor")
-    ]
-
-
-def with_graphs(contenders: list[Contender], floors: dict[str, str]) -> tuple[list[Contender], dict[str, str]]:
-    graphs = on_the_gpu(contenders)
-    more = {f"{a}, CUDA graph": f"{b}, CUDA graph" for a, b in floors.items() if graphs}
-    return [*contenders, *graphs], floors | more
 
 
 def unlike(name: str, got: Tensor, expected: Tensor, slack: float) -> dict[str, Any]:

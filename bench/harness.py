@@ -84,6 +84,33 @@ def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
+def moved_bytes(count: int) -> list[Contender]:
+    """A copy that reads and writes `count` bytes together."""
+    source = torch.zeros(count // 2, dtype=torch.uint8, device=SETTINGS.device)
+    buffer = torch.empty_like(source)
+    return [
+        Contender("floor, new memory", source.clone, "floor", note="a copy into newly allocated memory"),
+        Contender("floor, buffers", lambda: buffer.copy_(source), "floor", note="a copy into memory that is there"),
+    ]
+
+
+def on_the_gpu(contenders: list[Contender]) -> list[Contender]:
+    """pyrx and the floor as CUDA graphs too: the device's time."""
+    if SETTINGS.device == "cpu":
+        return []
+    return [
+        Contender(f"{each.name}, CUDA graph", graphed(each.step), each.kind, "CUDA graph", each.note)
+        for each in contenders
+        if each.kind in ("pyrx", "floor")
+    ]
+
+
+def with_graphs(contenders: list[Contender], floors: dict[str, str]) -> tuple[list[Contender], dict[str, str]]:
+    graphs = on_the_gpu(contenders)
+    more = {f"{a}, CUDA graph": f"{b}, CUDA graph" for a, b in floors.items() if graphs}
+    return [*contenders, *graphs], floors | more
+
+
 def set_threads() -> int:
     threads = min(2, os.cpu_count() or 1)
     torch.set_num_threads(threads)
