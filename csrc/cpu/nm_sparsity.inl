@@ -5,8 +5,8 @@
 template <typename K, int kMost>
 struct Turns {
   static constexpr int kWidth = Keys<K>::kWidth;
-  alignas(64) K from[kMost][kWidth] = {}, lower[kMost][kWidth] = {};
-  uint32_t starts = 0;  // the first lane of each group
+  alignas(64) K from[kMost][kWidth] = {}, lower[kMost][kWidth] = {};  // by places
+  uint32_t starts = 0;                                                // the first lane of each group
 
   constexpr explicit Turns(int m) {
     for (int i = 0; i < kWidth / m * m; ++i) {
@@ -57,7 +57,47 @@ void rank_narrow(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>
   else all(rank);
 }
 
-// Groups of at least a vector: each vector is compared with every key of its group.
+// The first `count` lanes of a vector, of scores that end at `end`; what the others are does not matter.
+template <typename K>
+inline Keys<K> load_within(const K* p, int count, const K* end) {
+  return end - p >= Keys<K>::kWidth ? Keys<K>::load(p) : Keys<K>::load(p, count);
+}
+
+// Groups wider than a vector, of few kept: the first of the highest is kept, again and again.
+template <typename K>
+void rank_few(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule, uint8_t* bits) {
+  using V = Keys<K>;
+  constexpr int kWidth = V::kWidth, kMost = kMostGroup / kWidth;
+  const Turns<K, kWidth> turns(kWidth);
+  typename V::Order orders[kWidth];
+  for (int turn = 1; turn < kWidth; turn *= 2) orders[turn] = V::order(turns.from[turn]);
+  const V lowest = V::fill(std::numeric_limits<K>::min());
+  const int vectors = (nm.m + kWidth - 1) / kWidth, last = nm.m - (vectors - 1) * kWidth;
+  const K* end = scores + groups * nm.m;
+  BitWriter writer(bits);
+  for (; scores < end; scores += nm.m) {
+    V keys[kMost];
+    uint32_t kept[kMost] = {};
+    for (int i = 0; i < vectors - 1; ++i) keys[i] = V::load(scores + i * kWidth).ranked(rule);
+    keys[vectors - 1] = lowest.choose(~low_bits(last), load_within(scores + nm.m - last, last, end).ranked(rule));
+    for (int k = 0; k < nm.n; ++k) {
+      V highest = keys[0];
+      for (int i = 1; i < vectors; ++i) highest = highest.max(keys[i]);
+      for (int turn = 1; turn < kWidth; turn *= 2) highest = highest.max(highest.permute(orders[turn]));
+      uint32_t open = ~0u;
+      for (int i = 0; i < vectors; ++i) {
+        const uint32_t equal = keys[i].equal(highest) & open, first = equal & -equal;
+        open &= equal ? 0 : ~0u;
+        kept[i] |= first;
+        keys[i] = lowest.choose(first, keys[i]);
+      }
+    }
+    for (int i = 0; i < vectors - 1; ++i) writer.put(kept[i], kWidth);
+    writer.put(kept[vectors - 1], last);
+  }
+}
+
+// Groups wider than a vector: each vector is compared with every key of its group.
 template <typename K>
 void rank_wide(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule, uint8_t* bits) {
   using V = Keys<K>;
@@ -65,10 +105,11 @@ void rank_wide(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& 
   alignas(64) K keys[kMostGroup + kWidth], later[2 * kWidth] = {};
   std::fill_n(later + kWidth, kWidth, K(1));
   const V one = V::fill(1), kept = V::fill(static_cast<K>(nm.n));
+  const K* end_of_scores = scores + groups * nm.m;
   BitWriter writer(bits);
-  for (int64_t group = 0; group < groups; ++group, scores += nm.m) {
+  for (; scores < end_of_scores; scores += nm.m) {
     for (int i = 0; i < nm.m; i += kWidth)
-      (nm.m - i < kWidth ? V::load(scores + i, nm.m - i) : V::load(scores + i)).ranked(rule).store(keys + i);
+      load_within(scores + i, nm.m - i, end_of_scores).ranked(rule).store(keys + i);
     for (int first = 0; first < nm.m; first += kWidth) {
       const int end = std::min(first + kWidth, nm.m);
       const V own = V::load(keys + first), or_equal = own.minus(one);
@@ -87,14 +128,17 @@ void rank_groups(const T* scores, int64_t groups, const NM& nm, uint8_t* bits) {
   using K = typename KeyOf<T>::type;
   const KeyRule<K> rule{static_cast<K>(KeyOf<T>::infinity), nm.magnitude};
   const K* from = reinterpret_cast<const K*>(scores);
-  if (nm.m >= Keys<K>::kWidth) return rank_wide(from, groups, nm, rule, bits);
+  constexpr int kWidth = Keys<K>::kWidth;
+  if (nm.m > kWidth) {
+    const bool few = 8 * nm.n <= nm.m;
+    return few ? rank_few(from, groups, nm, rule, bits) : rank_wide(from, groups, nm, rule, bits);
+  }
   switch (nm.m) {
     case 2: return rank_narrow<2>(from, groups, nm, rule, bits);
     case 4: return rank_narrow<4>(from, groups, nm, rule, bits);
-    case 8:
-      if constexpr (Keys<K>::kWidth > 8) return rank_narrow<8>(from, groups, nm, rule, bits);
-    case 16:
-      if constexpr (Keys<K>::kWidth > 16) return rank_narrow<16>(from, groups, nm, rule, bits);
+    case 8: return rank_narrow<8>(from, groups, nm, rule, bits);
+    case 16: return rank_narrow<std::min(16, kWidth)>(from, groups, nm, rule, bits);
+    case 32: return rank_narrow<std::min(32, kWidth)>(from, groups, nm, rule, bits);
     default: return rank_narrow<0>(from, groups, nm, rule, bits);
   }
 }
