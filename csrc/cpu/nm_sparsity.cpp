@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -73,6 +74,18 @@ void rank_rows(const T* scores, const GroupLayout& layout, const NM& nm, Sink si
     }
     sink(first, n, bits);
   });
+}
+
+// n elements, by pieces whose last overlaps the one before: a call for each of a few bytes costs more than they do.
+template <typename T>
+void copy_short(const T* from, int64_t n, T* to) {
+  constexpr int64_t kPiece = 16 / sizeof(T);
+  if (n < kPiece) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    return;
+  }
+  for (int64_t i = 0; i + kPiece < n; i += kPiece) std::memcpy(to + i, from + i, 16);
+  std::memcpy(to + n - kPiece, from + n - kPiece, 16);
 }
 
 // Groups across few columns: those of several blocks of (m, inner) are ranked side by side.
@@ -153,6 +166,8 @@ struct BitRows {
     uint8_t* to = bits + row * row_bytes + column / 8;
     if (width % 8 == 0 || n <= width) {
       std::copy_n(run, bytes_of(n), to);
+    } else if (width < 8) {
+      nm_byte_kernels().spread(run, n / width, static_cast<int>(width), to);
     } else {
       for (int64_t i = 0; i < n; i += width, to += row_bytes) BitWriter(to).put(run, i, width);
     }
@@ -221,13 +236,17 @@ void apply(const at::Tensor& x, const at::Tensor& bits, Dropped dropped, const s
     for_row_runs(x.numel() / width, width, 1, [&](int64_t first, int64_t n, uint8_t* scratch) {
       const uint8_t* own = given + first / width * row_bytes + first % width / 8;
       if (width % 8 != 0 && n > width) {
-        BitWriter writer(scratch);
-        for (int64_t i = 0; i < n; i += width, own += row_bytes) writer.put(own, 0, width);
-        own = nullptr;
+        if (width < 8) {
+          nm_byte_kernels().gather(own, n / width, static_cast<int>(width), scratch);
+        } else {
+          BitWriter writer(scratch);
+          for (int64_t i = 0; i < n; i += width, own += row_bytes) writer.put(own, 0, width);
+        }
+        own = scratch;
       }
       ApplyRun<T> here = run;
       if (here.weight) here.weight += first;
-      nm_kernels<T>().apply(here, from + first, own ? own : scratch, n, to + first);
+      nm_kernels<T>().apply(here, from + first, own, n, to + first);
     });
   });
 }

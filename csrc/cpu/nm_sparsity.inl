@@ -333,9 +333,39 @@ inline void unpack_bits(const uint8_t* bits, int64_t n, uint8_t* bytes) {
   for (; i < n; ++i) bytes[i] = bits[i / 8] >> i % 8 & 1;
 }
 
+// In a word that has eight rows of bytes, the bits that are rows' own.
+inline uint64_t row_bits(int width) { return low_bits(width) * 0x0101010101010101u; }
+
+inline void spread_rows(const uint8_t* bits, int64_t rows, int width, uint8_t* bytes) {
+  int64_t row = 0;
+#if PYRX_ISA
+  for (; row + 8 <= rows; row += 8, bits += width) {
+    uint64_t run = 0;
+    std::memcpy(&run, bits, static_cast<size_t>(width));
+    const uint64_t spread = _pdep_u64(run, row_bits(width));
+    std::memcpy(bytes + row, &spread, 8);
+  }
+#endif
+  for (int64_t bit = 0; row < rows; ++row, bit += width) BitWriter(bytes + row).put(bits, bit, width);
+}
+
+inline void gather_rows(const uint8_t* bytes, int64_t rows, int width, uint8_t* bits) {
+  int64_t row = 0;
+#if PYRX_ISA
+  for (; row + 8 <= rows; row += 8, bits += width) {
+    uint64_t spread;
+    std::memcpy(&spread, bytes + row, 8);
+    const uint64_t run = _pext_u64(spread, row_bits(width));
+    std::memcpy(bits, &run, static_cast<size_t>(width));
+  }
+#endif
+  BitWriter writer(bits);
+  for (; row < rows; ++row) writer.put(bytes + row, 0, width);
+}
+
 template <typename T>
 constexpr NMKernels<T> nm_table() {
   return {&rank_groups<T>, &rank_columns<T>, &apply<T>};
 }
 
-constexpr NMByteKernels nm_byte_table() { return {&unpack_bits}; }
+constexpr NMByteKernels nm_byte_table() { return {&unpack_bits, &spread_rows, &gather_rows}; }

@@ -173,6 +173,23 @@ void test_unpack(const char* set, const NMByteKernels& kernels) {
   }
 }
 
+void test_rows(const char* set, const NMByteKernels& kernels) {
+  for (int width = 1; width < 8; ++width)
+    for (const int64_t rows : {1, 7, 8, 9, 16, 100}) {
+      Buffer<uint8_t> bits((rows * width + 7) / 8), spread(rows), back(bits.size());
+      for (int64_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint8_t>(lane_of(9, i, 0));
+      if (rows * width % 8 != 0) bits[bits.size() - 1] &= (1 << rows * width % 8) - 1;
+      kernels.spread(bits.data(), rows, width, spread.data());
+      kernels.gather(spread.data(), rows, width, back.data());
+      CHECK(same(bits, back), "%s: gather %ld rows of %d bits", set, rows, width);
+      for (int64_t i = 0; i < rows * 8; ++i) {
+        const int64_t at = i / 8 * width + i % 8;
+        const bool expected = i % 8 < width && bits[at / 8] >> at % 8 & 1;
+        CHECK_EQUAL(spread[i / 8] >> i % 8 & 1, expected, "%s: spread %ld rows of %d bits, row %ld", set, rows, width, i / 8);
+      }
+    }
+}
+
 template <typename T>
 void test_type(const char* set, const NMKernels<T>& kernels) {
   test_ranks<T>(set, kernels);
@@ -184,7 +201,8 @@ void test_type(const char* set, const NMKernels<T>& kernels) {
   test_type<double>(#name, name::nm_table<double>());      \
   test_type<bfloat16>(#name, name::nm_table<bfloat16>());  \
   test_type<float16>(#name, name::nm_table<float16>());    \
-  test_unpack(#name, name::nm_byte_table());
+  test_unpack(#name, name::nm_byte_table());               \
+  test_rows(#name, name::nm_byte_table());
 
 }  // namespace
 
