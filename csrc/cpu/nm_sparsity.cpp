@@ -100,7 +100,7 @@ void rank_few_columns(const T* scores, const GroupLayout& layout, const NM& nm, 
   const int64_t full = pieces_of(blocks, most), tiles = full + (rest != 0);
   at::parallel_for(0, slabs * tiles, kTilesOfTask, [&](int64_t begin, int64_t end) {
     std::vector<T> side(most * nm.m * inner);
-    std::vector<uint8_t> ranked(bytes_of(most * inner) * nm.m), bits(bytes_of(most * nm.m * inner));
+    std::vector<uint8_t> ranked(bytes_of(most * inner) * nm.m + 4), bits(bytes_of(most * nm.m * inner));
     for (int64_t tile = begin; tile < end; ++tile) {
       const bool last = tile % tiles == full;
       const int64_t before = last ? blocks : tile % tiles * most, first = tile / tiles * slab + before * nm.m * inner;
@@ -112,8 +112,19 @@ void rank_few_columns(const T* scores, const GroupLayout& layout, const NM& nm, 
       kernels.rank_columns(side.data(), columns, rows, columns, nm, ranked.data(), row_bytes);
       {
         BitWriter writer(bits.data());
-        for (int64_t block = 0; block < here; ++block)
-          for (int64_t i = 0; i < rows; ++i) writer.put(ranked.data() + i * row_bytes, block * inner, inner);
+        for (int64_t block = 0; block < here; ++block) {
+          const int64_t bit = block * inner;
+          for (int64_t i = 0; i < rows; ++i) {
+            const uint8_t* row = ranked.data() + i * row_bytes;
+            if (inner <= 25) {  // within four bytes, wherever they begin
+              uint32_t window;
+              std::memcpy(&window, row + bit / 8, 4);
+              writer.put(window >> bit % 8 & ((1u << inner) - 1), static_cast<int>(inner));
+            } else {
+              writer.put(row, bit, inner);
+            }
+          }
+        }
       }
       sink(first, here * rows * inner, bits.data());
     }
