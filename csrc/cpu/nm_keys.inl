@@ -65,9 +65,20 @@ struct PlainKeys {
     for (int i = 0; i < kWidth; ++i) out.v[i] = static_cast<K>(v[i] + (a.v[i] > b.v[i]));
     return out;
   }
+  // these where the bit is set, else b's
+  PlainKeys choose(uint32_t bits, const PlainKeys& b) const {
+    PlainKeys out;
+    for (int i = 0; i < kWidth; ++i) out.v[i] = bits >> i & 1 ? v[i] : b.v[i];
+    return out;
+  }
   // bit i of lane i
   uint32_t below(const PlainKeys& b) const { return bits(b, [](K x, K y) { return x < y; }); }
   uint32_t equal(const PlainKeys& b) const { return bits(b, [](K x, K y) { return x == y; }); }
+  int count_below(const PlainKeys& b) const {
+    int found = 0;
+    for (int i = 0; i < kWidth; ++i) found += v[i] < b.v[i];
+    return found;
+  }
 
   struct Order {
     K lane[kWidth];
@@ -119,17 +130,23 @@ struct WideKeys {
   WideKeys ranked(const KeyRule<K>& rule) const {
     const __m512i absolute = _mm512_and_si512(v, fill(std::numeric_limits<K>::max()).v);
     const __m512i nan = fill(static_cast<K>(rule.infinity + 1)).v, zero = _mm512_setzero_si512();
-    const __m512i key = PYRX_SIZED(_mm512_min, , absolute, nan);
+    const __m512i key = PYRX_SIZED(_mm512_maskz_min, , ~0, absolute, nan);
     if (rule.magnitude) return {key};
     const auto negative = PYRX_SIZED(_mm512_cmplt, _mask, v, zero);
     return {PYRX_SIZED(_mm512_mask_sub, , key, negative & PYRX_SIZED(_mm512_cmplt, _mask, absolute, nan), zero, key)};
   }
   WideKeys minus(const WideKeys& b) const { return {PYRX_SIZED(_mm512_sub, , v, b.v)}; }
-  WideKeys max(const WideKeys& b) const { return {PYRX_SIZED(_mm512_max, , v, b.v)}; }
+  WideKeys max(const WideKeys& b) const { return {PYRX_SIZED(_mm512_maskz_max, , ~0, v, b.v)}; }
   WideKeys count_greater(const WideKeys& a, const WideKeys& b) const {
     return {PYRX_SIZED(_mm512_mask_sub, , v, PYRX_SIZED(_mm512_cmpgt, _mask, a.v, b.v), v, _mm512_set1_epi32(-1))};
   }
+  WideKeys choose(uint32_t bits, const WideKeys& b) const {
+    if constexpr (sizeof(K) == 2) return {_mm512_mask_mov_epi16(b.v, bits, v)};
+    else if constexpr (sizeof(K) == 4) return {_mm512_mask_mov_epi32(b.v, static_cast<__mmask16>(bits), v)};
+    else return {_mm512_mask_mov_epi64(b.v, static_cast<__mmask8>(bits), v)};
+  }
   uint32_t below(const WideKeys& b) const { return PYRX_SIZED(_mm512_cmplt, _mask, v, b.v); }
+  int count_below(const WideKeys& b) const { return std::popcount(below(b)); }
   uint32_t equal(const WideKeys& b) const { return PYRX_SIZED(_mm512_cmpeq, _mask, v, b.v); }
   using Order = __m512i;
   static Order order(const K* lanes) { return _mm512_loadu_si512(lanes); }
@@ -171,7 +188,15 @@ struct WideKeys {
   WideKeys count_greater(const WideKeys& a, const WideKeys& b) const {
     return {PYRX_SIZED(_mm256_sub, , v, PYRX_SIZED(_mm256_cmpgt, , a.v, b.v))};
   }
+  WideKeys choose(uint32_t bits, const WideKeys& b) const {
+    __m256i bit;
+    if constexpr (sizeof(K) == 4) bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    else bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+    const __m256i own = PYRX_SIZED(_mm256_cmpeq, , _mm256_and_si256(fill(static_cast<K>(bits)).v, bit), bit);
+    return {_mm256_blendv_epi8(b.v, v, own)};
+  }
   uint32_t below(const WideKeys& b) const { return bits(PYRX_SIZED(_mm256_cmpgt, , b.v, v)); }
+  int count_below(const WideKeys& b) const { return std::popcount(below(b)); }
   uint32_t equal(const WideKeys& b) const { return bits(PYRX_SIZED(_mm256_cmpeq, , v, b.v)); }
   struct Order {
     __m256i own, other;  // lanes; of 16-bit keys bytes of the lane's own half and of the other, -1 where of neither

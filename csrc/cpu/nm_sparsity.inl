@@ -5,8 +5,8 @@
 template <typename K, int kMost>
 struct Turns {
   static constexpr int kWidth = Keys<K>::kWidth;
-  alignas(64) K from[kMost][kWidth] = {}, lower[kMost][kWidth] = {};
-  uint32_t starts = 0;  // the first lane of each group
+  alignas(64) K from[kMost][kWidth] = {}, lower[kMost][kWidth] = {};  // by places
+  uint32_t starts = 0;                                                // the first lane of each group
 
   constexpr explicit Turns(int m) {
     for (int i = 0; i < kWidth / m * m; ++i) {
@@ -57,27 +57,104 @@ void rank_narrow(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>
   else all(rank);
 }
 
-// Groups of at least a vector: each vector is compared with every key of its group.
+// The first `count` lanes of a vector, of scores that end at `end`; what the others are does not matter.
 template <typename K>
-void rank_wide(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule, uint8_t* bits) {
+inline Keys<K> load_within(const K* p, int count, const K* end) {
+  return end - p >= Keys<K>::kWidth ? Keys<K>::load(p) : Keys<K>::load(p, count);
+}
+
+// Groups wider than a vector, of few kept: the first of the highest is kept, again and again.
+template <typename K>
+void rank_few(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule, uint8_t* bits) {
+  using V = Keys<K>;
+  constexpr int kWidth = V::kWidth, kMost = kMostGroup / kWidth;
+  const Turns<K, kWidth> turns(kWidth);
+  typename V::Order orders[kWidth];
+  for (int turn = 1; turn < kWidth; turn *= 2) orders[turn] = V::order(turns.from[turn]);
+  const V lowest = V::fill(std::numeric_limits<K>::min());
+  const int vectors = (nm.m + kWidth - 1) / kWidth, last = nm.m - (vectors - 1) * kWidth;
+  const K* end = scores + groups * nm.m;
+  BitWriter writer(bits);
+  for (; scores < end; scores += nm.m) {
+    V keys[kMost];
+    uint32_t kept[kMost] = {};
+    for (int i = 0; i < vectors - 1; ++i) keys[i] = V::load(scores + i * kWidth).ranked(rule);
+    keys[vectors - 1] = lowest.choose(~low_bits(last), load_within(scores + nm.m - last, last, end).ranked(rule));
+    for (int k = 0; k < nm.n; ++k) {
+      V highest = keys[0];
+      for (int i = 1; i < vectors; ++i) highest = highest.max(keys[i]);
+      for (int turn = 1; turn < kWidth; turn *= 2) highest = highest.max(highest.permute(orders[turn]));
+      uint32_t open = ~0u;
+      for (int i = 0; i < vectors; ++i) {
+        const uint32_t equal = keys[i].equal(highest) & open, first = equal & -equal;
+        open &= equal ? 0 : ~0u;
+        kept[i] |= first;
+        keys[i] = lowest.choose(first, keys[i]);
+      }
+    }
+    for (int i = 0; i < vectors - 1; ++i) writer.put(kept[i], kWidth);
+    writer.put(kept[vectors - 1], last);
+  }
+}
+
+// The greatest key that at least n of some keys reach, bit by bit; count(key) is how many reach a key. Ends early at a
+// key that n reach, so that all of them are kept.
+template <typename K, typename Count>
+inline K threshold_of(int n, bool magnitude, Count count) {
+  using U = std::make_unsigned_t<K>;
+  K found = magnitude ? K(0) : std::numeric_limits<K>::min();
+  for (U bit = static_cast<U>(U(1) << (8 * sizeof(K) - (magnitude ? 2 : 1))); bit != 0; bit >>= 1) {
+    const K key = static_cast<K>(static_cast<U>(found) + bit);
+    const int reached = count(key);
+    if (reached >= n) found = key;
+    if (reached == n) break;
+  }
+  return found;
+}
+
+// The lowest n of the bits that are set.
+inline uint32_t lowest_bits(uint32_t bits, int n) {
+#if PYRX_ISA
+  return _pdep_u32(low_bits(n), bits);
+#else
+  uint32_t found = 0;
+  for (; n > 0 && bits; --n, bits &= bits - 1) found |= bits & -bits;
+  return found;
+#endif
+}
+
+// Groups wider than a vector: the key of the last that is kept is found bit by bit.
+template <typename K>
+void rank_selected(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule, uint8_t* bits) {
   using V = Keys<K>;
   constexpr int kWidth = V::kWidth;
-  alignas(64) K keys[kMostGroup + kWidth], later[2 * kWidth] = {};
-  std::fill_n(later + kWidth, kWidth, K(1));
-  const V one = V::fill(1), kept = V::fill(static_cast<K>(nm.n));
+  const int vectors = (nm.m + kWidth - 1) / kWidth, last = nm.m - (vectors - 1) * kWidth;
+  const K* end = scores + groups * nm.m;
   BitWriter writer(bits);
-  for (int64_t group = 0; group < groups; ++group, scores += nm.m) {
-    for (int i = 0; i < nm.m; i += kWidth)
-      (nm.m - i < kWidth ? V::load(scores + i, nm.m - i) : V::load(scores + i)).ranked(rule).store(keys + i);
-    for (int first = 0; first < nm.m; first += kWidth) {
-      const int end = std::min(first + kWidth, nm.m);
-      const V own = V::load(keys + first), or_equal = own.minus(one);
-      V higher = V::fill(0);
-      for (int j = 0; j < first; ++j) higher = higher.count_greater(V::fill(keys[j]), or_equal);
-      for (int j = first; j < end; ++j)
-        higher = higher.count_greater(V::fill(keys[j]), own.minus(V::load(later + kWidth - 1 - (j - first))));
-      for (int j = end; j < nm.m; ++j) higher = higher.count_greater(V::fill(keys[j]), own);
-      writer.put(higher.below(kept) & low_bits(end - first), end - first);
+  for (; scores < end; scores += nm.m) {
+    V keys[kMostGroup / kWidth];
+    for (int i = 0; i < vectors; ++i)
+      keys[i] = load_within(scores + i * kWidth, i == vectors - 1 ? last : kWidth, end).ranked(rule);
+    // what is beyond the group is below all else
+    keys[vectors - 1] = V::fill(std::numeric_limits<K>::min()).choose(~low_bits(last), keys[vectors - 1]);
+    const K threshold = threshold_of<K>(nm.n, rule.magnitude, [&](K key) {
+      const V least = V::fill(key);
+      int reached = 0;
+      for (int i = 0; i < vectors; ++i) reached += kWidth - keys[i].count_below(least);
+      return reached;
+    });
+    const V least = V::fill(threshold);
+    uint32_t equal[kMostGroup / kWidth], kept[kMostGroup / kWidth];
+    int open = nm.n;
+    for (int i = 0; i < vectors; ++i) {
+      equal[i] = keys[i].equal(least);
+      kept[i] = ~(keys[i].below(least) | equal[i]) & low_bits(kWidth);
+      open -= std::popcount(kept[i]);
+    }
+    for (int i = 0; i < vectors; ++i) {
+      const uint32_t first = lowest_bits(equal[i], open);
+      open -= std::popcount(first);
+      writer.put(kept[i] | first, i == vectors - 1 ? last : kWidth);
     }
   }
 }
@@ -87,16 +164,41 @@ void rank_groups(const T* scores, int64_t groups, const NM& nm, uint8_t* bits) {
   using K = typename KeyOf<T>::type;
   const KeyRule<K> rule{static_cast<K>(KeyOf<T>::infinity), nm.magnitude};
   const K* from = reinterpret_cast<const K*>(scores);
-  if (nm.m >= Keys<K>::kWidth) return rank_wide(from, groups, nm, rule, bits);
+  constexpr int kWidth = Keys<K>::kWidth;
+  if (nm.m > kWidth) {
+    const bool few = 8 * nm.n <= nm.m;
+    return few ? rank_few(from, groups, nm, rule, bits) : rank_selected(from, groups, nm, rule, bits);
+  }
   switch (nm.m) {
     case 2: return rank_narrow<2>(from, groups, nm, rule, bits);
     case 4: return rank_narrow<4>(from, groups, nm, rule, bits);
-    case 8:
-      if constexpr (Keys<K>::kWidth > 8) return rank_narrow<8>(from, groups, nm, rule, bits);
-    case 16:
-      if constexpr (Keys<K>::kWidth > 16) return rank_narrow<16>(from, groups, nm, rule, bits);
+    case 8: return rank_narrow<8>(from, groups, nm, rule, bits);
+    case 16: return rank_narrow<std::min(16, kWidth)>(from, groups, nm, rule, bits);
+    case 32: return rank_narrow<std::min(32, kWidth)>(from, groups, nm, rule, bits);
     default: return rank_narrow<0>(from, groups, nm, rule, bits);
   }
+}
+
+// So many rows that finding the key of the last that is kept beats comparing each pair.
+constexpr int kSelectedRows = 48;
+
+// Of each lane the greatest key that at least n of its keys reach, bit by bit.
+template <typename K>
+inline Keys<K> thresholds_of(const Keys<K>* keys, int rows, int n, bool magnitude) {
+  using V = Keys<K>;
+  using U = std::make_unsigned_t<K>;
+  const V wanted = V::fill(static_cast<K>(n)), one = V::fill(1);
+  V found = V::fill(magnitude ? K(0) : std::numeric_limits<K>::min());
+  uint32_t exact = 0;  // lanes that need no more bits: as many as wanted reach what is found
+  for (U bit = static_cast<U>(U(1) << (8 * sizeof(K) - (magnitude ? 2 : 1))); bit != 0; bit >>= 1) {
+    const V key = found.minus(V::fill(static_cast<K>(U(0) - bit))), below = key.minus(one);
+    V reached = V::fill(0);
+    for (int i = 0; i < rows; ++i) reached = reached.count_greater(keys[i], below);
+    found = found.choose(reached.below(wanted), key);
+    exact |= reached.equal(wanted);
+    if (exact == low_bits(V::kWidth)) break;
+  }
+  return found;
 }
 
 // Whole lanes of columns: key i of each group is in vector i.
@@ -124,7 +226,18 @@ inline void rank_lanes(const K* scores, int64_t stride, int rows, Count count, c
     }
     return;
   }
-  const V one = V::fill(1), kept = V::fill(static_cast<K>(nm.n));
+  const V zero = V::fill(0), one = V::fill(1), kept = V::fill(static_cast<K>(nm.n));
+  if (rows >= kSelectedRows) {
+    const V threshold = thresholds_of<K>(keys, rows, nm.n, rule.magnitude);
+    V open = kept;
+    for (int i = 0; i < rows; ++i) open = open.minus(one.choose(threshold.below(keys[i]), zero));
+    for (int i = 0; i < rows; ++i) {
+      const uint32_t equal = keys[i].equal(threshold), first = equal & zero.below(open);
+      put(i, threshold.below(keys[i]) | first);
+      open = open.minus(one.choose(first, zero));
+    }
+    return;
+  }
   for (int i = 0; i < rows; ++i) {
     const V own = keys[i], or_equal = own.minus(one);
     V higher = V::fill(0);
@@ -163,16 +276,32 @@ void rank_columns(const T* scores, int64_t stride, int64_t rows, int64_t columns
   }
 }
 
+template <typename K>
+void keep(const K* x, const uint8_t* bits, int64_t n, K* out) {
+  using V = Keys<K>;
+  constexpr int kWidth = V::kWidth;
+  const V zero = V::fill(0);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    uint32_t kept = 0;
+    std::memcpy(&kept, bits + i / 8, kWidth / 8);
+    V::load(x + i).choose(kept, zero).store(out + i);
+  }
+  for (; i < n; ++i) out[i] = bits[i / 8] >> i % 8 & 1 ? x[i] : K(0);
+}
+
 template <typename T>
 void apply(const ApplyRun<T>& run, const T* x, const uint8_t* bits, int64_t n, T* out) {
+  if (run.dropped == kZero) {
+    using K = typename KeyOf<T>::type;
+    return keep(reinterpret_cast<const K*>(x), bits, n, reinterpret_cast<K*>(out));
+  }
   using V = Vec<accumulate_t<T>>;
   const V factor = V::fill(run.factor), strength = V::fill(run.strength);
   blocks(n, [&](int64_t i, auto count) {
     const uint32_t kept = bits_of(bits, i, count);
     const V own = load(x + i, count);
-    V rest = V::fill(0);
-    if (run.dropped == kFactor) rest = own * factor;
-    if (run.dropped == kRegularize) rest = own + strength * load(run.weight + i, count);
+    const V rest = run.dropped == kFactor ? own * factor : own + strength * load(run.weight + i, count);
     T before[kLanes];
     if constexpr (sizeof(T) == 2) std::memcpy(before, x + i, static_cast<size_t>(int(count)) * sizeof(T));
     store(out + i, V::choose(kept, own, rest), count);
@@ -204,9 +333,39 @@ inline void unpack_bits(const uint8_t* bits, int64_t n, uint8_t* bytes) {
   for (; i < n; ++i) bytes[i] = bits[i / 8] >> i % 8 & 1;
 }
 
+// In a word that has eight rows of bytes, the bits that are rows' own.
+inline uint64_t row_bits(int width) { return low_bits(width) * 0x0101010101010101u; }
+
+inline void spread_rows(const uint8_t* bits, int64_t rows, int width, uint8_t* bytes) {
+  int64_t row = 0;
+#if PYRX_ISA
+  for (; row + 8 <= rows; row += 8, bits += width) {
+    uint64_t run = 0;
+    std::memcpy(&run, bits, static_cast<size_t>(width));
+    const uint64_t spread = _pdep_u64(run, row_bits(width));
+    std::memcpy(bytes + row, &spread, 8);
+  }
+#endif
+  for (int64_t bit = 0; row < rows; ++row, bit += width) BitWriter(bytes + row).put(bits, bit, width);
+}
+
+inline void gather_rows(const uint8_t* bytes, int64_t rows, int width, uint8_t* bits) {
+  int64_t row = 0;
+#if PYRX_ISA
+  for (; row + 8 <= rows; row += 8, bits += width) {
+    uint64_t spread;
+    std::memcpy(&spread, bytes + row, 8);
+    const uint64_t run = _pext_u64(spread, row_bits(width));
+    std::memcpy(bits, &run, static_cast<size_t>(width));
+  }
+#endif
+  BitWriter writer(bits);
+  for (; row < rows; ++row) writer.put(bytes + row, 0, width);
+}
+
 template <typename T>
 constexpr NMKernels<T> nm_table() {
   return {&rank_groups<T>, &rank_columns<T>, &apply<T>};
 }
 
-constexpr NMByteKernels nm_byte_table() { return {&unpack_bits}; }
+constexpr NMByteKernels nm_byte_table() { return {&unpack_bits, &spread_rows, &gather_rows}; }
