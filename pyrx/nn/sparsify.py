@@ -360,12 +360,20 @@ def sparsify_(
             done.append(module)
     except Exception:
         for module in done:
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            _remove(module, "weight", leave_parametrized=False)
         raise
     before = {each.sparsity for each in present}
     new = [each for each in installed(op, model, alone=False) if each.sparsity not in before]
     report.rows += [_row(each) for each in new]
     return report
+
+
+def _remove(layer: nn.Module, tensor: str, leave_parametrized: bool) -> None:
+    parametrize.remove_parametrizations(layer, tensor, leave_parametrized)
+    if tensor == "weight" and isinstance(layer, tuple(DIMS)):
+        # it comes back as the last parameter and was the first; optimizers' state dicts go by the order
+        for name in [name for name in layer._parameters if name != tensor]:
+            layer._parameters[name] = layer._parameters.pop(name)
 
 
 def desparsify_(model: nn.Module, leave_parametrized: bool = True) -> nn.Module:
@@ -380,5 +388,5 @@ def desparsify_(model: nn.Module, leave_parametrized: bool = True) -> nn.Module:
     Raises: ValueError where NMSparsity is chained with another parametrization, before anything is changed.
     """
     for each in installed("desparsify_", model):
-        parametrize.remove_parametrizations(each.layer, each.tensor, leave_parametrized)
+        _remove(each.layer, each.tensor, leave_parametrized)
     return model

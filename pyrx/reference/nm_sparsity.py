@@ -53,7 +53,8 @@ def nm_apply(
 ) -> Tensor:
     """x where kept, else what `dropped` says, in the accumulation type and rounded once."""
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mask = unpack_bits(bits, x.shape[-1])
+    # in x's layout, which the result has then; a copy of the result itself would lose its gradient in torch.compile
+    mask = torch.empty_like(x, dtype=torch.bool).copy_(unpack_bits(bits, x.shape[-1]))
     if dropped == ZERO:
         rest = torch.zeros((), dtype=x.dtype, device=x.device)
     elif dropped == FACTOR:
@@ -63,7 +64,7 @@ def nm_apply(
         assert weight is not None
         strength_of = torch.full((), strength, dtype=accumulate, device=x.device)
         rest = (x.to(accumulate) + strength_of * weight.to(accumulate)).to(x.dtype)
-    return torch.empty_like(x).copy_(torch.where(mask, x, rest))
+    return torch.where(mask, x, rest)
 
 
 class _Sparsify(torch.autograd.Function):
