@@ -128,10 +128,10 @@ class SparsitySchedule:
             if state.get(name) != own:
                 fail(self.name, f"a state of {name}", own, state.get(name))
         self.steps_done = state["steps_done"]
+        self._set()
         if state["masks"] is not None:
             for each, mask in zip(self._layers, state["masks"], strict=True):
                 each.sparsity.freeze(each.original(), mask)
-        self._set()
 
 
 class DenseThenSparse(SparsitySchedule):
