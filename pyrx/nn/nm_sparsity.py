@@ -120,12 +120,12 @@ class NMSparsity(nn.Module):
             self.mask.copy_(self._ranked(weight))
 
     @torch.no_grad()
-    def freeze(self, weight: Tensor, mask: Tensor | None = None) -> None:
-        """From now on keeps the mask of `weight`, or `mask`: bits, which are copied."""
-        found = self._ranked(weight) if mask is None else mask
+    def freeze(self, weight: Tensor) -> None:
+        """From now on keeps the mask of `weight`; one that is shared becomes it."""
         if self.mask is None:
-            self.mask = torch.empty_like(found, device=weight.device)
-        self.mask.copy_(found)
+            self.mask = self._ranked(weight)
+        else:
+            self.refresh(weight)
         self.frozen = True
 
     def unfreeze(self) -> None:

@@ -27,8 +27,8 @@ class SparsitySchedule:
     `n`, `m`, `decay` and `frozen`. A step does not wait for a GPU. A model under torch.compile compiles anew where
     `enabled`, `n` or `m` change or a mask is frozen, not where a decay does; a CUDA graph must be captured anew there.
 
-    `state_dict` has the steps done and, once they are frozen, the masks; with the model's and the optimizer's, in any
-    order of loading, training goes on with the same bits.
+    `state_dict` has the steps done and the masks that are frozen or an optimizer's; with the model's and the optimizer's,
+    in any order of loading, training goes on with the same bits.
 
     Raises:
         ValueError: a model without NMSparsity or with one chained to other parametrizations, steps below 0, phases
@@ -91,15 +91,16 @@ class SparsitySchedule:
                 ratio = sparsity.target
             else:
                 ratio = frames[t * len(frames) // self.flow_steps if phase == "flow" else 0]
-            if (sparsity.n, sparsity.m) != ratio:
-                sparsity.n, sparsity.m = ratio
-                sparsity.refresh(each.original())
-            if sparsity.enabled != (phase != "dense"):
-                sparsity.enabled = not sparsity.enabled
+            thawed = sparsity.frozen and phase != "fine-tune"
+            if thawed:
+                sparsity.unfreeze()
+            wanted = (phase != "dense", *ratio)
+            if thawed or wanted != (sparsity.enabled, sparsity.n, sparsity.m):
+                sparsity.enabled, sparsity.n, sparsity.m = wanted
+                if not sparsity.frozen:  # an optimizer's mask is older than this
+                    sparsity.refresh(each.original())
             if phase == "fine-tune" and not sparsity.frozen:
                 sparsity.freeze(each.original())
-            elif phase != "fine-tune" and sparsity.frozen:
-                sparsity.unfreeze()
         if self.decays:
             decay = {"dense": 1.0, "fine-tune": 0.0}.get(phase)
             decays = [each.sparsity.decay for each in self._layers]
@@ -116,7 +117,7 @@ class SparsitySchedule:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        masks = [each.sparsity.mask for each in self._layers] if self.phase == "fine-tune" else None
+        masks = [each.sparsity.mask for each in self._layers]
         return {**self._settings(), "steps_done": self.steps_done, "masks": masks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,9 +130,9 @@ class SparsitySchedule:
                 fail(self.name, f"a state of {name}", own, state.get(name))
         self.steps_done = state["steps_done"]
         self._set()
-        if state["masks"] is not None:
-            for each, mask in zip(self._layers, state["masks"], strict=True):
-                each.sparsity.freeze(each.original(), mask)
+        for each, mask in zip(self._layers, state["masks"], strict=True):
+            if mask is not None and each.sparsity.mask is not None:
+                each.sparsity.mask.copy_(mask)
 
 
 class DenseThenSparse(SparsitySchedule):
