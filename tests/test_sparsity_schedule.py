@@ -394,7 +394,8 @@ def assert_same_training(one, other):
             assert_same_bits(b.weight, a.weight)
     moments = [each.optimizer.state_dict()["state"].values() for each in (one, other)]
     for a, b in zip(*moments, strict=True):
-        for name in ("exp_avg", "exp_avg_sq"):
+        assert a.keys() == b.keys()
+        for name in a:
             assert_same_bits(b[name], a[name], name)
 
 

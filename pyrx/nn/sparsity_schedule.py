@@ -27,8 +27,8 @@ class SparsitySchedule:
     `n`, `m`, `decay` and `frozen`. A step does not wait for a GPU. A model under torch.compile compiles anew where
     `enabled`, `n` or `m` change or a mask is frozen, not where a decay does; a CUDA graph must be captured anew there.
 
-    `state_dict` has the steps done and the masks that are frozen or an optimizer's; with the model's and the optimizer's,
-    in any order of loading, training goes on with the same bits.
+    `state_dict` has the steps done and the masks that are frozen or an optimizer's; with the model's and the
+    optimizer's, in any order of loading, training goes on with the same bits.
 
     Raises:
         ValueError: a model without NMSparsity or with one chained to other parametrizations, steps below 0, phases
