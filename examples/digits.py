@@ -4,6 +4,8 @@ Checks what the paper says of it (Inoue 2019): fewer steps to a training loss, l
 table and what was seen of each claim, whatever that is, and draws the curves. One more row mixes the images by CutMix
 and hands both labels to the same head, without a one-hot tensor. The digits are the 1797 scans that come
 with scikit-learn; nothing is downloaded.
+
+With --sparsity 2:4 (or any N:M) it compares ways to train the network with plain dropout N:M sparse instead.
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ except ImportError as error:
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+import digits_sparsity
 import pyrx
 from pyrx import _backends
 
 FEATURES, CLASSES = 512, 10
 EVALUATE_EVERY = 5
 SAMPLES = (2, 8, 32)
-COLOURS = ("#888888", "#e08a1e", "#2f8fdd", "#c2428f", "#3fa36b")
+COLOURS = ("#888888", "#e08a1e", "#2f8fdd", "#c2428f", "#3fa36b", "#7a5fd0", "#b59b00", "#5ab8b8")
 INK = "#808080"  # grey text reads on white and on black
 
 
@@ -84,6 +87,7 @@ class Method:
     name: str
     head: Callable[[], nn.Module]
     cutmix: bool = False
+    sparse: digits_sparsity.Start | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Curve:
     steps: list[int]
     loss: list[float]
     error: list[float]
+    density: float = 1.0  # of the layers that were made sparse, at the end
 
     def steps_to(self, threshold: float) -> int | None:
         return next((step for step, loss in zip(self.steps, self.loss, strict=True) if loss <= threshold), None)
@@ -118,21 +123,33 @@ def load() -> Digits:
     return Digits(train, torch.tensor(parts[2]), test, torch.tensor(parts[3]))
 
 
-def make(method: Method, seed: int, rate: float) -> tuple[Network, torch.optim.Optimizer]:
+@dataclass
+class Run:
+    """A network in training."""
+
+    network: Network
+    optimizer: torch.optim.Optimizer
+    schedule: pyrx.nn.SparsitySchedule | None
+    cutmix: bool
+
+    def step(self, images: Tensor, target: Tensor) -> None:
+        self.optimizer.zero_grad()
+        if self.cutmix:
+            images, mixed = pyrx.cutmix(images, target, pairing="random", prob=0.5)
+            self.network(images, mixed).backward()
+        else:
+            self.network(images, target).backward()
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+
+
+def make(method: Method, seed: int, rate: float, steps: int) -> Run:
     """The same seed gives every method the same weights to start from."""
     torch.manual_seed(seed)
     network = Network(method.head())
-    return network, torch.optim.Adam(network.parameters(), rate)
-
-
-def step(network: Network, optimizer: torch.optim.Optimizer, images: Tensor, target: Tensor, cutmix: bool) -> None:
-    optimizer.zero_grad()
-    if cutmix:
-        images, mixed = pyrx.cutmix(images, target, pairing="random", prob=0.5)
-        network(images, mixed).backward()
-    else:
-        network(images, target).backward()
-    optimizer.step()
+    schedule = None if method.sparse is None else method.sparse(network, steps)
+    return Run(network, torch.optim.Adam(network.parameters(), rate), schedule, method.cutmix)
 
 
 @torch.no_grad()
@@ -145,32 +162,38 @@ def evaluate(network: Network, digits: Digits) -> tuple[float, float]:
 
 
 def train(method: Method, seed: int, digits: Digits, options: argparse.Namespace, bar: tqdm) -> Curve:
-    network, optimizer = make(method, seed, options.rate)
+    run = make(method, seed, options.rate, options.steps)
     order = torch.Generator().manual_seed(seed)  # and the same batches
     curve = Curve([], [], [])
     for done in range(options.steps + 1):
         if done % EVALUATE_EVERY == 0 or done == options.steps:
-            loss, wrong = evaluate(network, digits)
+            loss, wrong = evaluate(run.network, digits)
             curve.steps.append(done)
             curve.loss.append(loss)
             curve.error.append(wrong)
         if done < options.steps:
             rows = torch.randint(len(digits.train), (options.batch,), generator=order)
-            step(network, optimizer, digits.train[rows], digits.train_target[rows], method.cutmix)
+            run.step(digits.train[rows], digits.train_target[rows])
             bar.update()
+    curve.density = pyrx.nn.sparsity_report(run.network).density
     return curve
 
 
 def time_steps(methods: Sequence[Method], digits: Digits, options: argparse.Namespace, bar: tqdm) -> dict[str, float]:
     """The median milliseconds of a training step. The methods take turns, so that they share the machine's moods."""
     rows = slice(0, options.batch)
-    runs = {method.name: (*make(method, 0, options.rate), method.cutmix) for method in methods}
+    # of a schedule long enough that all of it is in the flow
+    steps = 10 * options.timing_steps * (options.timing_rounds + 1)
+    runs = {method.name: make(method, 0, options.rate, steps) for method in methods}
+    for run in runs.values():
+        while run.schedule is not None and run.schedule.phase == "dense":
+            run.schedule.step()
     found: dict[str, list[float]] = {method.name: [] for method in methods}
     for turn in range(options.timing_rounds + 1):
-        for name, (network, optimizer, cutmix) in runs.items():
+        for name, run in runs.items():
             start = time.perf_counter()
             for _ in range(options.timing_steps):
-                step(network, optimizer, digits.train[rows], digits.train_target[rows], cutmix)
+                run.step(digits.train[rows], digits.train_target[rows])
             if turn:  # the first warms up
                 found[name].append((time.perf_counter() - start) / options.timing_steps * 1e3)
             bar.update()
@@ -217,42 +240,61 @@ def draw(curves: dict[str, list[Curve]], threshold: float, path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(
-    curves: dict[str, list[Curve]], ms: dict[str, float], ours: Sequence[str], options: argparse.Namespace
-) -> None:
-    """`ours` are the methods of the paper's claims."""
-    plain = next(iter(curves))
+def short(name: str) -> str:
+    return name.removesuffix(", pyrx").replace(", PyTorch", " in PyTorch")
+
+
+def steps_of(curves: dict[str, list[Curve]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """The steps to the loss; a run that never got there counts with those it had, which favours it: its row says so."""
     reached = {name: [run.steps_to(options.threshold) for run in runs] for name, runs in curves.items()}
-    # a run that never got there counts with the steps it had, which favours it: the row says so
-    steps = {
-        name: [float(options.steps if each is None else each) for each in found] for name, found in reached.items()
-    }
-    errors = {name: [run.final_error() for run in runs] for name, runs in curves.items()}
-    print(f"\n{'':<32}  {f'steps to loss {options.threshold:g}':>20}  {'test error, %':>15}  {'ms a step':>9}")
+    return {name: [float(options.steps if each is None else each) for each in found] for name, found in reached.items()}
+
+
+def errors_of(curves: dict[str, list[Curve]]) -> dict[str, list[float]]:
+    return {name: [run.final_error() for run in runs] for name, runs in curves.items()}
+
+
+def table(curves: dict[str, list[Curve]], ms: dict[str, float], options: argparse.Namespace) -> None:
+    steps, errors = steps_of(curves, options), errors_of(curves)
+    head = f"{'':<32}  {f'steps to loss {options.threshold:g}':>20}  {'test error, %':>15}  {'ms a step':>9}"
+    print("\n" + head + (f"  {'density':>7}" if options.sparsity else ""))
     for name in ms:
         if name in curves:
             mean, deviation = mean_and_deviation(steps[name])
-            missing = sum(each is None for each in reached[name])
+            missing = sum(run.steps_to(options.threshold) is None for run in curves[name])
             shown = f"{mean:.0f} ± {deviation:.0f}" + (f", {missing} never" if missing else "")
             shown = "never" if missing == options.seeds else shown
             mean, deviation = mean_and_deviation(errors[name])
-            print(f"{name:<32}  {shown:>20}  {f'{mean:.2f} ± {deviation:.2f}':>15}  {ms[name]:>9.2f}")
+            row = f"{name:<32}  {shown:>20}  {f'{mean:.2f} ± {deviation:.2f}':>15}  {ms[name]:>9.2f}"
+            density = statistics.fmean(run.density for run in curves[name])
+            print(row + (f"  {density:>7.3f}" if options.sparsity else ""))
         else:
             print(f"{name:<32}  {'':>20}  {'':>15}  {ms[name]:>9.2f}")
     print(f"mean ± deviation of {options.seeds} runs; loss of the training set with dropout off, looked at every "
           f"{EVALUATE_EVERY} steps;\nerror over the last tenth of the run; a step is forward, backward and Adam, batch "
           f"{options.batch}, median of turns\n")  # fmt: skip
 
-    def short(name: str) -> str:
-        return name.removesuffix(", pyrx").replace(", PyTorch", " in PyTorch")
 
+def changes(values: dict[str, list[float]], names: Sequence[str]) -> tuple[list[tuple[float, bool]], list[str]]:
+    """Against the first method, and as text."""
+    plain = next(iter(values))
+    found = [paired(values[name], values[plain]) for name in names]
+    return found, [f"{short(name)} {change:+.0f}% ({'clear' if clear else 'within noise'})"
+                   for name, (change, clear) in zip(names, found, strict=True)]  # fmt: skip
+
+
+def claims(
+    curves: dict[str, list[Curve]], ms: dict[str, float], ours: Sequence[str], options: argparse.Namespace
+) -> None:
+    """`ours` are the methods of the paper's claims."""
     print(f"What the paper claims, and what was seen against plain dropout over {options.seeds} seeds:")
-    for text, values in (("fewer steps to a training loss", steps), ("lower test error", errors)):
-        changes = [paired(values[name], values[plain]) for name in ours]
-        numbers = [f"{short(name)} {change:+.0f}% ({'clear' if clear else 'within noise'})"
-                   for name, (change, clear) in zip(ours, changes, strict=True)]  # fmt: skip
-        print(claim(text, [change < 0 and clear for change, clear in changes], numbers))
-    costs = {name: ms[name] / ms[plain] - 1 for name in ms if name in ours or name not in curves}
+    for text, values in (
+        ("fewer steps to a training loss", steps_of(curves, options)),
+        ("lower test error", errors_of(curves)),
+    ):
+        found, numbers = changes(values, ours)
+        print(claim(text, [change < 0 and clear for change, clear in found], numbers))
+    costs = {name: ms[name] / ms[next(iter(curves))] - 1 for name in ms if name in ours or name not in curves}
     print(claim("little cost a step, at most 25%", [costs[name] <= 0.25 for name in ours],
                 [f"{short(name)} {100 * cost:+.0f}%" for name, cost in costs.items()]))  # fmt: skip
 
@@ -266,14 +308,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=2e-3, help="Adam's learning rate" + default)
     parser.add_argument("--p", type=float, default=0.5, help="probability of dropping a feature" + default)
     parser.add_argument("--threshold", type=float, default=0.05, help="the training loss to reach" + default)
-    picture = Path(__file__).with_name("digits.png")
-    parser.add_argument("--out", type=Path, default=picture, help="the picture" + default)
+    parser.add_argument(
+        "--sparsity", type=digits_sparsity.ratio, metavar="N:M", help="compare ways to keep N of each M weights"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the picture; default digits.png or digits_sparsity.png beside this file"
+    )
     parser.add_argument("--quick", action="store_true", help="2 short runs each: whether it works, not what it shows")
     options = parser.parse_args(arguments)
     if min(options.seeds, options.steps, options.batch) < 1:
         parser.error("--seeds, --steps and --batch must be at least 1")
     if not 0 <= options.p < 1:
         parser.error("--p must be in [0, 1)")
+    if options.out is None:
+        options.out = Path(__file__).with_name("digits_sparsity.png" if options.sparsity else "digits.png")
     if not options.out.parent.is_dir():
         parser.error(f"--out: there is no folder {options.out.parent}")
     options.timing_rounds, options.timing_steps = 40, 5
@@ -282,28 +330,41 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    digits = load()
-    plain = Method("plain dropout, PyTorch", lambda: PlainHead(options.p))
+def multi_sample_methods(options: argparse.Namespace) -> tuple[list[Method], list[Method]]:
+    """Those that are trained, and those that are only timed."""
 
     def multi_sample(samples: int) -> Method:
         return Method(
             f"M = {samples}, pyrx", lambda: pyrx.nn.MultiSampleDropoutClassifier(FEATURES, CLASSES, samples, options.p)
         )
 
-    samples = [*map(multi_sample, SAMPLES)]
     mixed = Method("CutMix into M = 8, pyrx", multi_sample(8).head, cutmix=True)
-    methods = [plain, *samples, mixed]
     naive = Method("M = 8 as a loop, PyTorch", lambda: PlainHead(options.p, num_samples=8))
-    backend = _backends.select("multi_sample_dropout", "cpu", torch.float32, None)
+    return [*map(multi_sample, SAMPLES), mixed], [naive]
+
+
+def sparse_methods(options: argparse.Namespace) -> list[Method]:
+    return [
+        Method(name, lambda: PlainHead(options.p), sparse=start)
+        for name, start in digits_sparsity.methods(*options.sparsity).items()
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    digits = load()
+    plain = Method("plain dropout, PyTorch", lambda: PlainHead(options.p))
+    others, timed = (sparse_methods(options), []) if options.sparsity else multi_sample_methods(options)
+    methods = [plain, *others]
+    op = "nm_sparsity" if options.sparsity else "multi_sample_dropout"
+    backend = _backends.select(op, "cpu", torch.float32, None)
     print(f"{len(digits.train)} digits to train on, {len(digits.test)} to test on; {torch.get_num_threads()} threads; "
           f"pyrx serves from its {backend} backend")  # fmt: skip
     if backend == "reference":
-        print(f"  slowly: {'; '.join(_backends.reasons('multi_sample_dropout', 'cpu', 'cpu'))}")
+        print(f"  slowly: {'; '.join(_backends.reasons(op, 'cpu', 'cpu'))}")
 
     started = time.perf_counter()
-    timed = [*methods, naive]
+    timed = [*methods, *timed]
     total = len(methods) * options.seeds * options.steps + len(timed) * (options.timing_rounds + 1)
     curves: dict[str, list[Curve]] = {method.name: [] for method in methods}
     with tqdm(total=total, unit="step", unit_scale=True, smoothing=0) as bar:
@@ -314,7 +375,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bar.set_postfix_str("timing")
         ms = time_steps(timed, digits, options, bar)
     draw(curves, options.threshold, options.out)
-    report(curves, ms, [method.name for method in samples], options)
+    table(curves, ms, options)
+    names = [method.name for method in others]
+    if options.sparsity:
+        _, numbers = changes(errors_of(curves), names)
+        print(f"test error against the dense network over {options.seeds} seeds:\n  " + "\n  ".join(numbers))
+        print(f"\nwhat is sparse:\n{pyrx.nn.sparsity_report(make(others[0], 0, options.rate, options.steps).network)}")
+    else:
+        claims(curves, ms, [name for name in names if "CutMix" not in name], options)
     print(f"curves: {options.out}\n{time.perf_counter() - started:.0f} s")
     return 0
 

@@ -3,5 +3,31 @@
 from pyrx.nn.layer_masking import LayerMasking
 from pyrx.nn.mixup import Mixup
 from pyrx.nn.multi_sample_dropout import MultiSampleDropout, MultiSampleDropoutClassifier
+from pyrx.nn.nm_sparsity import NMSparsity
+from pyrx.nn.sparsify import SparsityReport, desparsify_, sparsify_, sparsity_report
+from pyrx.nn.sparsity_schedule import (
+    DenseThenSparse,
+    ExponentialMDGF,
+    GeometricSDGF,
+    LinearMDGF,
+    SparsitySchedule,
+    StepwiseSDGF,
+)
 
-__all__ = ["LayerMasking", "Mixup", "MultiSampleDropout", "MultiSampleDropoutClassifier"]
+__all__ = [
+    "DenseThenSparse",
+    "ExponentialMDGF",
+    "GeometricSDGF",
+    "LayerMasking",
+    "LinearMDGF",
+    "Mixup",
+    "MultiSampleDropout",
+    "MultiSampleDropoutClassifier",
+    "NMSparsity",
+    "SparsityReport",
+    "SparsitySchedule",
+    "StepwiseSDGF",
+    "desparsify_",
+    "sparsify_",
+    "sparsity_report",
+]

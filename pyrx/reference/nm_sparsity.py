@@ -10,6 +10,8 @@ from torch import Tensor
 from pyrx.reference.dropout import pack_bits, unpack_bits
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# as integers of the same size: torch.compile does not look into tensors
+_INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.float64: 0x7FF << 52}
 
 # What becomes of the elements that are not kept.
 ZERO, FACTOR, REGULARIZE = range(3)
@@ -29,7 +31,7 @@ def rank_keys(scores: Tensor, magnitude: bool) -> Tensor:
     """int64 keys that order as scores rank: zeros equal, every NaN one value above infinity."""
     bits = scores.detach().contiguous().view(_INTEGERS[scores.element_size()]).long()
     absolute = bits & (2 ** (8 * scores.element_size() - 1) - 1)
-    infinity = torch.full((), torch.inf, dtype=scores.dtype).view(_INTEGERS[scores.element_size()]).item()
+    infinity = _INFINITY[scores.dtype]
     nan = absolute > infinity
     absolute = absolute.clamp(max=infinity + 1)
     return absolute if magnitude else torch.where((bits < 0) & ~nan, -absolute, absolute)
@@ -53,7 +55,8 @@ def _apply(
 ) -> Tensor:
     """x where kept, else what `dropped` says, in the accumulation type and rounded once."""
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mask = unpack_bits(bits, x.shape[-1])
+    # in x's layout, which the result has then; a copy of the result itself would lose its gradient in torch.compile
+    mask = torch.empty_like(x, dtype=torch.bool).copy_(unpack_bits(bits, x.shape[-1]))
     if dropped == ZERO:
         rest = torch.zeros((), dtype=x.dtype, device=x.device)
     elif dropped == FACTOR:

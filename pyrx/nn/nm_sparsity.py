@@ -1,0 +1,167 @@
+"""A weight's N:M sparsity as a parametrization: a layer goes on having a weight, which is sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrx._checks import check_choice, check_dtype, check_integer, check_number, check_tensor, fail
+from pyrx.ops.nm_sparsity import ESTIMATORS, check_nm, nm_mask, nm_sparsify
+
+NAME = "NMSparsity"
+# what a state dict carries beside the buffers
+STATE = ("n", "m", "target", "dim", "estimator", "strength", "magnitude", "pad", "enabled", "frozen", "shared")
+
+
+class NMSparsity(nn.Module):
+    """N:M sparsity as a parametrization, for `torch.nn.utils.parametrize.register_parametrization(layer, "weight", _)`.
+
+    `layer.weight` is then `pyrx.nm_sparsify(original, n, m, ...)` and the optimizer trains `original`, which stays
+    dense. `pyrx.nn.sparsify_` installs it on the layers of a model.
+
+    Args:
+        n: how many elements of each group are *kept*, 1 to m.
+        m: the size of a group, 1 to 128.
+        dim, estimator, decay, strength, magnitude, pad, backend: as of `pyrx.nm_sparsify`.
+
+    Attributes:
+        n, m: what masks are made of; a schedule changes them (a compiled model compiles anew).
+        target: (n, m) as they were given: where a schedule ends.
+        enabled: False gives the weight itself, dense. Default True.
+        frozen: whether the mask stays as it is: set by `freeze`.
+        decay: float64 tensor of no dimension, the d of "mdgf" and "mdgf-scaled": it changes in place and nothing is
+            compiled anew. float64 it stays through `.half()` and the like.
+        mask: uint8 bits in place of ranking (see `pyrx.nm_mask`), or None: then each forward ranks.
+        shared: whether the mask is one that an optimizer handed over.
+
+    All but `backend` is in the state dict and comes back exactly; a mask that is there and not here, or the reverse,
+    is no error. As torch has it, a parametrized layer can be copied and has a state dict, but cannot be pickled.
+
+    Cost: of `pyrx.nm_sparsify`, at every reading of `layer.weight`; under `parametrize.cached()` once.
+
+    Raises: as `pyrx.nm_sparsify`.
+    """
+
+    decay: Tensor
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        n: int,
+        m: int,
+        *,
+        dim: int = -1,
+        estimator: str = "ste",
+        decay: float = 1.0,
+        strength: float = 2e-4,
+        magnitude: bool = True,
+        pad: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_nm(NAME, n, m)
+        check_integer(NAME, "dim", dim, -(2**31), 2**31)
+        check_choice(NAME, "estimator", estimator, ESTIMATORS)
+        check_number(NAME, "decay", decay)
+        if not 0 <= decay <= 1:
+            fail(NAME, "decay", "in [0, 1]", decay)
+        check_number(NAME, "strength", strength)
+        self.n, self.m, self.target = n, m, (n, m)
+        self.dim, self.estimator, self.strength, self.magnitude, self.pad = dim, estimator, strength, magnitude, pad
+        self.backend = backend
+        self.enabled, self.frozen, self.shared = True, False, False
+        self.register_buffer("decay", torch.full((), decay, dtype=torch.float64))
+        self.register_buffer("mask", None)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight
+        return nm_sparsify(
+            weight,
+            self.n,
+            self.m,
+            dim=self.dim,
+            estimator=self.estimator,
+            decay=self.decay,
+            strength=self.strength,
+            mask=self.mask,
+            magnitude=self.magnitude,
+            pad=self.pad,
+            backend=self.backend,
+        )
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The weight itself, so that it can be assigned; the buffers follow it to its device."""
+        if self.decay.device != weight.device:
+            self.to(weight.device)
+        return weight
+
+    def use_mask(self, mask: Tensor | None) -> None:
+        """Uses `mask` in place of ranking: bits that its owner, an optimizer, refreshes in place; shared, not copied.
+
+        While frozen the mask that is kept is written to it. None: ranks again.
+        """
+        if mask is not None:
+            check_tensor(NAME, "mask", mask)
+            check_dtype(NAME, "mask", mask, torch.uint8)
+            if self.frozen and self.mask is not None:
+                mask.copy_(self.mask)
+        elif self.frozen:
+            fail(NAME, "mask", "to be a Tensor while frozen (or unfreeze() first)", None)
+        self.mask, self.shared = mask, mask is not None
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Ranks a mask that is shared anew, in place, as after a change of n and m; without one forward ranks."""
+        if self.mask is not None:
+            self.mask.copy_(self._ranked(weight))
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor) -> None:
+        """From now on keeps the mask of `weight`; one that is shared becomes it."""
+        if self.mask is None:
+            self.mask = self._ranked(weight)
+        else:
+            self.refresh(weight)
+        self.frozen = True
+
+    def unfreeze(self) -> None:
+        """Ranks again, or uses a mask that is shared as its owner refreshes it."""
+        self.frozen = False
+        if not self.shared:
+            self.mask = None
+
+    def _ranked(self, weight: Tensor) -> Tensor:
+        options = {"dim": self.dim, "magnitude": self.magnitude, "pad": self.pad, "backend": self.backend}
+        return nm_mask(weight, self.n, self.m, packed=True, **options)  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NMSparsity:
+        before = self.decay
+        super()._apply(fn, recurse)
+        # .half() and the like are meant for the weight
+        if self.decay.dtype != torch.float64:
+            self.decay = before.to(self.decay.device)
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in STATE}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        for name in STATE:
+            setattr(self, name, state[name])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}_extra_state" in state_dict:
+            found = state_dict.get(f"{prefix}mask")
+            if found is None:
+                self.mask = None
+            elif self.mask is None or self.mask.shape != found.shape:
+                self.mask = torch.empty_like(found, device=self.decay.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        state = "frozen" if self.frozen else "enabled" if self.enabled else "dense"
+        return f"{self.n}:{self.m}, dim={self.dim}, estimator={self.estimator!r}, {state}"
