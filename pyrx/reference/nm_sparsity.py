@@ -50,7 +50,7 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int, magnitude: bool, packed: b
     return pack_bits(found) if packed else found
 
 
-def _apply(
+def nm_apply(
     x: Tensor, bits: Tensor, dropped: int, factor: Tensor | None, weight: Tensor | None, strength: float
 ) -> Tensor:
     """x where kept, else what `dropped` says, in the accumulation type and rounded once."""
@@ -69,14 +69,6 @@ def _apply(
     return torch.where(mask, x, rest)
 
 
-def nm_apply(
-    x: Tensor, bits: Tensor, dropped: int, factor: Tensor | None, weight: Tensor | None, strength: float
-) -> Tensor:
-    """The same in x's layout."""
-    return torch.empty_like(x).copy_(_apply(x, bits, dropped, factor, weight, strength))
-
-
-# compiled, a function that copied into a layout would lose its gradient (torch 2.11)
 class _Sparsify(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -84,17 +76,16 @@ class _Sparsify(torch.autograd.Function):
     ) -> Tensor:
         ctx.estimator, ctx.strength = estimator, strength
         ctx.save_for_backward(bits, factor, weight if BACKWARD[estimator] == REGULARIZE else None)
-        return _apply(weight, bits, FORWARD[estimator], factor, None, 0.0)
+        return nm_apply(weight, bits, FORWARD[estimator], factor, None, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         bits, factor, weight = ctx.saved_tensors
         dropped = BACKWARD[ctx.estimator]
         if dropped is not None:
-            grad = _apply(grad, bits, dropped, factor, weight, ctx.strength)
+            grad = nm_apply(grad, bits, dropped, factor, weight, ctx.strength)
         return grad, None, None, None, None
 
 
 def nm_sparsify(weight: Tensor, bits: Tensor, factor: Tensor | None, estimator: int, strength: float) -> Tensor:
-    found = _Sparsify.apply(weight, bits, factor, estimator, strength)
-    return torch.empty_like(weight).copy_(found)
+    return _Sparsify.apply(weight, bits, factor, estimator, strength)
