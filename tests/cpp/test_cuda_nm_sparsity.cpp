@@ -223,7 +223,7 @@ void test_apply(const Shape& shape, int offset, unsigned blocks) {
   for (const Dropped dropped : {kZero, kFactor, kRegularize}) {
     shim::launch(nm_apply_kernel<T>, {blocks}, {kNMThreads}, 0, x.data(), bits.data(),
                  dropped == kRegularize ? weight.data() : nullptr, rows, dropped, dropped == kFactor ? &factor : nullptr,
-                 strength, offset == 0, out.data());
+                 strength, offset == 0 && (rows.count == 1 || rows.length % kGroup == 0), out.data());
     for (int64_t i = 0; i < x.size(); ++i) {
       const int64_t row = i / shape.width, column = i % shape.width;
       T expected = x[i];
