@@ -122,8 +122,13 @@ __device__ inline void words_of(const Vector<U, kGroup> (&chunks)[KeyWord<U>::la
     std::memcpy(pairs, chunks, sizeof pairs);
 #pragma unroll
     for (int j = 0; j < kGroup / 2; ++j) {
+#if defined(__CUDA_ARCH__)
+      words[2 * j] = __byte_perm(pairs[0][j], pairs[1][j], 0x5410);
+      words[2 * j + 1] = __byte_perm(pairs[0][j], pairs[1][j], 0x7632);
+#else
       words[2 * j] = (pairs[0][j] & 0xFFFFu) | pairs[1][j] << 16;
       words[2 * j + 1] = pairs[0][j] >> 16 | (pairs[1][j] & 0xFFFF0000u);
+#endif
     }
   }
 }
@@ -154,10 +159,9 @@ __device__ inline W fewer_losses(const W (&loss)[kM - 1], int n) {
     const W a = majority(loss[0], loss[1], loss[2]), b = majority(loss[3], loss[4], loss[5]);
     const W low_a = loss[0] ^ loss[1] ^ loss[2], low_b = loss[3] ^ loss[4] ^ loss[5];
     const W c = majority(low_a, low_b, loss[6]);
-    if constexpr (kN == 1) return ~(a | b | c | (low_a ^ low_b ^ loss[6]));
     if constexpr (kN == 2) return ~(a | b | c);
     if constexpr (kN == 4) return ~majority(a, b, c);
-    static_assert(kN == 0 || kN == 1 || kN == 2 || kN == 4);
+    static_assert(kN == 0 || kN == 2 || kN == 4);
     // the count's binary digits against those of n
     const W digits[3] = {low_a ^ low_b ^ loss[6], a ^ b ^ c, majority(a, b, c)};
     W fewer = 0;
@@ -320,8 +324,8 @@ __device__ inline uint32_t rank_words(const Word<U> (&raw)[kGroup], const RankOr
 }
 
 // The bytes of a thread's chunks of raw bits, the second's (16-bit scores alone) in bits 16 .. 23.
-// kM 2, 4 or 8: groups lie inside a chunk. kM 0: order.m is 16, 32, 64 or 128, a group lies in order over m / 8 adjacent
-// lanes of the warp, and all 32 lanes call. kN 0: any order.n, else it is order.n.
+// kM 2, 4 or 8: groups lie inside a chunk. kM 0: order.m is 8, 16, 32, 64 or 128, a group lies in order over m / 8
+// adjacent lanes of the warp, and all 32 lanes call. kN 0: any order.n, else it is order.n.
 template <typename U, int kN, int kM>
 __device__ inline uint32_t rank_chunks(const Vector<U, kGroup> (&chunks)[KeyWord<U>::lanes], const RankOrder& order) {
   Word<U> raw[kGroup];
@@ -341,11 +345,10 @@ bool dispatch_ratio(int n, int m, F&& f) {
   else if (m == 4 && n == 1) f(Ratio<1, 4>());
   else if (m == 4 && n == 2) f(Ratio<2, 4>());
   else if (m == 4 && n == 3) f(Ratio<3, 4>());
-  else if (m == 8 && n == 1) f(Ratio<1, 8>());
   else if (m == 8 && n == 2) f(Ratio<2, 8>());
   else if (m == 8 && n == 4) f(Ratio<4, 8>());
-  else if (m == 8) f(Ratio<0, 8>());
-  else if (m != 16 && m != 32 && m != 64 && m != 128) return false;
+  else if (m == 8 && n != 1) f(Ratio<0, 8>());
+  else if (m != 8 && m != 16 && m != 32 && m != 64 && m != 128) return false;
   else if (n == 1) f(Ratio<1, 0>());
   else if (n == 2) f(Ratio<2, 0>());
   else f(Ratio<0, 0>());

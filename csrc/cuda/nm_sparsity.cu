@@ -38,11 +38,11 @@ void dispatch_bits(at::ScalarType dtype, F&& f) {
 }
 
 template <int kN, int kM, bool kValues, typename T>
-void launch_rows(const T* from, NMRows rows, const RankOrder& order, bool aligned, const NMOutput<T>& out) {
+void launch_rows(const T* from, NMRows rows, const RankOrder& order, bool dense, const NMOutput<T>& out) {
   const int64_t whole = kM == 0 ? order.m / kGroup : 1;
   rows.chunks = ceil_div(ceil_div(rows.length, kGroup), whole) * whole;
-  nm_rows_kernel<T, kN, kM, kValues><<<grid_of(rows.count * rows.chunks, kNMThreads * 64 / (kGroup * sizeof(T))), kNMThreads,
-                                       0, c10::cuda::getCurrentCUDAStream()>>>(from, rows, order, aligned, out);
+  nm_rows_kernel<T, kN, kM, kValues><<<grid_of(rows.count * rows.chunks, kNMChunks<T>), kNMThreads,
+                                       0, c10::cuda::getCurrentCUDAStream()>>>(from, rows, order, dense, out);
 }
 
 // Groups along the last dimension of dense rows.
@@ -53,9 +53,9 @@ void rank_rows(const T* from, int64_t count, int64_t length, const RankOrder& or
     count = 1;
   }
   const NMRows rows{count, length, 0};
-  const bool aligned = is_aligned(from) && (count == 1 || length % kGroup == 0);
+  const bool dense = count == 1 && is_aligned(from) && is_aligned(out.values);
   const bool served = dispatch_ratio(order.n, order.m, [&](auto ratio) {
-    launch_rows<decltype(ratio)::n, decltype(ratio)::m, kValues>(from, rows, order, aligned, out);
+    launch_rows<decltype(ratio)::n, decltype(ratio)::m, kValues>(from, rows, order, dense, out);
   });
   if (!served) {
     const int64_t step = std::lcm(order.m, kGroup);
@@ -72,7 +72,7 @@ void rank_columns(const T* from, const NMColumns& layout, const RankOrder& order
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const int64_t row_bytes = ceil_div(layout.width, kGroup);
   const int64_t strips = layout.outer * ceil_div(layout.length, order.m) * (layout.inner / layout.width) * row_bytes;
-  const bool aligned = is_aligned(from) && layout.width % kGroup == 0;
+  const bool aligned = is_aligned(from) && is_aligned(out.values) && layout.width % kGroup == 0;
   const auto launch = [&](auto kernel) {
     kernel<<<grid_of(strips, kNMThreads), kNMThreads, 0, stream>>>(from, layout, order, aligned, out);
   };
@@ -150,12 +150,11 @@ at::Tensor apply(const at::Tensor& x, const at::Tensor& bits, Dropped dropped, c
   dispatch(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     T* to = mutable_data<T>(target);
-    const bool aligned = is_aligned(data<T>(from)) && is_aligned(data<T>(own)) && is_aligned(to) &&
-                         (rows.count == 1 || rows.length % kGroup == 0);
-    nm_apply_kernel<T><<<grid_of(rows.count * rows.chunks, kNMThreads), kNMThreads, 0,
+    const bool dense = rows.count == 1 && is_aligned(data<T>(from)) && is_aligned(data<T>(own)) && is_aligned(to);
+    nm_apply_kernel<T><<<grid_of(rows.count * rows.chunks, kNMChunks<T>), kNMThreads, 0,
                          c10::cuda::getCurrentCUDAStream()>>>(
         data<T>(from), data<uint8_t>(mask), data<T>(own), rows, dropped,
-        factor ? factor->const_data_ptr<double>() : nullptr, static_cast<Acc<T>>(strength), aligned, to);
+        factor ? factor->const_data_ptr<double>() : nullptr, static_cast<Acc<T>>(strength), dense, to);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return finish(target, out);

@@ -8,6 +8,8 @@
 namespace pyrx::cuda {
 
 constexpr int kNMThreads = 256;
+template <typename T>
+constexpr int kNMChunks = kNMThreads * (64 / (kGroup * sizeof(T)));  // that a block takes at a time, 64 bytes a thread
 constexpr int kNMTile = 2048;  // elements in shared memory where groups lie askew to chunks
 
 // What a kernel writes; what is null is not written. T is a type of raw bits where there are no values.
@@ -33,27 +35,44 @@ __device__ inline T typed(Bits<T> raw) {
   return found;
 }
 
-// `count` elements' bits, `fill` beyond them; `aligned`: to 16 bytes.
-template <typename U>
-__device__ inline Vector<U, kGroup> load_raw(const U* from, int count, bool aligned, U fill) {
-  if (aligned && count == kGroup) return load<U, kGroup>(from);
+// `count` elements' bits, `fill` beyond them. kWhole: all eight, aligned to 16 bytes. The two ways never meet in one
+// variable, as the compiler would take whole words apart for it.
+template <bool kWhole, typename U>
+__device__ inline Vector<U, kGroup> load_raw(const U* from, int count, U fill) {
+  if constexpr (kWhole) return load<U, kGroup>(from);
   Vector<U, kGroup> chunk;
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) chunk.v[j] = j < count ? from[j] : fill;
   return chunk;
 }
 
-// Bits 0 .. 7 as bytes 0 and 1.
-__device__ inline Vector<uint8_t, kGroup> bytes_of(uint32_t bits) {
-  const uint32_t halves[2] = {(bits & 0xF) * 0x00204081u & 0x01010101u, (bits >> 4 & 0xF) * 0x00204081u & 0x01010101u};
-  Vector<uint8_t, kGroup> bytes;
-  std::memcpy(&bytes, halves, sizeof bytes);
-  return bytes;
+template <bool kWhole, typename T>
+__device__ inline void store_some(T* to, const Vector<T, kGroup>& chunk, int count) {
+  if constexpr (kWhole) return store(to, chunk);
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j)
+    if (j < count) to[j] = chunk.v[j];
 }
 
 // Elements where bits are set, else 0.
 template <typename U>
 __device__ inline Vector<U, kGroup> zeroed(Vector<U, kGroup> raw, uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(U) == 2) {
+    uint32_t pairs[kGroup / 2];
+    std::memcpy(pairs, &raw, sizeof pairs);
+#pragma unroll
+    for (int j = 0; j < kGroup / 2; ++j) {
+      // bit 2 j to the sign of byte 0, the next to that of byte 2; prmt spreads signs
+      const uint32_t signs = (bits >> 2 * j) * 0x00400080u;
+      uint32_t mask;
+      asm("prmt.b32 %0, %1, 0, 0xAA88;" : "=r"(mask) : "r"(signs));
+      pairs[j] &= mask;
+    }
+    std::memcpy(&raw, pairs, sizeof pairs);
+    return raw;
+  }
+#endif
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) raw.v[j] = bits >> j & 1 ? raw.v[j] : U(0);
   return raw;
@@ -67,16 +86,23 @@ __device__ inline Vector<T, kGroup> scaled(const Vector<T, kGroup>& x, uint32_t 
   return found;
 }
 
-// The first `count` of eight elements, element 0 at `element` and byte `byte`. `aligned`: the addresses, to 16 bytes.
-template <typename T, bool kValues>
+// The first `count` of eight elements, element 0 at `element` and byte `byte`; kWhole as of load_raw.
+template <typename T, bool kValues, bool kWhole>
 __device__ inline void put(const NMOutput<T>& out, const Vector<Bits<T>, kGroup>& raw, uint32_t bits, int64_t element,
-                           int64_t byte, int count, bool aligned, Acc<T> factor) {
-  if (out.bits) out.bits[byte] = static_cast<uint8_t>(bits & ((1u << count) - 1));
+                           int64_t byte, int count, Acc<T> factor) {
+  if (out.bits) out.bits[byte] = static_cast<uint8_t>(kWhole ? bits : bits & ((1u << count) - 1));
   if constexpr (kValues) {
-    const Vector<T, kGroup> values = out.factor ? scaled(typed<T>(raw), bits, factor) : typed<T>(zeroed(raw, bits));
-    store_group(out.values + element, values, count, aligned);
+    if (out.factor) store_some<kWhole>(out.values + element, scaled(typed<T>(raw), bits, factor), count);
+    else store_some<kWhole>(out.values + element, typed<T>(zeroed(raw, bits)), count);
   } else if (out.bytes) {
-    store_group(out.bytes + element, bytes_of(bits), count, aligned);
+    if constexpr (kWhole) {
+      const auto four = [](uint32_t nibble) { return nibble * 0x00204081u & 0x01010101u; };
+      *reinterpret_cast<uint2*>(out.bytes + element) = make_uint2(four(bits & 0xF), four(bits >> 4 & 0xF));
+    } else {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j)
+        if (j < count) out.bytes[element + j] = bits >> j & 1;
+    }
   }
 }
 
@@ -86,43 +112,64 @@ struct NMRows {
   int64_t chunks;  // of a row: ceil(length / 8), rounded up to whole groups
 };
 
+// Eight elements of a row.
+struct NMChunk {
+  int64_t element, byte;
+  int count;  // how many there are
+
+  __device__ NMChunk(const NMRows& rows, int64_t chunk) {
+    const int64_t row = rows.count == 1 ? 0 : quotient(chunk, rows.chunks), inside = chunk - row * rows.chunks;
+    const int64_t left = row < rows.count ? rows.length - inside * kGroup : 0;
+    element = row * rows.length + inside * kGroup;
+    byte = row * ((rows.length + 7) / 8) + inside;
+    count = static_cast<int>(left < 0 ? 0 : left < kGroup ? left : kGroup);
+  }
+};
+
 // Bytes of 2:4 bfloat16: 2 + 1/8 (bits), 3 (bool), 4 + 1/8 (values and bits) an element over 3.35 TB/s: 0.63, 0.90,
 // 1.23 ps. Operations an element over 14e12 integer operations a second: of bfloat16 five for 2:4, ten for 4:8, six for
 // 1:16, nine for 2:32: 0.35 to 0.7 ps; twice as many of float32, beside twice the bytes.
-// 64 bytes in flight a thread. `aligned`: pointers and rows, to 16 bytes.
+// 64 bytes in flight a thread. `dense`: one row, all pointers aligned to 16 bytes.
 template <typename T, int kN, int kM, bool kValues>
 __global__ void __launch_bounds__(kNMThreads)
-    nm_rows_kernel(const T* __restrict__ scores, NMRows rows, RankOrder order, bool aligned, NMOutput<T> out) {
+    nm_rows_kernel(const T* __restrict__ scores, NMRows rows, RankOrder order, bool dense, NMOutput<T> out) {
   using U = Bits<T>;
-  constexpr int lanes = KeyWord<U>::lanes, units = sizeof(U) == 8 ? 1 : 2;
+  constexpr int lanes = KeyWord<U>::lanes, tile = kNMChunks<T>, units = tile / kNMThreads / lanes;
   const U* from = reinterpret_cast<const U*>(scores);
-  const int64_t chunks = rows.count * rows.chunks, tile = int64_t(kNMThreads) * units * lanes;
-  const int64_t row_bytes = (rows.length + 7) / 8;
+  const int64_t chunks = rows.count * rows.chunks;
   const Acc<T> factor = kValues && out.factor ? static_cast<Acc<T>>(*out.factor) : Acc<T>(0);
-  for (int64_t first = blockIdx.x * tile; first < chunks; first += gridDim.x * tile) {
+  for (int64_t start = int64_t(blockIdx.x) * tile; start < chunks; start += int64_t(gridDim.x) * tile) {
+    const int64_t first = start + threadIdx.x;
     Vector<U, kGroup> raw[units][lanes];
-    int64_t element[units][lanes], byte[units][lanes];
-    int count[units][lanes];
+    if (dense && (start + tile) * kGroup <= rows.length) {
 #pragma unroll
-    for (int u = 0; u < units; ++u)
+      for (int i = 0; i < units * lanes; ++i)
+        raw[i / lanes][i % lanes] = load_raw<true>(from + (first + i * kNMThreads) * kGroup, kGroup, U(0));
+#pragma unroll
+      for (int u = 0; u < units; ++u) {
+        const uint32_t bits = rank_chunks<U, kN, kM>(raw[u], order);
+#pragma unroll
+        for (int c = 0; c < lanes; ++c) {
+          const int64_t chunk = first + (u * lanes + c) * kNMThreads;
+          put<T, kValues, true>(out, raw[u][c], bits >> 16 * c & 0xFF, chunk * kGroup, chunk, kGroup, factor);
+        }
+      }
+      continue;
+    }
+#pragma unroll 1
+    for (int u = 0; u < units; ++u) {
 #pragma unroll
       for (int c = 0; c < lanes; ++c) {
-        const int64_t chunk = first + (u * lanes + c) * kNMThreads + threadIdx.x;
-        const int64_t row = rows.count == 1 ? 0 : quotient(chunk, rows.chunks), inside = chunk - row * rows.chunks;
-        const int64_t left = chunk < chunks ? rows.length - inside * kGroup : 0;
-        count[u][c] = left < 0 ? 0 : left < kGroup ? static_cast<int>(left) : kGroup;
-        element[u][c] = row * rows.length + inside * kGroup;
-        byte[u][c] = row * row_bytes + inside;
-        raw[u][c] = load_raw(from + element[u][c], count[u][c], aligned, order.padding<U>());
+        const NMChunk chunk(rows, first + (u * lanes + c) * kNMThreads);
+        raw[0][c] = load_raw<false>(from + chunk.element, chunk.count, order.padding<U>());
       }
+      const uint32_t bits = rank_chunks<U, kN, kM>(raw[0], order);
 #pragma unroll
-    for (int u = 0; u < units; ++u) {
-      const uint32_t bits = rank_chunks<U, kN, kM>(raw[u], order);
-#pragma unroll
-      for (int c = 0; c < lanes; ++c)
-        if (count[u][c] > 0)
-          put<T, kValues>(out, raw[u][c], bits >> 16 * c & 0xFF, element[u][c], byte[u][c], count[u][c], aligned,
-                          factor);
+      for (int c = 0; c < lanes; ++c) {
+        const NMChunk chunk(rows, first + (u * lanes + c) * kNMThreads);
+        if (chunk.count > 0)
+          put<T, kValues, false>(out, raw[0][c], bits >> 16 * c & 0xFF, chunk.element, chunk.byte, chunk.count, factor);
+      }
     }
   }
 }
@@ -154,16 +201,13 @@ struct NMStrip {
   }
 };
 
-// The tops of a row's words, two columns a word where it has two lanes, as a byte.
+// The tops of a row's word w, a column a lane, as bits that row_byte puts in order.
 template <typename U>
-__device__ inline uint32_t row_byte(const Word<U> (&kept)[kGroup / KeyWord<U>::lanes]) {
-  constexpr int lanes = KeyWord<U>::lanes, digits = 8 * sizeof(U);
-  uint32_t found = 0;
-#pragma unroll
-  for (int w = 0; w < kGroup / lanes; ++w)
-    found |= (static_cast<uint32_t>(kept[w] >> (digits - 1)) & static_cast<uint32_t>(KeyWord<U>::ones)) << lanes * w;
-  return (found | found >> 15) & 0xFF;
+__device__ inline uint32_t row_bits(Word<U> kept, int w) {
+  return (static_cast<uint32_t>(kept >> (8 * sizeof(U) - 1)) & static_cast<uint32_t>(KeyWord<U>::ones))
+         << KeyWord<U>::lanes * w;
 }
+__device__ inline uint32_t row_byte(uint32_t bits) { return (bits | bits >> 15) & 0xFF; }
 
 template <typename U>
 __device__ inline void row_words(const Vector<U, kGroup>& row, Word<U> (&words)[kGroup / KeyWord<U>::lanes]) {
@@ -171,49 +215,71 @@ __device__ inline void row_words(const Vector<U, kGroup>& row, Word<U> (&words)[
   std::memcpy(words, &row, sizeof words);
 }
 
-// A strip whose kM rows are held in registers.
-template <typename T, int kN, int kM, bool kValues, bool kFull>
+// A strip's kM rows, ranked in registers. Of a whole strip all rows are read at once, else two columns or one at a time.
+template <typename T, int kN, int kM, bool kValues, bool kFull, bool kWhole>
 __device__ inline void rank_strip(const Bits<T>* from, const NMColumns& layout, const NMStrip& strip,
-                                  const RankOrder& order, bool aligned, Acc<T> factor, const NMOutput<T>& out) {
+                                  const RankOrder& order, Acc<T> factor, const NMOutput<T>& out) {
   using U = Bits<T>;
-  constexpr int words = kGroup / KeyWord<U>::lanes;
+  constexpr int lanes = KeyWord<U>::lanes, words = kGroup / lanes;
   Vector<U, kGroup> raw[kM];
-  Word<U> kept[kM][words];
+  uint32_t bits[kM] = {};
+  if constexpr (kWhole) {
 #pragma unroll
-  for (int i = 0; i < kM; ++i)
-    raw[i] = load_raw(from + strip.element + i * layout.inner, i < strip.rows ? strip.columns : 0, aligned,
-                      order.padding<U>());
+    for (int i = 0; i < kM; ++i) raw[i] = load_raw<true>(from + strip.element + i * layout.inner, kGroup, U(0));
+  }
+  const auto rank = [&](int w, auto&& word_of) {
+    Word<U> key[kM], kept[kM];
 #pragma unroll
-  for (int w = 0; w < words; ++w) {
-    Word<U> key[kM], stays[kM];
+    for (int i = 0; i < kM; ++i) key[i] = key_word<U, kFull>(word_of(i), order.infinity);
+    rank_pairs<U, kN, kM, kFull>(key, order.n, kept);
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
-      Word<U> row[words];
-      row_words(raw[i], row);
-      key[i] = key_word<U, kFull>(row[w], order.infinity);
-    }
-    rank_pairs<U, kN, kM, kFull>(key, order.n, stays);
+    for (int i = 0; i < kM; ++i) bits[i] |= row_bits<U>(kept[i], w);
+  };
+  if constexpr (kWhole) {
 #pragma unroll
-    for (int i = 0; i < kM; ++i) kept[i][w] = stays[i];
+    for (int w = 0; w < words; ++w)
+      rank(w, [&](int i) {
+        Word<U> row[words];
+        row_words(raw[i], row);
+        return row[w];
+      });
+  } else {
+#pragma unroll 1
+    for (int w = 0; w < words; ++w)
+      rank(w, [&](int i) {
+        Word<U> word = 0;
+#pragma unroll
+        for (int c = 0; c < lanes; ++c) {
+          const int column = w * lanes + c;
+          const bool present = i < strip.rows && column < strip.columns;
+          const U own = present ? from[strip.element + i * layout.inner + column] : order.padding<U>();
+          word |= static_cast<Word<U>>(own) << 16 * c;
+        }
+        return word;
+      });
   }
 #pragma unroll
-  for (int i = 0; i < kM; ++i)
-    if (i < strip.rows)
-      put<T, kValues>(out, raw[i], row_byte<U>(kept[i]), strip.element + i * layout.inner,
-                      strip.byte + i * layout.strips(), strip.columns, aligned, factor);
+  for (int i = 0; i < kM; ++i) {
+    if (!kWhole && i >= strip.rows) break;
+    const int64_t element = strip.element + i * layout.inner;
+    if (!kWhole && kValues) raw[i] = load_raw<false>(from + element, strip.columns, U(0));
+    put<T, kValues, kWhole>(out, raw[i], row_byte(bits[i]), element, strip.byte + i * layout.strips(), strip.columns,
+                            factor);
+  }
 }
 
 // A strip of order.m rows, read once for the threshold, and once more, from the caches, to compare with it. kN: 1 or 2.
-template <typename T, int kN, bool kValues, bool kFull>
+template <typename T, int kN, bool kValues, bool kFull, bool kWhole>
 __device__ inline void stream_strip(const Bits<T>* from, const NMColumns& layout, const NMStrip& strip,
-                                    const RankOrder& order, bool aligned, Acc<T> factor, const NMOutput<T>& out) {
+                                    const RankOrder& order, Acc<T> factor, const NMOutput<T>& out) {
   using U = Bits<T>;
   using W = Word<U>;
   constexpr int words = kGroup / KeyWord<U>::lanes;
   W best[words][kN] = {}, row[words];
+  const U* at = from + strip.element;
 #pragma unroll 4
-  for (int i = 0; i < strip.rows; ++i) {
-    row_words(load_raw(from + strip.element + i * layout.inner, strip.columns, aligned, U(0)), row);
+  for (int i = 0; i < strip.rows; ++i, at += layout.inner) {
+    row_words(load_raw<kWhole>(at, strip.columns, U(0)), row);
 #pragma unroll
     for (int w = 0; w < words; ++w) insert<U, kN>(best[w], key_word<U, kFull>(row[w], order.infinity));
   }
@@ -223,28 +289,40 @@ __device__ inline void stream_strip(const Bits<T>* from, const NMColumns& layout
     open[w] = ~W(0);
     second[w] = kN == 1 ? W(0) : at_least<U, kFull>(best[w][kN - 1], best[w][0]);
   }
+  int64_t element = strip.element, byte = strip.byte;
 #pragma unroll 2
-  for (int i = 0; i < strip.rows; ++i) {
-    const int64_t element = strip.element + i * layout.inner;
-    const Vector<U, kGroup> raw = load_raw(from + element, strip.columns, aligned, U(0));
+  for (int i = 0; i < strip.rows; ++i, element += layout.inner, byte += layout.strips()) {
+    const Vector<U, kGroup> raw = load_raw<kWhole>(from + element, strip.columns, U(0));
     row_words(raw, row);
-    W kept[words];
+    uint32_t bits = 0;
 #pragma unroll
     for (int w = 0; w < words; ++w) {
       const W key = key_word<U, kFull>(row[w], order.infinity), threshold = best[w][kN - 1];
       const W reached = at_least<U, kFull>(key, threshold);
       const W above = kN == 1 ? W(0) : at_least<U, kFull>(key, threshold + KeyWord<U>::ones);
       const W equal = reached & ~above;
-      kept[w] = reached & (above | open[w]);
+      bits |= row_bits<U>(reached & (above | open[w]), w);
       open[w] = (equal & second[w]) | (~equal & open[w]);
       second[w] &= ~equal;
     }
-    put<T, kValues>(out, raw, row_byte<U>(kept), element, strip.byte + i * layout.strips(), strip.columns, aligned,
-                    factor);
+    put<T, kValues, kWhole>(out, raw, row_byte(bits), element, byte, strip.columns, factor);
+  }
+}
+
+template <typename T, int kN, int kM, bool kValues, bool kWhole>
+__device__ inline void nm_strip(const Bits<T>* from, const NMColumns& layout, const NMStrip& strip,
+                                const RankOrder& order, Acc<T> factor, const NMOutput<T>& out) {
+  if constexpr (kM == 0) {
+    if (order.magnitude) stream_strip<T, kN, kValues, false, kWhole>(from, layout, strip, order, factor, out);
+    else stream_strip<T, kN, kValues, true, kWhole>(from, layout, strip, order, factor, out);
+  } else {
+    if (order.magnitude) rank_strip<T, kN, kM, kValues, false, kWhole>(from, layout, strip, order, factor, out);
+    else rank_strip<T, kN, kM, kValues, true, kWhole>(from, layout, strip, order, factor, out);
   }
 }
 
 // Bytes and operations as for rows; kM 0 (1:M and 2:M of any M) reads twice, the second time from the caches.
+// `aligned`: all pointers, and rows of bits to eight elements. Eight rows of doubles would not fit in the registers.
 template <typename T, int kN, int kM, bool kValues>
 __global__ void __launch_bounds__(kNMThreads)
     nm_columns_kernel(const T* __restrict__ scores, NMColumns layout, RankOrder order, bool aligned, NMOutput<T> out) {
@@ -254,13 +332,10 @@ __global__ void __launch_bounds__(kNMThreads)
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; item < items; item += stride) {
     const NMStrip strip(layout, item, order.m);
-    if constexpr (kM == 0) {
-      if (order.magnitude) stream_strip<T, kN, kValues, false>(from, layout, strip, order, aligned, factor, out);
-      else stream_strip<T, kN, kValues, true>(from, layout, strip, order, aligned, factor, out);
-    } else {
-      if (order.magnitude) rank_strip<T, kN, kM, kValues, false>(from, layout, strip, order, aligned, factor, out);
-      else rank_strip<T, kN, kM, kValues, true>(from, layout, strip, order, aligned, factor, out);
-    }
+    if (aligned && (kM == 0 || strip.rows == kM) && sizeof(T) * kM < 64)
+      nm_strip<T, kN, kM, kValues, (sizeof(T) * kM < 64)>(from, layout, strip, order, factor, out);
+    else
+      nm_strip<T, kN, kM, kValues, false>(from, layout, strip, order, factor, out);
   }
 }
 
@@ -349,49 +424,57 @@ __global__ void __launch_bounds__(kNMThreads)
   }
 }
 
-// x where its bit is set, else 0, x * factor, or x + strength * weight, each rounded once in the accumulation type.
-// Bytes: 2 x, 1/8, and the weight's, an element over 3.35 TB/s. Operations: two to five.
+// x where its bit is set, else 0, x * factor, or x + strength * weight, each rounded alone in the accumulation type.
+template <typename T>
+__device__ inline Vector<T, kGroup> applied(const Vector<Bits<T>, kGroup>& raw, const Vector<Bits<T>, kGroup>& weight,
+                                            uint32_t bits, Dropped dropped, Acc<T> factor, Acc<T> strength) {
+  if (dropped == kZero) return typed<T>(zeroed(raw, bits));
+  Vector<T, kGroup> x = typed<T>(raw);
+  if (dropped == kFactor) return scaled(x, bits, factor);
+  const Vector<T, kGroup> own = typed<T>(weight);
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j)
+    if (!(bits >> j & 1)) x.v[j] = narrow<T>(widen(x.v[j]) + mul(strength, widen(own.v[j])));
+  return x;
+}
+
+// Bytes: 2 x, 1/8, and the weight's, an element over 3.35 TB/s. Operations: two to five. `dense` as of nm_rows_kernel.
 template <typename T>
 __global__ void __launch_bounds__(kNMThreads)
     nm_apply_kernel(const T* __restrict__ x, const uint8_t* __restrict__ bits, const T* __restrict__ weight, NMRows rows,
-                    Dropped dropped, const double* __restrict__ factor_at, Acc<T> strength, bool aligned,
+                    Dropped dropped, const double* __restrict__ factor_at, Acc<T> strength, bool dense,
                     T* __restrict__ out) {
   using U = Bits<T>;
-  constexpr int units = sizeof(U) == 2 ? 4 : sizeof(U) == 4 ? 2 : 1;
-  const int64_t chunks = rows.count * rows.chunks, tile = int64_t(kNMThreads) * units;
+  constexpr int tile = kNMChunks<T>, units = tile / kNMThreads;
+  const U *from = reinterpret_cast<const U*>(x), *from_weight = reinterpret_cast<const U*>(weight);
+  const int64_t chunks = rows.count * rows.chunks;
   const Acc<T> factor = dropped == kFactor ? static_cast<Acc<T>>(*factor_at) : Acc<T>(0);
-  for (int64_t first = blockIdx.x * tile + threadIdx.x; first < chunks; first += gridDim.x * tile) {
-    Vector<U, kGroup> raw[units], other[units];
-    uint32_t kept[units];
-    int64_t element[units];
-    int count[units];
+  for (int64_t start = int64_t(blockIdx.x) * tile; start < chunks; start += int64_t(gridDim.x) * tile) {
+    const int64_t first = start + threadIdx.x;
+    if (dense && (start + tile) * kGroup <= rows.length) {
+      Vector<U, kGroup> raw[units], own[units];
+      uint32_t kept[units];
 #pragma unroll
-    for (int u = 0; u < units; ++u) {
-      const int64_t chunk = first + u * kNMThreads;
-      const int64_t row = rows.count == 1 ? 0 : quotient(chunk, rows.chunks), inside = chunk - row * rows.chunks;
-      const int64_t left = chunk < chunks ? rows.length - inside * kGroup : 0;
-      count[u] = left < kGroup ? static_cast<int>(left) : kGroup;
-      element[u] = row * rows.length + inside * kGroup;
-      kept[u] = count[u] > 0 ? bits[chunk] : 0;
-      raw[u] = load_raw(reinterpret_cast<const U*>(x) + element[u], count[u], aligned, U(0));
-      if (dropped == kRegularize)
-        other[u] = load_raw(reinterpret_cast<const U*>(weight) + element[u], count[u], aligned, U(0));
-    }
-#pragma unroll
-    for (int u = 0; u < units; ++u) {
-      if (count[u] <= 0) continue;
-      Vector<T, kGroup> value = typed<T>(raw[u]);
-      if (dropped == kZero) {
-        value = typed<T>(zeroed(raw[u], kept[u]));
-      } else if (dropped == kFactor) {
-        value = scaled(value, kept[u], factor);
-      } else {
-        const Vector<T, kGroup> own = typed<T>(other[u]);
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j)
-          if (!(kept[u] >> j & 1)) value.v[j] = narrow<T>(widen(value.v[j]) + mul(strength, widen(own.v[j])));
+      for (int u = 0; u < units; ++u) {
+        const int64_t chunk = first + u * kNMThreads;
+        kept[u] = bits[chunk];
+        raw[u] = load_raw<true>(from + chunk * kGroup, kGroup, U(0));
+        if (dropped == kRegularize) own[u] = load_raw<true>(from_weight + chunk * kGroup, kGroup, U(0));
       }
-      store_group(out + element[u], value, count[u], aligned);
+#pragma unroll
+      for (int u = 0; u < units; ++u)
+        store(out + (first + u * kNMThreads) * kGroup, applied<T>(raw[u], own[u], kept[u], dropped, factor, strength));
+      continue;
+    }
+#pragma unroll 1
+    for (int u = 0; u < units; ++u) {
+      const NMChunk chunk(rows, first + u * kNMThreads);
+      if (chunk.count == 0) continue;
+      const Vector<U, kGroup> raw = load_raw<false>(from + chunk.element, chunk.count, U(0));
+      Vector<U, kGroup> own;
+      if (dropped == kRegularize) own = load_raw<false>(from_weight + chunk.element, chunk.count, U(0));
+      store_some<false>(out + chunk.element, applied<T>(raw, own, bits[chunk.byte], dropped, factor, strength),
+                        chunk.count);
     }
   }
 }
