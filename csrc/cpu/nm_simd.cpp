@@ -45,6 +45,15 @@ template const NMKernels<double>& nm_kernels<double>();
 template const NMKernels<bfloat16>& nm_kernels<bfloat16>();
 template const NMKernels<float16>& nm_kernels<float16>();
 
+template <typename T>
+const NMTransposableKernels<T>& nm_transposable_kernels() {
+  PYRX_PICK(nm_transposable_table<T>())
+}
+template const NMTransposableKernels<float>& nm_transposable_kernels<float>();
+template const NMTransposableKernels<double>& nm_transposable_kernels<double>();
+template const NMTransposableKernels<bfloat16>& nm_transposable_kernels<bfloat16>();
+template const NMTransposableKernels<float16>& nm_transposable_kernels<float16>();
+
 const NMByteKernels& nm_byte_kernels() { PYRX_PICK(nm_byte_table()) }
 
 }  // namespace pyrx::cpu
