@@ -7,6 +7,10 @@
 
 #include "cpu/isa.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of the undefined values in GCC 12's own intrinsics
+#endif
+
 // The kernels once more for each instruction set: PYRX_ISA is 0, 2 (AVX2) or 512 (AVX-512).
 #define PYRX_ISA 0
 namespace pyrx::cpu::plain {

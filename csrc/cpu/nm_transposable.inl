@@ -29,15 +29,13 @@ inline void load_columns(const T* p, Wide<A> (&x)[4]) {
 #if PYRX_ISA == 512
   if constexpr (std::is_same_v<A, float>) {
     const __m512 a = load(p).v, b = load(p + 16).v, c = load(p + 32).v, d = load(p + 48).v;
-    // with a mask of ones, as GCC 12 warns of the others' own undefined values
-    const auto low = [](__m512 u, __m512 v) { return _mm512_castps_pd(_mm512_maskz_unpacklo_ps(0xFFFF, u, v)); };
-    const auto high = [](__m512 u, __m512 v) { return _mm512_castps_pd(_mm512_maskz_unpackhi_ps(0xFFFF, u, v)); };
-    const auto even = [](__m512d u, __m512d v) { return _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xFF, u, v)); };
-    const auto odd = [](__m512d u, __m512d v) { return _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xFF, u, v)); };
-    x[0] = even(low(a, b), low(c, d));
-    x[1] = odd(low(a, b), low(c, d));
-    x[2] = even(high(a, b), high(c, d));
-    x[3] = odd(high(a, b), high(c, d));
+    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
+    x[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+    x[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    const __m512d ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+    const __m512d cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+    x[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high));
+    x[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high));
     return;
   }
 #elif PYRX_ISA == 2
@@ -64,7 +62,7 @@ inline void load_columns(const T* p, Wide<A> (&x)[4]) {
 inline Wide<int32_t> in_order(Wide<int32_t> found) {
 #if PYRX_ISA == 512
   const __m512i from = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return reinterpret_cast<Wide<int32_t>>(_mm512_maskz_permutexvar_epi32(0xFFFF, from, reinterpret_cast<__m512i>(found)));
+  return reinterpret_cast<Wide<int32_t>>(_mm512_permutexvar_epi32(from, reinterpret_cast<__m512i>(found)));
 #elif PYRX_ISA == 2
   const __m256i from = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   return reinterpret_cast<Wide<int32_t>>(_mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(found), from));
@@ -141,8 +139,10 @@ constexpr K kTaken = std::numeric_limits<K>::min();
 
 template <typename K, typename T>
 inline K signed_key(T score, bool magnitude) {
-  constexpr uint64_t flip = sizeof(T) == sizeof(K) ? uint64_t(1) << (8 * sizeof(K) - 1) : 0;
-  return static_cast<K>(static_cast<std::make_unsigned_t<K>>(key_of(score, magnitude) ^ flip));
+  using U = std::make_unsigned_t<K>;
+  constexpr U top = sizeof(T) == sizeof(K) ? U(1) << (8 * sizeof(K) - 1) : 0;
+  // by magnitude no key reaches the top bit
+  return static_cast<K>(key_of(score, magnitude) ^ (magnitude ? 0 : top));
 }
 
 // Greedy masks of small tiles, as many as a vector has lanes. In each round every element is kept that is the first, by
