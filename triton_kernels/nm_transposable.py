@@ -22,6 +22,7 @@ _BITS = tuple(1 << a | 1 << b for a, b in PAIRS)
 _WAYS: tl.constexpr = tl.constexpr(
     tuple(tuple(tuple((a, b, _BITS[a] | _BITS[b] << 4) for a, b in ways) for ways in split) for split in SPLITS)
 )
+_COUNTS: tl.constexpr = tl.constexpr(tuple(len(ways) for ways, _ in SPLITS))
 _SPLITS: tl.constexpr = tl.constexpr(len(SPLITS))
 
 
@@ -40,13 +41,13 @@ def _row_sums(at, inside, MAGNITUDE: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def _half(first, second, WAYS: tl.constexpr):
+def _half(first, second, SPLIT: tl.constexpr, HALF: tl.constexpr):
     """The best way of two rows with these sums: its sum, and the bits that it keeps, the first of equals."""
-    best = first[WAYS[0][0]] + second[WAYS[0][1]]
-    bits = tl.full(best.shape, WAYS[0][2], tl.int32)
-    for i in tl.static_range(1, len(WAYS)):
-        total = first[WAYS[i][0]] + second[WAYS[i][1]]
-        bits = tl.where(total > best, WAYS[i][2], bits)
+    best = first[_WAYS[SPLIT][HALF][0][0]] + second[_WAYS[SPLIT][HALF][0][1]]
+    bits = tl.full(best.shape, _WAYS[SPLIT][HALF][0][2], tl.int32)
+    for i in tl.static_range(1, _COUNTS[SPLIT]):
+        total = first[_WAYS[SPLIT][HALF][i][0]] + second[_WAYS[SPLIT][HALF][i][1]]
+        bits = tl.where(total > best, _WAYS[SPLIT][HALF][i][2], bits)
         best = tl.where(total > best, total, best)
     return best, bits
 
@@ -54,13 +55,13 @@ def _half(first, second, WAYS: tl.constexpr):
 @triton.jit
 def _search(row0, row1, row2, row3):
     """Of the 90 patterns one of the largest sum: int32, bit 4 r + c for row r and column c."""
-    best, pattern = _half(row0, row1, _WAYS[0][0])
-    below, bits = _half(row2, row3, _WAYS[0][1])
+    best, pattern = _half(row0, row1, 0, 0)
+    below, bits = _half(row2, row3, 0, 1)
     best += below
     pattern |= bits << 8
     for i in tl.static_range(1, _SPLITS):
-        above, kept = _half(row0, row1, _WAYS[i][0])
-        below, bits = _half(row2, row3, _WAYS[i][1])
+        above, kept = _half(row0, row1, i, 0)
+        below, bits = _half(row2, row3, i, 1)
         total = above + below
         pattern = tl.where(total > best, kept | (bits << 8), pattern)
         best = tl.where(total > best, total, best)
