@@ -264,9 +264,7 @@ def test_batches_and_layouts(backend, method, n, m, rows, columns):
             assert packed.is_contiguous() and torch.equal(packed, pack_bits(expected)), (name, batch)
     row = torch.randn(1, columns * m).expand(rows * m, -1)
     got = pyrx.nm_transposable_mask(row, n, m, method=method, backend=backend)
-    assert torch.equal(
-        got, pyrx.nm_transposable_mask(row.contiguous(), n, m, method=method, backend="reference")
-    )
+    assert torch.equal(got, pyrx.nm_transposable_mask(row.contiguous(), n, m, method=method, backend="reference"))
 
 
 @given(
@@ -330,7 +328,10 @@ def test_no_gradient_and_no_autocast(backend):
 def test_opcheck(cpu, method, n, m):
     served(cpu)
     op = _library.namespace(cpu).nm_transposable_mask.default
-    for scores in (torch.randn(2 * m, 3 * m), torch.randn(3, m, 2 * m).half().transpose(0, 1).contiguous().transpose(0, 1)):
+    for scores in (
+        torch.randn(2 * m, 3 * m),
+        torch.randn(m, 3, 2 * m).half().transpose(0, 1),
+    ):
         for packed in (False, True):
             torch.library.opcheck(op, (scores, n, m, True, packed, method == "exact"))
     torch.library.opcheck(op, (torch.randn(0, m), n, m, False, False, method == "exact"))

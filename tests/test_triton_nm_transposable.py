@@ -18,11 +18,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
 def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 70)
+    triton_helpers.run_interpreted(__file__, 50)
 
 
 @interpreted
-@pytest.mark.parametrize("form", cases.DEVICE_FORMS, ids=helpers.name_of)
+@pytest.mark.parametrize("form", [*cases.DEVICE_FORMS[:-1], ("greedy", 5, 17)], ids=helpers.name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=helpers.name_of)
 def test_values(dtype, form):
     helpers.need("triton", ops=("nm_transposable",))
@@ -30,15 +30,20 @@ def test_values(dtype, form):
 
 
 @interpreted
+@pytest.mark.parametrize("form", cases.FORMS[:3], ids=helpers.name_of)
+def test_batches_and_layouts(form):
+    cases.test_batches_and_layouts("triton", *form, 2, 3)
+
+
+@interpreted
 def test_several_programs(monkeypatch):
     monkeypatch.setattr(launcher, "TILES", 8)
     monkeypatch.setattr(launcher, "ELEMENTS", 64)
     forms = [("exact", 2, 4), ("greedy", 2, 4), ("greedy", 3, 5)]
-    cases.assert_equals_the_reference("triton", "cpu", [(3, 7), (2, 8)], DTYPES[1:], forms)
+    cases.assert_equals_the_reference("triton", "cpu", [(2, 9)], DTYPES[2:], forms)
 
 
 if INTERPRETED:
-    test_batches_and_layouts = cases.test_batches_and_layouts
     test_empty = cases.test_empty
     test_errors = cases.test_errors
     test_exact_finds_every_pattern = cases.test_exact_finds_every_pattern

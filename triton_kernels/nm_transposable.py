@@ -12,17 +12,21 @@ from pyrx.reference.nm_transposable import BOUNDS, PAIRS, SPLITS
 
 from .dropout import check_narrow
 
-TILES = 512  # of a program of the exact search
-ELEMENTS = 2048  # of a program of greedy tiles, at least one
+TILES = 256  # of a program of the exact search
+ELEMENTS = 1024  # of a program of greedy tiles, at least one tile
+PACKED_BYTES = 256  # of a program that packs
 
 _MOST: tl.constexpr = tl.constexpr(BOUNDS[torch.float32][0])
 _NAN: tl.constexpr = tl.constexpr(BOUNDS[torch.float32][1])
-# for each split the ways of rows 0 and 1, and of rows 2 and 3: (pair of the first, pair of the second, their bits)
+# The ways of rows 0 and 1, and of rows 2 and 3, of each split, one after another: pair of the first row, pair of the
+# second, their bits; where those of a half begin; and how many it has. The compiler reads flat tuples alone.
 _BITS = tuple(1 << a | 1 << b for a, b in PAIRS)
+_HALVES = [half for split in SPLITS for half in split]
 _WAYS: tl.constexpr = tl.constexpr(
-    tuple(tuple(tuple((a, b, _BITS[a] | _BITS[b] << 4) for a, b in ways) for ways in split) for split in SPLITS)
+    tuple(value for half in _HALVES for a, b in half for value in (a, b, _BITS[a] | _BITS[b] << 4))
 )
-_COUNTS: tl.constexpr = tl.constexpr(tuple(len(ways) for ways, _ in SPLITS))
+_STARTS: tl.constexpr = tl.constexpr(tuple(3 * sum(map(len, _HALVES[:i])) for i in range(len(_HALVES))))
+_COUNTS: tl.constexpr = tl.constexpr(tuple(map(len, _HALVES)))
 _SPLITS: tl.constexpr = tl.constexpr(len(SPLITS))
 
 
@@ -41,13 +45,15 @@ def _row_sums(at, inside, MAGNITUDE: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def _half(first, second, SPLIT: tl.constexpr, HALF: tl.constexpr):
+def _half(first, second, HALF: tl.constexpr):
     """The best way of two rows with these sums: its sum, and the bits that it keeps, the first of equals."""
-    best = first[_WAYS[SPLIT][HALF][0][0]] + second[_WAYS[SPLIT][HALF][0][1]]
-    bits = tl.full(best.shape, _WAYS[SPLIT][HALF][0][2], tl.int32)
-    for i in tl.static_range(1, _COUNTS[SPLIT]):
-        total = first[_WAYS[SPLIT][HALF][i][0]] + second[_WAYS[SPLIT][HALF][i][1]]
-        bits = tl.where(total > best, _WAYS[SPLIT][HALF][i][2], bits)
+    START: tl.constexpr = _STARTS[HALF]
+    COUNT: tl.constexpr = _COUNTS[HALF]
+    best = first[_WAYS[START]] + second[_WAYS[START + 1]]
+    bits = tl.full(best.shape, _WAYS[START + 2], tl.int32)
+    for i in tl.static_range(1, COUNT):
+        total = first[_WAYS[START + 3 * i]] + second[_WAYS[START + 3 * i + 1]]
+        bits = tl.where(total > best, _WAYS[START + 3 * i + 2], bits)
         best = tl.where(total > best, total, best)
     return best, bits
 
@@ -55,13 +61,13 @@ def _half(first, second, SPLIT: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def _search(row0, row1, row2, row3):
     """Of the 90 patterns one of the largest sum: int32, bit 4 r + c for row r and column c."""
-    best, pattern = _half(row0, row1, 0, 0)
-    below, bits = _half(row2, row3, 0, 1)
+    best, pattern = _half(row0, row1, 0)
+    below, bits = _half(row2, row3, 1)
     best += below
     pattern |= bits << 8
     for i in tl.static_range(1, _SPLITS):
-        above, kept = _half(row0, row1, i, 0)
-        below, bits = _half(row2, row3, i, 1)
+        above, kept = _half(row0, row1, 2 * i)
+        below, bits = _half(row2, row3, 2 * i + 1)
         total = above + below
         pattern = tl.where(total > best, kept | (bits << 8), pattern)
         best = tl.where(total > best, total, best)
@@ -174,11 +180,13 @@ def _greedy(scores: Tensor, target: Tensor, n: int, m: int, magnitude: bool, pac
     count = scores.numel() // m**2
     kept = torch.empty_like(scores, dtype=torch.uint8) if packed else target
     _greedy_kernel[(triton.cdiv(count, tiles),)](
-        scores, kept, columns, columns // m, count, n, m, magnitude, tiles, side, num_warps=8 if side > 32 else 4
-    )
+        scores, kept, columns, columns // m, count, n, m, magnitude, tiles, side,
+        num_warps=min(32, max(4, side * side // 256)),
+    )  # fmt: skip
     if packed:
         size = target.numel()
-        _pack_kernel[(triton.cdiv(size, 1024),)](kept, target, columns, target.shape[-1], size, 1024)
+        grid = (triton.cdiv(size, PACKED_BYTES),)
+        _pack_kernel[grid](kept, target, columns, target.shape[-1], size, PACKED_BYTES)
 
 
 def nm_transposable_mask(scores: Tensor, n: int, m: int, magnitude: bool, packed: bool, exact: bool) -> Tensor:

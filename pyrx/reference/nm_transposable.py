@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -11,21 +13,20 @@ from pyrx.reference.nm_sparsity import rank_keys
 TILE = 4  # of the exact search
 # the columns that a row of a 2:4 tile may keep
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+Ways = tuple[tuple[int, int], ...]  # pairs of two rows
 # by dtype of the arithmetic: what infinity counts as, and NaN
 BOUNDS = {torch.float32: (2.0**120, 2.0**124), torch.float64: (2.0**1000, 2.0**1004)}
 
 
-def _splits() -> list[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]]:
-    """How often rows 0 and 1 may keep each column, in the order of the search: for each the pairs that rows 0 and 1,
-    then rows 2 and 3, keep."""
-    found = [(((a, a),), ((5 - a, 5 - a),)) for a in range(6)]
-    for i in range(TILE):
-        for j in range(TILE):
-            if i != j:  # rows 0 and 1 keep i twice, rows 2 and 3 keep j twice, and each half k and l once
-                k, l = (column for column in range(TILE) if column not in (i, j))
-                halves = [[PAIRS.index((min(x, y), max(x, y))) for y in (k, l)] for x in (i, j)]
-                top, bottom = (((a, b), (b, a)) for a, b in halves)
-                found.append((top, bottom))
+def _splits() -> list[tuple[Ways, Ways]]:
+    """The ways to split the columns over both halves of a tile, in the order of the search: for each the pairs that
+    rows 0 and 1, and that rows 2 and 3, may keep."""
+    found: list[tuple[Ways, Ways]] = [(((a, a),), ((5 - a, 5 - a),)) for a in range(6)]
+    for i, j in itertools.permutations(range(TILE), 2):
+        # rows 0 and 1 keep i twice, rows 2 and 3 keep j twice, and each half the other two columns once
+        rest = [column for column in range(TILE) if column not in (i, j)]
+        top, bottom = ([PAIRS.index((min(x, y), max(x, y))) for y in rest] for x in (i, j))
+        found.append((((top[0], top[1]), (top[1], top[0])), ((bottom[0], bottom[1]), (bottom[1], bottom[0]))))
     each = tuple((a, 5 - a) for a in range(6))
     return [*found, (each, each)]
 
