@@ -10,6 +10,7 @@ from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.ops.neighbor_fill import neighbor_fill
 from pyrx.ops.nm_sparsity import nm_mask, nm_sparsify
+from pyrx.ops.nm_transposable import nm_transposable_mask
 from pyrx.ops.noise_mask import noise_mask
 from pyrx.ops.patch_mask import patch_mask
 from pyrx.ops.random_erasing import cutout, random_erasing
@@ -32,6 +33,7 @@ __all__ = [
     "nn",
     "nm_mask",
     "nm_sparsify",
+    "nm_transposable_mask",
     "noise_mask",
     "patch_mask",
     "random_erasing",

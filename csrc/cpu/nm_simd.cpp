@@ -8,6 +8,10 @@
 
 #include "cpu/isa.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of the undefined values in GCC 12's own intrinsics
+#endif
+
 // The kernels once more for each instruction set: PYRX_ISA is 0, 2 (AVX2) or 512 (AVX-512).
 #define PYRX_ISA 0
 namespace pyrx::cpu::plain {
@@ -45,6 +49,15 @@ template const NMKernels<float>& nm_kernels<float>();
 template const NMKernels<double>& nm_kernels<double>();
 template const NMKernels<bfloat16>& nm_kernels<bfloat16>();
 template const NMKernels<float16>& nm_kernels<float16>();
+
+template <typename T>
+const NMTransposableKernels<T>& nm_transposable_kernels() {
+  PYRX_PICK(nm_transposable_table<T>())
+}
+template const NMTransposableKernels<float>& nm_transposable_kernels<float>();
+template const NMTransposableKernels<double>& nm_transposable_kernels<double>();
+template const NMTransposableKernels<bfloat16>& nm_transposable_kernels<bfloat16>();
+template const NMTransposableKernels<float16>& nm_transposable_kernels<float16>();
 
 const NMByteKernels& nm_byte_kernels() { PYRX_PICK(nm_byte_table()) }
 

@@ -7,6 +7,7 @@
 
 #include "cpu/simd.h"
 #include "kernels/nm_sparsity.h"
+#include "kernels/nm_transposable.h"
 
 namespace pyrx::cpu {
 
@@ -82,5 +83,21 @@ struct NMByteKernels {
   void (*gather)(const uint8_t* bytes, int64_t rows, int width, uint8_t* bits);
 };
 const NMByteKernels& nm_byte_kernels();
+
+constexpr int kLaneGroup = 16;  // the largest M whose greedy tiles lie in the lanes of vectors; larger ones are sorted
+
+// Masks of `tiles` tiles side by side, whose rows are `stride` elements apart and those of the result out_stride bytes.
+template <typename T>
+struct NMTransposableKernels {
+  // 2:4, as bytes or bits
+  void (*exact)(const T* scores, int64_t stride, int64_t tiles, bool magnitude, bool packed, uint8_t* out,
+                int64_t out_stride);
+  // as bytes; scratch: 2 m^2 scores and 2 m^2 uint16 where m > kLaneGroup, aligned to 8 bytes
+  void (*greedy)(const T* scores, int64_t stride, int64_t tiles, const NM& nm, void* scratch, uint8_t* bytes,
+                 int64_t bytes_stride);
+};
+
+template <typename T>
+const NMTransposableKernels<T>& nm_transposable_kernels();
 
 }  // namespace pyrx::cpu

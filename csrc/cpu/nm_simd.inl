@@ -2,3 +2,4 @@
 #include "cpu/vec.inl"
 #include "cpu/nm_keys.inl"
 #include "cpu/nm_sparsity.inl"
+#include "cpu/nm_transposable.inl"
