@@ -9,6 +9,7 @@ from pyrx.ops.fmix import fmix
 from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.ops.neighbor_fill import neighbor_fill
+from pyrx.ops.nm_packed import NMPacked, nm_compress, nm_linear
 from pyrx.ops.nm_sparsity import nm_mask, nm_sparsify
 from pyrx.ops.noise_mask import noise_mask
 from pyrx.ops.patch_mask import patch_mask
@@ -17,6 +18,7 @@ from pyrx.targets import MixedTarget
 
 __all__ = [
     "MixedTarget",
+    "NMPacked",
     "__version__",
     "blend",
     "cutmix",
@@ -30,6 +32,8 @@ __all__ = [
     "multi_sample_dropout_cross_entropy",
     "neighbor_fill",
     "nn",
+    "nm_compress",
+    "nm_linear",
     "nm_mask",
     "nm_sparsify",
     "noise_mask",

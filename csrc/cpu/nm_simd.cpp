@@ -45,6 +45,15 @@ template const NMKernels<double>& nm_kernels<double>();
 template const NMKernels<bfloat16>& nm_kernels<bfloat16>();
 template const NMKernels<float16>& nm_kernels<float16>();
 
+template <typename T>
+const NMPackedKernels<T>& nm_packed_kernels() {
+  PYRX_PICK(nm_packed_table<T>())
+}
+template const NMPackedKernels<float>& nm_packed_kernels<float>();
+template const NMPackedKernels<double>& nm_packed_kernels<double>();
+template const NMPackedKernels<bfloat16>& nm_packed_kernels<bfloat16>();
+template const NMPackedKernels<float16>& nm_packed_kernels<float16>();
+
 const NMByteKernels& nm_byte_kernels() { PYRX_PICK(nm_byte_table()) }
 
 }  // namespace pyrx::cpu

@@ -1,0 +1,191 @@
+// Products with compressed N:M rows. Included by nm_simd.inl.
+
+// Whether every index is below m.
+inline bool all_below(const uint8_t* indices, int64_t count, int m) {
+  uint8_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = indices[i] > most ? indices[i] : most;
+  return count == 0 || most < m;
+}
+
+template <typename T>
+void widen_run(const T* x, int64_t n, accumulate_t<T>* out) {
+  blocks(n, [&](int64_t i, auto count) { store(out + i, load(x + i, count), count); });
+}
+
+template <typename T>
+void narrow_run(const accumulate_t<T>* x, int64_t n, T* out) {
+  blocks(n, [&](int64_t i, auto count) { store(out + i, load(x + i, count), count); });
+}
+
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
+// N: n where it is known, else 0. A product with one value takes V vectors of x; where they are few, kChains sums of
+// groups in turn hide the latency of the additions. Each run of groups is summed from 0, which keeps errors small.
+template <typename T, int V, int N>
+bool multiply_rows(const PackedRows<T>& weight, const accumulate_t<T>* x, accumulate_t<T>* sums) {
+  using Acc = accumulate_t<T>;
+  using Lanes = Vec<Acc>;
+  constexpr int64_t width = V * kLanes;
+  constexpr int kChains = V >= 4 ? 1 : V == 3 ? 2 : 4 / V;
+  const int64_t n = N ? N : weight.n, step = weight.m * width, count = weight.groups * n;
+  Acc wide[sizeof(T) == sizeof(Acc) ? 1 : kPackedSegment];
+  for (int64_t r = 0; r < weight.rows; ++r) {
+    const T* stored = weight.values + r * weight.stride;
+    const uint8_t* indices = weight.indices + r * weight.stride;
+    if (r + 1 < weight.rows) {
+      prefetch(stored + weight.stride, count * int64_t(sizeof(T)));
+      prefetch(indices + weight.stride, count);
+    }
+    if (!all_below(indices, count, weight.m)) return false;
+    const Acc* values;
+    if constexpr (std::is_same_v<T, Acc>) {
+      values = stored;
+    } else {
+      widen_run(stored, count, wide);
+      values = wide;
+    }
+    Lanes sum[kChains][V];
+    for (int c = 0; c < kChains; ++c)
+      for (int v = 0; v < V; ++v) sum[c][v] = Lanes::fill(0);
+    const Acc* group = x;
+    const auto add_group = [&](Lanes(&to)[V]) {
+      for (int64_t j = 0; j < n; ++j) {
+        const Lanes value = Lanes::fill(values[j]);
+        const Acc* row = group + indices[j] * width;
+        for (int v = 0; v < V; ++v) to[v] = Lanes::multiply_add(Lanes::get(row + v * kLanes), value, to[v]);
+      }
+      values += n;
+      indices += n;
+      group += step;
+    };
+    int64_t g = 0;
+    for (; g + kChains <= weight.groups; g += kChains)
+      for (int c = 0; c < kChains; ++c) add_group(sum[c]);
+    for (int c = 0; g < weight.groups; ++g, ++c) add_group(sum[c]);
+    for (int v = 0; v < V; ++v) {
+      for (int c = 1; c < kChains; ++c) sum[0][v] = sum[0][v] + sum[c][v];
+      Acc* to = sums + r * width + v * kLanes;
+      (Lanes::get(to) + sum[0][v]).put(to);
+    }
+  }
+  return true;
+}
+
+// As many vectors as leave registers for a value and an address.
+template <typename Acc>
+constexpr int kMostVectors = (PYRX_ISA == 512 ? 8 : PYRX_ISA == 2 ? 4 : 2) * 4 / sizeof(Acc);
+
+template <typename T, int V = kMostVectors<accumulate_t<T>>>
+bool multiply_packed(const PackedRows<T>& weight, const accumulate_t<T>* x, int vectors, accumulate_t<T>* sums) {
+  if constexpr (V > 1)
+    if (vectors < V) return multiply_packed<T, V - 1>(weight, x, vectors, sums);
+  switch (weight.n) {
+    case 1: return multiply_rows<T, V, 1>(weight, x, sums);
+    case 2: return multiply_rows<T, V, 2>(weight, x, sums);
+    case 4: return multiply_rows<T, V, 4>(weight, x, sums);
+    default: return multiply_rows<T, V, 0>(weight, x, sums);
+  }
+}
+
+#if PYRX_ISA == 512
+// Elements of the 16 * RATIO floats from x on, by index.
+template <int RATIO>
+inline __m512 pick(const float* x, __m512i index) {
+  if constexpr (RATIO == 1) {
+    return _mm512_permutexvar_ps(index, _mm512_loadu_ps(x));
+  } else if constexpr (RATIO == 2) {
+    return _mm512_permutex2var_ps(_mm512_loadu_ps(x), index, _mm512_loadu_ps(x + kLanes));
+  } else {
+    const __m512 low = pick<RATIO / 2>(x, index), high = pick<RATIO / 2>(x + RATIO / 2 * kLanes, index);
+    return _mm512_mask_mov_ps(low, _mm512_test_epi32_mask(index, _mm512_set1_epi32(RATIO / 2 * kLanes)), high);
+  }
+}
+
+// Rows share what they read of x; the sum of each is the same whichever others there are.
+template <typename T, int RATIO, int ROWS, int BATCH>
+void dot_rows(const PackedRows<T>& weight, int64_t first, const float* x, int64_t x_stride, __m512i base, float* sums) {
+  const int64_t count = weight.groups * weight.n;
+  __m512 sum[ROWS][BATCH];
+  for (int r = 0; r < ROWS; ++r)
+    for (int b = 0; b < BATCH; ++b) sum[r][b] = _mm512_setzero_ps();
+  const T* values = weight.values + first * weight.stride;
+  const uint8_t* indices = weight.indices + first * weight.stride;
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes)
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t at = r * weight.stride + k;
+      const __m512i index = _mm512_add_epi32(
+          base, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(indices + at))));
+      const __m512 value = load(values + at).v;
+      for (int b = 0; b < BATCH; ++b)
+        sum[r][b] = _mm512_fmadd_ps(pick<RATIO>(x + b * x_stride + k * RATIO, index), value, sum[r][b]);
+    }
+  for (int r = 0; r < ROWS; ++r)
+    for (int b = 0; b < BATCH; ++b) {
+      float rest = 0;
+      for (int64_t i = k; i < count; ++i)
+        rest += widen(values[r * weight.stride + i]) *
+                x[b * x_stride + i / weight.n * weight.m + indices[r * weight.stride + i]];
+      sums[(first + r) * BATCH + b] += Vec<float>{sum[r][b]}.sum() + rest;
+    }
+}
+
+template <typename T, int RATIO, int BATCH>
+bool dot_batch(const PackedRows<T>& weight, const float* x, int64_t x_stride, float* sums) {
+  constexpr int kRows = 4;
+  const int64_t count = weight.groups * weight.n;
+  int32_t groups[kLanes];
+  for (int i = 0; i < kLanes; ++i) groups[i] = i / weight.n * weight.m;
+  const __m512i base = _mm512_loadu_si512(groups);
+  for (int64_t r = 0; r < weight.rows;) {
+    const int rows = weight.rows - r >= kRows ? kRows : 1;
+    for (int i = 0; i < rows; ++i)
+      if (!all_below(weight.indices + (r + i) * weight.stride, count, weight.m)) return false;
+    if (rows == kRows) dot_rows<T, RATIO, kRows, BATCH>(weight, r, x, x_stride, base, sums);
+    else dot_rows<T, RATIO, 1, BATCH>(weight, r, x, x_stride, base, sums);
+    r += rows;
+  }
+  return true;
+}
+
+template <typename T, int BATCH>
+bool dot_ratio(const PackedRows<T>& weight, const float* x, int64_t x_stride, float* sums) {
+  switch (weight.m / weight.n) {
+    case 1: return dot_batch<T, 1, BATCH>(weight, x, x_stride, sums);
+    case 2: return dot_batch<T, 2, BATCH>(weight, x, x_stride, sums);
+    case 4: return dot_batch<T, 4, BATCH>(weight, x, x_stride, sums);
+    default: return dot_batch<T, 8, BATCH>(weight, x, x_stride, sums);
+  }
+}
+
+template <typename T>
+bool dot_packed(const PackedRows<T>& weight, const float* x, int64_t x_stride, int batch, float* sums) {
+  switch (batch) {
+    case 1: return dot_ratio<T, 1>(weight, x, x_stride, sums);
+    case 2: return dot_ratio<T, 2>(weight, x, x_stride, sums);
+    case 3: return dot_ratio<T, 3>(weight, x, x_stride, sums);
+    default: return dot_ratio<T, 4>(weight, x, x_stride, sums);
+  }
+}
+#endif
+
+// Sixteen values are of whole groups in 16, 32, 64 or 128 elements of x.
+inline int most_dots(int n, int m) {
+  const int ratio = m % n == 0 ? m / n : 0;
+  const bool fits = kLanes % n == 0 && (ratio == 1 || ratio == 2 || ratio == 4 || ratio == 8);
+  return PYRX_ISA == 512 && fits ? 4 : 0;
+}
+
+template <typename T>
+constexpr NMPackedKernels<T> nm_packed_table() {
+  NMPackedKernels<T> table{kMostVectors<accumulate_t<T>>, &multiply_packed<T>, nullptr, nullptr, &widen_run<T>, &narrow_run<T>};
+#if PYRX_ISA == 512
+  if constexpr (sizeof(accumulate_t<T>) == 4) {
+    table.most_dots = &most_dots;
+    table.dot = &dot_packed<T>;
+  }
+#endif
+  return table;
+}
