@@ -17,8 +17,10 @@ void narrow_run(const accumulate_t<T>* x, int64_t n, T* out) {
   blocks(n, [&](int64_t i, auto count) { store(out + i, load(x + i, count), count); });
 }
 
+// LEVEL: 3 into the first-level cache, 2 into the second.
+template <int LEVEL>
 inline void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, LEVEL);
 }
 
 // N: n where it is known, else 0. A product with one value takes V vectors of x; where they are few, kChains sums of
@@ -34,10 +36,10 @@ bool multiply_rows(const PackedRows<T>& weight, const accumulate_t<T>* x, accumu
   for (int64_t r = 0; r < weight.rows; ++r) {
     const T* stored = weight.values + r * weight.stride;
     const uint8_t* indices = weight.indices + r * weight.stride;
-    if (r + 1 < weight.rows) {
-      prefetch(stored + weight.stride, count * int64_t(sizeof(T)));
-      prefetch(indices + weight.stride, count);
-    }
+    prefetch<2>(stored + count, count * int64_t(sizeof(T)));
+    prefetch<2>(indices + count, count);
+    prefetch<3>(stored + 2 * weight.stride, count * int64_t(sizeof(T)));
+    prefetch<3>(indices + 2 * weight.stride, count);
     if (!all_below(indices, count, weight.m)) return false;
     const Acc* values;
     if constexpr (std::is_same_v<T, Acc>) {
