@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 from helpers import FLOATS, assert_same_bits, assert_within_budget, layouts, name_of, threads
-from test_nm_packed import F, RATIOS, leaves_of, mask_of, served, thinned, values_of
+from test_nm_packed import RATIOS, F, leaves_of, mask_of, served, thinned, values_of
 
 import pyrx
 from pyrx.reference import nm_packed as reference
-
 
 # Products.
 
