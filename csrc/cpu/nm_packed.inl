@@ -23,12 +23,62 @@ inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, LEVEL);
 }
 
+#if PYRX_ISA
+// Sixteen doubles in registers, where Vec's stay in memory.
+struct PackedDoubles {
+#if PYRX_ISA == 512
+  using Part = __m512d;
+  static Part get_part(const double* p) { return _mm512_loadu_pd(p); }
+  static void put_part(double* p, Part v) { _mm512_storeu_pd(p, v); }
+  static Part fill_part(double x) { return _mm512_set1_pd(x); }
+  static Part multiply_add(Part a, Part b, Part c) { return _mm512_fmadd_pd(a, b, c); }
+#else
+  using Part = __m256d;
+  static Part get_part(const double* p) { return _mm256_loadu_pd(p); }
+  static void put_part(double* p, Part v) { _mm256_storeu_pd(p, v); }
+  static Part fill_part(double x) { return _mm256_set1_pd(x); }
+  static Part multiply_add(Part a, Part b, Part c) { return _mm256_fmadd_pd(a, b, c); }
+#endif
+  static constexpr int kPart = sizeof(Part) / sizeof(double), kParts = kLanes / kPart;
+  Part v[kParts];
+
+  static PackedDoubles get(const double* p) {
+    PackedDoubles out;
+    for (int i = 0; i < kParts; ++i) out.v[i] = get_part(p + i * kPart);
+    return out;
+  }
+  void put(double* p) const {
+    for (int i = 0; i < kParts; ++i) put_part(p + i * kPart, v[i]);
+  }
+  static PackedDoubles fill(double x) {
+    PackedDoubles out;
+    for (int i = 0; i < kParts; ++i) out.v[i] = fill_part(x);
+    return out;
+  }
+  static PackedDoubles multiply_add(const PackedDoubles& a, const PackedDoubles& b, const PackedDoubles& c) {
+    PackedDoubles out;
+    for (int i = 0; i < kParts; ++i) out.v[i] = multiply_add(a.v[i], b.v[i], c.v[i]);
+    return out;
+  }
+  PackedDoubles operator+(const PackedDoubles& b) const {
+    PackedDoubles out;
+    for (int i = 0; i < kParts; ++i) out.v[i] = v[i] + b.v[i];
+    return out;
+  }
+};
+template <typename Acc>
+using PackedLanes = std::conditional_t<sizeof(Acc) == 8, PackedDoubles, Vec<Acc>>;
+#else
+template <typename Acc>
+using PackedLanes = Vec<Acc>;
+#endif
+
 // N: n where it is known, else 0. A product with one value takes V vectors of x; where they are few, kChains sums of
 // groups in turn hide the latency of the additions. Each run of groups is summed from 0, which keeps errors small.
 template <typename T, int V, int N>
 bool multiply_rows(const PackedRows<T>& weight, const accumulate_t<T>* x, accumulate_t<T>* sums) {
   using Acc = accumulate_t<T>;
-  using Lanes = Vec<Acc>;
+  using Lanes = PackedLanes<Acc>;
   constexpr int64_t width = V * kLanes;
   constexpr int kChains = V >= 4 ? 1 : V == 3 ? 2 : 4 / V;
   const int64_t n = N ? N : weight.n, step = weight.m * width, count = weight.groups * n;
