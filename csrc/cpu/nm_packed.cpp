@@ -147,8 +147,8 @@ struct Product {
 
   static int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-  // Each row of the weight on its own against up to `most` rows of x at a time.
-  bool dot(int most) const {
+  // Each row of the weight on its own against a few rows of x at a time.
+  bool dot() const {
     std::vector<Acc> wide;
     const Acc* from;
     if constexpr (std::is_same_v<T, Acc>) {
@@ -161,11 +161,11 @@ struct Product {
     std::atomic<bool> below = true;
     const int64_t grain = std::max<int64_t>(1, kTask / (kDotRows * std::max<int64_t>(1, columns)));
     at::parallel_for(0, blocks(weight.rows, kDotRows), grain, [&](int64_t begin, int64_t end) {
-      std::vector<Acc> sums(kDotRows * most), turned(kDotRows * most);
+      std::vector<Acc> sums(kDotRows * kDotBatch), turned(kDotRows * kDotBatch);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * kDotRows, count = std::min(kDotRows, weight.rows - first);
-        for (int64_t sample = 0; sample < batch; sample += most) {
-          const int width = static_cast<int>(std::min<int64_t>(most, batch - sample));
+        for (int64_t sample = 0; sample < batch; sample += kDotBatch) {
+          const int width = static_cast<int>(std::min(kDotBatch, batch - sample));
           start(first, count, width, sums.data());
           if (!kernels.dot(rows(first, count), from + sample * columns, columns, width, sums.data())) below = false;
           finish(sums.data(), first, count, width, sample, width, turned.data());
@@ -246,7 +246,7 @@ at::Tensor nm_linear(const at::Tensor& x, const at::Tensor& values, const at::Te
                              shift.defined() ? static_cast<const T*>(shift.const_data_ptr()) : nullptr,
                              static_cast<T*>(out.mutable_data_ptr())};
     const int dots = product.kernels.most_dots ? product.kernels.most_dots(weight.n, weight.m) : 0;
-    check_indices("nm_linear", product.batch <= dots ? product.dot(dots) : product.multiply(), m);
+    check_indices("nm_linear", product.batch <= dots ? product.dot() : product.multiply(), m);
   });
   return out;
 }

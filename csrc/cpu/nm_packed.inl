@@ -221,21 +221,23 @@ bool dot_packed(const PackedRows<T>& weight, const float* x, int64_t x_stride, i
     default: return dot_ratio<T, 4>(weight, x, x_stride, sums);
   }
 }
-#endif
 
-// Sixteen values are of whole groups in 16, 32, 64 or 128 elements of x.
-inline int most_dots(int n, int m) {
+// Sixteen values are of whole groups in 16, 32, 64 or 128 elements of x. For more rows of x than these `multiply`, whose
+// vectors are rows of x, is the faster, as measured; it stores widened 16-bit values first.
+template <typename T>
+int most_dots(int n, int m) {
   const int ratio = m % n == 0 ? m / n : 0;
-  const bool fits = kLanes % n == 0 && (ratio == 1 || ratio == 2 || ratio == 4 || ratio == 8);
-  return PYRX_ISA == 512 && fits ? 4 : 0;
+  if (kLanes % n != 0 || !(ratio == 1 || ratio == 2 || ratio == 4 || ratio == 8)) return 0;
+  return ratio == 8 ? 4 : sizeof(T) == 2 ? 8 : 6;
 }
+#endif
 
 template <typename T>
 constexpr NMPackedKernels<T> nm_packed_table() {
   NMPackedKernels<T> table{kMostVectors<accumulate_t<T>>, &multiply_packed<T>, nullptr, nullptr, &widen_run<T>, &narrow_run<T>};
 #if PYRX_ISA == 512
   if constexpr (sizeof(accumulate_t<T>) == 4) {
-    table.most_dots = &most_dots;
+    table.most_dots = &most_dots<T>;
     table.dot = &dot_packed<T>;
   }
 #endif

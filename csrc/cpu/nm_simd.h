@@ -41,6 +41,7 @@ struct NMByteKernels {
 const NMByteKernels& nm_byte_kernels();
 
 constexpr int64_t kPackedLanes = 16;     // elements of one vector of x
+constexpr int64_t kDotBatch = 4;
 constexpr int64_t kPackedSegment = 1024;  // most values of a row that `multiply` takes at once
 
 // Rows of a compressed weight, or a run of their groups.
@@ -60,9 +61,9 @@ struct NMPackedKernels {
   int most_vectors;
   // sums[r][b] += row r times x[.][b]; x (groups * m, vectors * 16), sums (rows, vectors * 16)
   bool (*multiply)(const PackedRows<T>& weight, const Acc* x, int vectors, Acc* sums);
-  // How many rows of x `dot` takes at once, 0: none, of this N:M. Null where it is not.
+  // Up to how many rows of x `dot` is the faster of the two, 0: it does not take this N:M. Null where it is not.
   int (*most_dots)(int n, int m);
-  // sums[r][b] += row r times x[b]; x (batch, groups * m), sums (rows, batch)
+  // sums[r][b] += row r times x[b]; x (batch, groups * m), sums (rows, batch), batch up to kDotBatch
   bool (*dot)(const PackedRows<T>& weight, const Acc* x, int64_t x_stride, int batch, Acc* sums);
   void (*widen)(const T* x, int64_t n, Acc* out);
   void (*narrow)(const Acc* x, int64_t n, T* out);

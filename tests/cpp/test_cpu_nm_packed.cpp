@@ -66,7 +66,7 @@ void test_shape(const char* set, const NMPackedKernels<T>& kernels, int n, int m
         check_near(set, "multiply", &of, sums[r * width + b], (r * width + b) % 9 + weight.product(r, column), scale);
     }
   }
-  const int most = kernels.most_dots ? kernels.most_dots(n, m) : 0;
+  const int most = kernels.most_dots && kernels.most_dots(n, m) ? kDotBatch : 0;
   if constexpr (sizeof(Acc) == 4)
     for (int batch = 1; batch <= most; ++batch) {
       Buffer<Acc> x((batch - 1) * (columns + 3) + columns, 1), sums(rows * batch, 1);
