@@ -127,7 +127,7 @@ bool multiply_rows(const PackedRows<T>& weight, const accumulate_t<T>* x, accumu
 
 // As many vectors as leave registers for a value and an address.
 template <typename Acc>
-constexpr int kMostVectors = (PYRX_ISA == 512 ? 8 : PYRX_ISA == 2 ? 4 : 2) * 4 / sizeof(Acc);
+constexpr int kMostVectors = (PYRX_ISA == 512 ? 8 : PYRX_ISA ? 4 : 2) * 4 / sizeof(Acc);
 
 template <typename T, int V = kMostVectors<accumulate_t<T>>>
 bool multiply_packed(const PackedRows<T>& weight, const accumulate_t<T>* x, int vectors, accumulate_t<T>* sums) {
@@ -142,37 +142,91 @@ bool multiply_packed(const PackedRows<T>& weight, const accumulate_t<T>* x, int 
 }
 
 #if PYRX_ISA == 512
-// Elements of the 16 * RATIO floats from x on, by index.
-template <int RATIO>
-inline __m512 pick(const float* x, __m512i index) {
-  if constexpr (RATIO == 1) {
-    return _mm512_permutexvar_ps(index, _mm512_loadu_ps(x));
-  } else if constexpr (RATIO == 2) {
-    return _mm512_permutex2var_ps(_mm512_loadu_ps(x), index, _mm512_loadu_ps(x + kLanes));
-  } else {
-    const __m512 low = pick<RATIO / 2>(x, index), high = pick<RATIO / 2>(x + RATIO / 2 * kLanes, index);
-    return _mm512_mask_mov_ps(low, _mm512_test_epi32_mask(index, _mm512_set1_epi32(RATIO / 2 * kLanes)), high);
-  }
-}
+struct DotLanes {
+  static constexpr int kPart = 16;
+  using Part = __m512;
+  using Index = __m512i;
 
+  static Index indices(const uint8_t* p, Index base) {
+    return _mm512_add_epi32(base, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Index get(const int32_t* p) { return _mm512_loadu_si512(p); }
+  template <typename T>
+  static Part values(const T* p) { return load(p).v; }
+  static Part multiply_add(Part a, Part b, Part c) { return _mm512_fmadd_ps(a, b, c); }
+  static Part zero() { return _mm512_setzero_ps(); }
+  static float sum(Part v) { return Vec<float>{v}.sum(); }
+
+  // Elements of the kPart * RATIO floats from x on, by index.
+  template <int RATIO>
+  static Part pick(const float* x, Index index) {
+    if constexpr (RATIO == 1) {
+      return _mm512_permutexvar_ps(index, _mm512_loadu_ps(x));
+    } else if constexpr (RATIO == 2) {
+      return _mm512_permutex2var_ps(_mm512_loadu_ps(x), index, _mm512_loadu_ps(x + kPart));
+    } else {
+      const Part low = pick<RATIO / 2>(x, index), high = pick<RATIO / 2>(x + RATIO / 2 * kPart, index);
+      return _mm512_mask_mov_ps(low, _mm512_test_epi32_mask(index, _mm512_set1_epi32(RATIO / 2 * kPart)), high);
+    }
+  }
+};
+#elif PYRX_ISA == 2
+struct DotLanes {
+  static constexpr int kPart = 8;
+  using Part = __m256;
+  using Index = __m256i;
+
+  static Index indices(const uint8_t* p, Index base) {
+    return _mm256_add_epi32(base, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Index get(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  template <typename T>
+  static Part values(const T* p) {
+    if constexpr (std::is_same_v<T, float>) {
+      return _mm256_loadu_ps(p);
+    } else {
+      const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      if constexpr (std::is_same_v<T, float16>) return _mm256_cvtph_ps(x);
+      else return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+    }
+  }
+  static Part multiply_add(Part a, Part b, Part c) { return _mm256_fmadd_ps(a, b, c); }
+  static Part zero() { return _mm256_setzero_ps(); }
+  static float sum(Part v) { return Vec<float>{v, zero()}.sum(); }
+
+  template <int RATIO>
+  static Part pick(const float* x, Index index) {
+    if constexpr (RATIO == 1) {
+      return _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), index);
+    } else {
+      constexpr int kShift = RATIO == 2 ? 28 : RATIO == 4 ? 27 : 26;  // the bit of RATIO / 2 * kPart to the sign
+      const Part low = pick<RATIO / 2>(x, index), high = pick<RATIO / 2>(x + RATIO / 2 * kPart, index);
+      return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, kShift)));
+    }
+  }
+};
+#endif
+
+#if PYRX_ISA
 // Rows share what they read of x; the sum of each is the same whichever others there are.
 template <typename T, int RATIO, int ROWS, int BATCH>
-void dot_rows(const PackedRows<T>& weight, int64_t first, const float* x, int64_t x_stride, __m512i base, float* sums) {
+void dot_rows(const PackedRows<T>& weight, int64_t first, const float* x, int64_t x_stride, DotLanes::Index base,
+              float* sums) {
+  using D = DotLanes;
   const int64_t count = weight.groups * weight.n;
-  __m512 sum[ROWS][BATCH];
+  D::Part sum[ROWS][BATCH];
   for (int r = 0; r < ROWS; ++r)
-    for (int b = 0; b < BATCH; ++b) sum[r][b] = _mm512_setzero_ps();
+    for (int b = 0; b < BATCH; ++b) sum[r][b] = D::zero();
   const T* values = weight.values + first * weight.stride;
   const uint8_t* indices = weight.indices + first * weight.stride;
   int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes)
+  for (; k + D::kPart <= count; k += D::kPart)
     for (int r = 0; r < ROWS; ++r) {
       const int64_t at = r * weight.stride + k;
-      const __m512i index = _mm512_add_epi32(
-          base, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(indices + at))));
-      const __m512 value = load(values + at).v;
+      const D::Index index = D::indices(indices + at, base);
+      const D::Part value = D::values(values + at);
       for (int b = 0; b < BATCH; ++b)
-        sum[r][b] = _mm512_fmadd_ps(pick<RATIO>(x + b * x_stride + k * RATIO, index), value, sum[r][b]);
+        sum[r][b] = D::multiply_add(D::pick<RATIO>(x + b * x_stride + k * RATIO, index), value, sum[r][b]);
     }
   for (int r = 0; r < ROWS; ++r)
     for (int b = 0; b < BATCH; ++b) {
@@ -180,17 +234,17 @@ void dot_rows(const PackedRows<T>& weight, int64_t first, const float* x, int64_
       for (int64_t i = k; i < count; ++i)
         rest += widen(values[r * weight.stride + i]) *
                 x[b * x_stride + i / weight.n * weight.m + indices[r * weight.stride + i]];
-      sums[(first + r) * BATCH + b] += Vec<float>{sum[r][b]}.sum() + rest;
+      sums[(first + r) * BATCH + b] += D::sum(sum[r][b]) + rest;
     }
 }
 
 template <typename T, int RATIO, int BATCH>
 bool dot_batch(const PackedRows<T>& weight, const float* x, int64_t x_stride, float* sums) {
-  constexpr int kRows = 4;
+  constexpr int kRows = PYRX_ISA == 512 || BATCH <= 2 ? 4 : 2;  // as many sums as registers hold
   const int64_t count = weight.groups * weight.n;
-  int32_t groups[kLanes];
-  for (int i = 0; i < kLanes; ++i) groups[i] = i / weight.n * weight.m;
-  const __m512i base = _mm512_loadu_si512(groups);
+  int32_t groups[DotLanes::kPart];
+  for (int i = 0; i < DotLanes::kPart; ++i) groups[i] = i / weight.n * weight.m;
+  const DotLanes::Index base = DotLanes::get(groups);
   for (int64_t r = 0; r < weight.rows;) {
     const int rows = weight.rows - r >= kRows ? kRows : 1;
     for (int i = 0; i < rows; ++i)
@@ -222,12 +276,13 @@ bool dot_packed(const PackedRows<T>& weight, const float* x, int64_t x_stride, i
   }
 }
 
-// Sixteen values are of whole groups in 16, 32, 64 or 128 elements of x. For more rows of x than these `multiply`, whose
-// vectors are rows of x, is the faster, as measured; it stores widened 16-bit values first.
+// A part's values are of whole groups in 1, 2, 4 or 8 parts of x. For more rows of x than these `multiply`, whose vectors
+// are rows of x, is the faster, as measured; it stores widened 16-bit values first.
 template <typename T>
 int most_dots(int n, int m) {
   const int ratio = m % n == 0 ? m / n : 0;
-  if (kLanes % n != 0 || !(ratio == 1 || ratio == 2 || ratio == 4 || ratio == 8)) return 0;
+  if (DotLanes::kPart % n != 0 || !(ratio == 1 || ratio == 2 || ratio == 4 || ratio == 8)) return 0;
+  if (PYRX_ISA == 2) return ratio == 8 ? 1 : 3;
   return ratio == 8 ? 4 : sizeof(T) == 2 ? 8 : 6;
 }
 #endif
@@ -235,7 +290,7 @@ int most_dots(int n, int m) {
 template <typename T>
 constexpr NMPackedKernels<T> nm_packed_table() {
   NMPackedKernels<T> table{kMostVectors<accumulate_t<T>>, &multiply_packed<T>, nullptr, nullptr, &widen_run<T>, &narrow_run<T>};
-#if PYRX_ISA == 512
+#if PYRX_ISA
   if constexpr (sizeof(accumulate_t<T>) == 4) {
     table.most_dots = &most_dots<T>;
     table.dot = &dot_packed<T>;
