@@ -9,6 +9,7 @@ from pyrx.ops.fmix import fmix
 from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.ops.neighbor_fill import neighbor_fill
+from pyrx.ops.nm_packed import NMPacked, nm_compress, nm_linear
 from pyrx.ops.nm_sparsity import nm_mask, nm_sparsify
 from pyrx.ops.nm_transposable import nm_transposable_mask
 from pyrx.ops.noise_mask import noise_mask
@@ -18,6 +19,7 @@ from pyrx.targets import MixedTarget
 
 __all__ = [
     "MixedTarget",
+    "NMPacked",
     "__version__",
     "blend",
     "cutmix",
@@ -31,6 +33,8 @@ __all__ = [
     "multi_sample_dropout_cross_entropy",
     "neighbor_fill",
     "nn",
+    "nm_compress",
+    "nm_linear",
     "nm_mask",
     "nm_sparsify",
     "nm_transposable_mask",

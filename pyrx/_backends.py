@@ -23,6 +23,7 @@ OPS = (
     "noise_mask",
     "nm_sparsity",
     "nm_transposable",
+    "nm_packed",
 )
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -38,7 +39,7 @@ def _has_triton() -> bool:
 
 
 # the op that tells whether a row was built, where it does not have the row's name
-_OP_OF_ROW = {"nm_sparsity": "nm_sparsify", "nm_transposable": "nm_transposable_mask"}
+_OP_OF_ROW = {"nm_sparsity": "nm_sparsify", "nm_transposable": "nm_transposable_mask", "nm_packed": "nm_compress"}
 
 
 def _has_kernel(row: str, key: str) -> bool:

@@ -59,6 +59,15 @@ template const NMTransposableKernels<double>& nm_transposable_kernels<double>();
 template const NMTransposableKernels<bfloat16>& nm_transposable_kernels<bfloat16>();
 template const NMTransposableKernels<float16>& nm_transposable_kernels<float16>();
 
+template <typename T>
+const NMPackedKernels<T>& nm_packed_kernels() {
+  PYRX_PICK(nm_packed_table<T>())
+}
+template const NMPackedKernels<float>& nm_packed_kernels<float>();
+template const NMPackedKernels<double>& nm_packed_kernels<double>();
+template const NMPackedKernels<bfloat16>& nm_packed_kernels<bfloat16>();
+template const NMPackedKernels<float16>& nm_packed_kernels<float16>();
+
 const NMByteKernels& nm_byte_kernels() { PYRX_PICK(nm_byte_table()) }
 
 }  // namespace pyrx::cpu

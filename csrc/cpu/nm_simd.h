@@ -100,4 +100,36 @@ struct NMTransposableKernels {
 template <typename T>
 const NMTransposableKernels<T>& nm_transposable_kernels();
 
+constexpr int64_t kPackedLanes = 16;     // elements of one vector of x
+constexpr int64_t kDotBatch = 4;
+constexpr int64_t kPackedSegment = 1024;  // most values of a row that `multiply` takes at once
+
+// Rows of a compressed weight, or a run of their groups.
+template <typename T>
+struct PackedRows {
+  const T* values;         // (rows, groups, n)
+  const uint8_t* indices;  // likewise
+  int64_t stride;          // from row to row of both
+  int64_t rows, groups;
+  int n, m;
+};
+
+// The products give false, and anything, where an index is m or more; what it points to is not read.
+template <typename T>
+struct NMPackedKernels {
+  using Acc = accumulate_t<T>;
+  int most_vectors;
+  // sums[r][b] += row r times x[.][b]; x (groups * m, vectors * 16), sums (rows, vectors * 16)
+  bool (*multiply)(const PackedRows<T>& weight, const Acc* x, int vectors, Acc* sums);
+  // Up to how many rows of x `dot` is the faster of the two, 0: it does not take this N:M. Null where it is not.
+  int (*most_dots)(int n, int m);
+  // sums[r][b] += row r times x[b]; x (batch, groups * m), sums (rows, batch), batch up to kDotBatch
+  bool (*dot)(const PackedRows<T>& weight, const Acc* x, int64_t x_stride, int batch, Acc* sums);
+  void (*widen)(const T* x, int64_t n, Acc* out);
+  void (*narrow)(const Acc* x, int64_t n, T* out);
+};
+
+template <typename T>
+const NMPackedKernels<T>& nm_packed_kernels();
+
 }  // namespace pyrx::cpu

@@ -3,3 +3,4 @@
 #include "cpu/nm_keys.inl"
 #include "cpu/nm_sparsity.inl"
 #include "cpu/nm_transposable.inl"
+#include "cpu/nm_packed.inl"

@@ -312,12 +312,6 @@ def multi_sample_dropout(
     return _library.namespace(chosen).multi_sample_dropout(input, seed, t, antithetic)
 
 
-def _autocast(tensors: Sequence[Tensor | None], device_type: str) -> list[Tensor | None]:
-    """As F.linear's operands are cast under autocast: to its dtype, float64 left alone."""
-    dtype = torch.get_autocast_dtype(device_type)
-    return [each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in tensors]
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """(..., D) as (rows, D); reshape(-1, D) cannot where D is 0."""
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
@@ -415,7 +409,7 @@ def multi_sample_dropout_cross_entropy(
     autocast = torch.is_autocast_enabled(device_type)
     features, classifier, bias = input, linear_weight, linear_bias
     if autocast:
-        features, classifier, bias = _autocast((input, linear_weight, linear_bias), device_type)  # type: ignore[assignment]
+        features, classifier, bias = _library.autocast((input, linear_weight, linear_bias), device_type)  # type: ignore[assignment]
     accumulation = accumulation_dtype(features.dtype)
     loss_dtype = accumulation if autocast else features.dtype
     lead = features.shape[:-1]
