@@ -15,8 +15,9 @@
 namespace pyrx::cpu {
 namespace {
 
-constexpr int64_t kTile = 4096;   // elements that are updated and then ranked
-constexpr int64_t kTask = 32768;  // the least that a thread is woken for
+constexpr int64_t kTile = 4096;         // elements that are updated and then ranked
+constexpr int64_t kColumnTile = 16384;  // as many in rows that are apart: longer runs of each
+constexpr int64_t kTask = 32768;        // the least that a thread is woken for
 constexpr int64_t kShortRow = 128;  // rows of bits below this, not whole bytes, are taken many at a time
 
 // What one call does with the masks.
@@ -107,7 +108,7 @@ void sweep(const MaskPlan& plan, at::IntArrayRef shape, int64_t dim, const T* we
 
   // M rows of as many columns as are one run of bits
   const int64_t width = last % 8 == 0 ? layout.inner : last, runs = layout.inner / width;
-  const int64_t tile = std::min(width, std::max<int64_t>(64, kTile / nm.m / 16 * 16)), tiles = (width + tile - 1) / tile;
+  const int64_t tile = std::min(width, std::max<int64_t>(64, kColumnTile / nm.m / 16 * 16)), tiles = (width + tile - 1) / tile;
   const int64_t stride = runs * bytes_of(width);
   for_tasks(numel / (nm.m * width) * tiles, nm.m * tile, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

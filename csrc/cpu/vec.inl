@@ -114,6 +114,12 @@ struct Vec {
   Vec operator/(const Vec& b) const { return each(b, [](Acc x, Acc y) { return x / y; }); }
   Vec sqrt() const {
     Vec out;
+#if PYRX_ISA  // the loop is not vectorised: std::sqrt may set errno
+    if constexpr (sizeof(Acc) == 8) {
+      for (int i = 0; i < kLanes; i += 4) _mm256_storeu_pd(out.v + i, _mm256_sqrt_pd(_mm256_loadu_pd(v + i)));
+      return out;
+    }
+#endif
     for (int i = 0; i < kLanes; ++i) out.v[i] = std::sqrt(v[i]);
     return out;
   }
