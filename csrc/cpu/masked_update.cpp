@@ -31,6 +31,27 @@ struct MaskPlan {
 
 int64_t bytes_of(int64_t bits) { return (bits + 7) / 8; }
 
+// bit i = the lowest of bytes[i]
+void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t eight = 0;
+    std::memcpy(&eight, bytes + i, std::min<int64_t>(8, n - i));
+    // byte j goes to bit 56 + j
+    *bits++ = static_cast<uint8_t>((eight & 0x0101010101010101ull) * 0x0102040810204080ull >> 56);
+  }
+}
+
+// Rows of `length` bits, each padded to bytes, one right behind another, and back.
+void join(const uint8_t* bits, int64_t rows, int64_t length, uint8_t* flat) {
+  if (length == 1) return pack(bits, rows, flat);
+  BitWriter writer(flat);
+  for (int64_t row = 0; row < rows; ++row) writer.put(bits + row * bytes_of(length), 0, length);
+}
+void split(const uint8_t* flat, int64_t rows, int64_t length, uint8_t* bits) {
+  if (length == 1) return nm_byte_kernels().unpack(flat, rows, bits);
+  for (int64_t row = 0; row < rows; ++row) BitWriter(bits + row * bytes_of(length)).put(flat, row * length, length);
+}
+
 // Bits of a weight of `shape` with its dimensions in another order.
 at::Tensor reordered(const at::Tensor& bits, at::IntArrayRef shape, at::IntArrayRef order) {
   const at::Tensor bytes = at::empty(shape, bits.options());
@@ -47,13 +68,7 @@ at::Tensor reordered(const at::Tensor& bits, at::IntArrayRef shape, at::IntArray
   const uint8_t* source = moved.const_data_ptr<uint8_t>();
   uint8_t* packed = found.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, moved.numel() / to, kTask / to + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t i = 0; i < to; i += 8) {
-        uint64_t eight = 0;
-        std::memcpy(&eight, source + row * to + i, std::min<int64_t>(8, to - i));
-        // byte j to bit 56 + j
-        packed[row * bytes_of(to) + i / 8] = static_cast<uint8_t>(eight * 0x0102040810204080ull >> 56);
-      }
+    for (int64_t row = begin; row < end; ++row) pack(source + row * to, to, packed + row * bytes_of(to));
   });
   return found;
 }
@@ -82,16 +97,13 @@ void sweep(const MaskPlan& plan, at::IntArrayRef shape, int64_t dim, const T* we
       for (int64_t first = begin * elements; first < std::min(end * elements, numel); first += elements) {
         const int64_t n = std::min(elements, numel - first), rows = n / last, row_bytes = bytes_of(last);
         uint8_t* bits = mask + first / last * row_bytes;
-        if (plan.read) {
-          BitWriter writer(flat.data());
-          for (int64_t row = 0; row < rows; ++row) writer.put(bits + row * row_bytes, 0, last);
-        }
+        if (plan.read) join(bits, rows, last, flat.data());
         update(first, plan.read ? flat.data() : nullptr, n);
         if (!plan.refresh) continue;
         const T* scores = weight + first;
         if (inner == 1) {
           kernels.rank_groups(scores, n / nm.m, nm, flat.data());
-          for (int64_t row = 0; row < rows; ++row) BitWriter(bits + row * row_bytes).put(flat.data(), row * last, last);
+          split(flat.data(), rows, last, bits);
           continue;
         }
         const int64_t columns = n / nm.m, stride = bytes_of(columns);
