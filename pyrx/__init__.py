@@ -1,6 +1,6 @@
 """pyrx: fused regularisation and sparsity operators for PyTorch."""
 
-from pyrx import _extension, nn
+from pyrx import _extension, nn, optim
 from pyrx._version import __version__
 from pyrx.ops.batch_mix import cutmix, mixup, resizemix
 from pyrx.ops.blend import blend
@@ -39,6 +39,7 @@ __all__ = [
     "nm_sparsify",
     "nm_transposable_mask",
     "noise_mask",
+    "optim",
     "patch_mask",
     "random_erasing",
     "resizemix",

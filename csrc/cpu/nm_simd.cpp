@@ -68,6 +68,15 @@ template const NMPackedKernels<double>& nm_packed_kernels<double>();
 template const NMPackedKernels<bfloat16>& nm_packed_kernels<bfloat16>();
 template const NMPackedKernels<float16>& nm_packed_kernels<float16>();
 
+template <typename T>
+const MaskedKernels<T>& masked_kernels() {
+  PYRX_PICK(masked_table<T>())
+}
+template const MaskedKernels<float>& masked_kernels<float>();
+template const MaskedKernels<double>& masked_kernels<double>();
+template const MaskedKernels<bfloat16>& masked_kernels<bfloat16>();
+template const MaskedKernels<float16>& masked_kernels<float16>();
+
 const NMByteKernels& nm_byte_kernels() { PYRX_PICK(nm_byte_table()) }
 
 }  // namespace pyrx::cpu

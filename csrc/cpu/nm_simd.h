@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu/simd.h"
+#include "kernels/masked_update.h"
 #include "kernels/nm_sparsity.h"
 #include "kernels/nm_transposable.h"
 
@@ -131,5 +132,17 @@ struct NMPackedKernels {
 
 template <typename T>
 const NMPackedKernels<T>& nm_packed_kernels();
+
+// Runs of n elements of an optimizer step, under their old bits (null: all are kept).
+template <typename T>
+struct MaskedKernels {
+  using Acc = accumulate_t<T>;
+  void (*adamw)(const AdamWStep<Acc>& step, const T* gradient, const uint8_t* bits, int64_t n, T* weight, T* exp_avg,
+                T* exp_avg_sq);
+  // momentum: null where the step has none
+  void (*sgd)(const SGDStep<Acc>& step, const T* gradient, const uint8_t* bits, int64_t n, T* weight, T* momentum);
+};
+template <typename T>
+const MaskedKernels<T>& masked_kernels();
 
 }  // namespace pyrx::cpu

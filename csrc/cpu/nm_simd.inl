@@ -4,3 +4,4 @@
 #include "cpu/nm_sparsity.inl"
 #include "cpu/nm_transposable.inl"
 #include "cpu/nm_packed.inl"
+#include "cpu/masked_update.inl"
