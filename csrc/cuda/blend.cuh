@@ -22,11 +22,6 @@ __device__ inline T pixel_of(Acc<T> x) {
   else return narrow<T>(x);
 }
 
-// a / b of small numbers by a 32-bit division, which is a fifth of the other's instructions.
-__device__ inline int64_t quotient(int64_t a, int64_t b) {
-  return (a | b) >> 32 ? a / b : static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
-}
-
 // `count` elements, of which the others are not read; `aligned`: to 16 bytes.
 template <typename T>
 __device__ inline Vector<T, kGroup> load_pixels(const T* from, int count, bool aligned) {
