@@ -45,6 +45,11 @@ __device__ inline __half narrow<__half>(float x) { return __float2half_rn(x); }
 template <>
 __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
+// a / b of small numbers by a 32-bit division, which is a fifth of the other's instructions.
+__device__ inline int64_t quotient(int64_t a, int64_t b) {
+  return (a | b) >> 32 ? a / b : static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+}
+
 // N consecutive elements, moved in accesses of up to 16 bytes.
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
