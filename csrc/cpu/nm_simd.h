@@ -2,12 +2,49 @@
 // No torch headers. Bits are one per element, little-endian.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/simd.h"
+#include "kernels/masked_update.h"
 #include "kernels/nm_sparsity.h"
 
 namespace pyrx::cpu {
+
+// Bits one behind another.
+class BitWriter {
+ public:
+  explicit BitWriter(uint8_t* to) : to_(to) {}
+  ~BitWriter() {
+    for (; filled_ > 0; filled_ -= 8, last_ >>= 8) *to_++ = static_cast<uint8_t>(last_);
+  }
+  // the lowest n <= 32 bits of a value that has no others
+  void put(uint32_t value, int n) {
+    last_ |= static_cast<uint64_t>(value) << filled_;
+    filled_ += n;
+    if (filled_ < 32) return;
+    const uint32_t word = static_cast<uint32_t>(last_);
+    for (int i = 0; i < 4; ++i) *to_++ = static_cast<uint8_t>(word >> 8 * i);
+    last_ >>= 32;
+    filled_ -= 32;
+  }
+  // bits first .. first + n - 1
+  void put(const uint8_t* bits, int64_t first, int64_t n) {
+    bits += first / 8;
+    const int shift = static_cast<int>(first % 8);
+    for (int64_t i = 0; i < n; i += 8) {
+      const int count = static_cast<int>(std::min<int64_t>(8, n - i));
+      uint32_t byte = static_cast<uint32_t>(bits[i / 8]) >> shift;
+      if (shift + count > 8) byte |= static_cast<uint32_t>(bits[i / 8 + 1]) << (8 - shift);
+      put(byte & ((1u << count) - 1), count);
+    }
+  }
+
+ private:
+  uint8_t* to_;
+  uint64_t last_ = 0;
+  int filled_ = 0;
+};
 
 // What a run of elements under a mask becomes: kept ones are themselves, bit for bit.
 template <typename T>
@@ -39,5 +76,17 @@ struct NMByteKernels {
   void (*unpack)(const uint8_t* bits, int64_t n, uint8_t* bytes);
 };
 const NMByteKernels& nm_byte_kernels();
+
+// Runs of n elements of an optimizer step, under their old bits (null: all are kept).
+template <typename T>
+struct MaskedKernels {
+  using Acc = accumulate_t<T>;
+  void (*adamw)(const AdamWStep<Acc>& step, const T* gradient, const uint8_t* bits, int64_t n, T* weight, T* exp_avg,
+                T* exp_avg_sq);
+  // momentum: null where the step has none
+  void (*sgd)(const SGDStep<Acc>& step, const T* gradient, const uint8_t* bits, int64_t n, T* weight, T* momentum);
+};
+template <typename T>
+const MaskedKernels<T>& masked_kernels();
 
 }  // namespace pyrx::cpu
