@@ -154,7 +154,7 @@ constexpr int64_t kRowTile = int64_t(kUpdateThreads) * kSlots<T> * kVector<T> * 
 // and writes 28.25 in 8.4 ps, the time of 240 instructions, and 14.25 in that of 120. Operations: see the launches.
 // Tensors are aligned to 16 bytes, and 8 divides their rows. kN, kM: of rank_chunks; kM = 1: the masks stay.
 template <typename Update, typename T, int kN, int kM>
-__global__ void __launch_bounds__(kUpdateThreads) update_rows_kernel(const __grid_constant__ UpdateTable<Update, T> table) {
+__global__ void __launch_bounds__(kUpdateThreads, 2) update_rows_kernel(const __grid_constant__ UpdateTable<Update, T> table) {
   constexpr int V = kVector<T>, slots = kSlots<T>;
   // accesses that lanes make side by side, where no group is longer than one; else a thread's are side by side
   constexpr bool split = sizeof(T) == 2 || (kM != 0 && kM <= V);
@@ -238,7 +238,7 @@ __device__ inline void rank_columns(const Vector<U, V> (&rows)[kM], const RankOr
 // As update_rows_kernel, with groups along another dimension than the last: a thread has the columns of one access
 // through the kM rows of a group. Tensors are aligned to 16 bytes, and 8 divides their last dimension.
 template <typename Update, typename T, int kN, int kM>
-__global__ void __launch_bounds__(kUpdateThreads) update_columns_kernel(const __grid_constant__ UpdateTable<Update, T> table) {
+__global__ void __launch_bounds__(kUpdateThreads, 2) update_columns_kernel(const __grid_constant__ UpdateTable<Update, T> table) {
   constexpr int V = kVector<T>, kLanes = 8 / V;  // kLanes: that share a byte of bits
   constexpr int kBatch = 2;                    // rows whose loads are in flight
   static_assert(kM % kBatch == 0);
