@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -59,8 +60,24 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
 template <typename T, int N>
 __device__ inline Vector<T, N> load(const T* from) { return *reinterpret_cast<const Vector<T, N>*>(from); }
 
+// To global memory. Of a plain assignment nvcc often makes a store for each element.
 template <typename T, int N>
-__device__ inline void store(T* to, const Vector<T, N>& value) { *reinterpret_cast<Vector<T, N>*>(to) = value; }
+__device__ inline void store(T* to, const Vector<T, N>& value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof value % 16 == 0) {
+    uint4 words[sizeof value / 16];
+    std::memcpy(words, &value, sizeof value);
+#pragma unroll
+    for (size_t i = 0; i < sizeof value / 16; ++i) __stwb(reinterpret_cast<uint4*>(to) + i, words[i]);
+    return;
+  } else if constexpr (sizeof value == 8) {
+    uint2 words;
+    std::memcpy(&words, &value, sizeof value);
+    return __stwb(reinterpret_cast<uint2*>(to), words);
+  }
+#endif
+  *reinterpret_cast<Vector<T, N>*>(to) = value;
+}
 
 // `count` elements (8 but at a tensor's end); `aligned`: to 16 bytes.
 template <typename T>
