@@ -23,7 +23,7 @@ BLOCK = 2048
 # n from which the n-th largest is found bit by bit, no longer as a maximum n times over.
 BISECT = 12
 # Elements from which indices have 64 bits: the last program may reach a block beyond them.
-WIDE = 2**31 - BLOCK
+WIDE = 2**31 - 2 * BLOCK
 
 _REGULARIZE: tl.constexpr = tl.constexpr(REGULARIZE)
 _FACTOR: tl.constexpr = tl.constexpr(FACTOR)
@@ -232,7 +232,9 @@ def _rank_into(
     with torch.cuda.device_of(scores):
         if inner > 1 or (bits is not None and dim < scores.dim() - 1):
             width = shape[-1] if bits is not None and shape[-1] % 8 else inner
-            groups, lines, tile = triton.cdiv(length, m), inner // width, max(1, BLOCK // (8 * power))
+            groups, lines = triton.cdiv(length, m), inner // width
+            # small groups lie in one thread's registers each, below columns of 16 bytes
+            tile = 256 // scores.element_size() if power <= 8 else BLOCK // (4 * power)
             count = numel // (length * inner) * groups * lines * triton.cdiv(width, 8)
             _columns_kernel[(triton.cdiv(count, tile),)](
                 *tensors, count, length, groups, inner, lines, width, n, m, power, magnitude, 8 * count >= WIDE, tile,
@@ -243,7 +245,7 @@ def _rank_into(
                 *tensors, numel, n, m, magnitude, BLOCK, enable_fp_fusion=False
             )  # fmt: skip
         else:
-            count, tile = numel // length * triton.cdiv(length, 8), BLOCK // 8
+            count, tile = numel // length * triton.cdiv(length, 8), BLOCK // 16
             _rows_kernel[(triton.cdiv(count, tile),)](
                 *tensors, count, length, n, m, magnitude, 8 * count >= WIDE, tile, enable_fp_fusion=False
             )  # fmt: skip
@@ -300,9 +302,7 @@ def nm_sparsify(
     estimator: int,
     strength: float,
 ) -> tuple[Tensor, Tensor]:
-    found, bits = ops._sparsify_fake(
-        weight, scores, mask, decay, n, m, dim, magnitude, pad, estimator, strength
-    )  # fmt: skip
+    found, bits = ops._sparsify_fake(weight, scores, mask, decay, n, m, dim, magnitude, pad, estimator, strength)
     for each in (weight,) if scores is None else (weight, scores):
         check_narrow("nm_sparsify", each)
     output = found if found.is_contiguous() else torch.empty_like(found, memory_format=torch.contiguous_format)
