@@ -91,7 +91,7 @@ def _write(mask, weight, factor, output, score, at, inside, keep):
         value = score
         if weight is not None:
             value = tl.load(weight + at, mask=inside)
-        rest = 0.0
+        rest = tl.full([], 0, value.dtype)  # a plain 0 would take the value through float32, which quietens NaN
         if factor is not None:
             rest = _times(value, factor)
         tl.store(output + at, tl.where(keep, value, rest), mask=inside)
@@ -195,7 +195,7 @@ def _apply_kernel(
     byte = tl.load(bits + byte_at, mask=there, other=0).to(tl.int32)
     keep = ((byte[:, None] >> lane) & 1) != 0
     value = tl.load(x + at, mask=inside)
-    rest = 0.0
+    rest = tl.full([], 0, value.dtype)
     if DROPPED == _FACTOR:
         rest = _times(value, factor)
     elif DROPPED == _REGULARIZE:
