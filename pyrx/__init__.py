@@ -1,6 +1,6 @@
 """pyrx: fused regularisation and sparsity operators for PyTorch."""
 
-from pyrx import _extension, nn
+from pyrx import _extension, nn, optim
 from pyrx._version import __version__
 from pyrx.ops.batch_mix import cutmix, mixup, resizemix
 from pyrx.ops.blend import blend
@@ -33,6 +33,7 @@ __all__ = [
     "nm_mask",
     "nm_sparsify",
     "noise_mask",
+    "optim",
     "patch_mask",
     "random_erasing",
     "resizemix",

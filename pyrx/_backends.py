@@ -22,6 +22,7 @@ OPS = (
     "random_erasing",
     "noise_mask",
     "nm_sparsity",
+    "masked_update",
 )
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -37,7 +38,7 @@ def _has_triton() -> bool:
 
 
 # the op that tells whether a row was built, where it does not have the row's name
-_OP_OF_ROW = {"nm_sparsity": "nm_sparsify"}
+_OP_OF_ROW = {"nm_sparsity": "nm_sparsify", "masked_update": "masked_adamw"}
 
 
 def _has_kernel(row: str, key: str) -> bool:

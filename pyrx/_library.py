@@ -54,12 +54,14 @@ def _autograd_kernel(
 
 
 def _version_kernel(op: Any) -> Callable[..., Any]:
-    """Tells autograd that the first argument was written, so that a backward that saved it raises."""
+    """Tells autograd what was written, so that a backward that saved it raises."""
+    written = [i for i, each in enumerate(op._schema.arguments) if each.is_write]
 
     def kernel(keyset: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-        torch.autograd.graph.increment_version(args[0])
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
         return result
 
     return kernel
@@ -79,7 +81,7 @@ def define(
 
     The native op's kernels register themselves when the extension is loaded, with its autograd formula (csrc/autograd)
     where `native_formula`. The Triton op's kernel is the function of the same name in pyrx._triton.<row>, its formula
-    is `backward`. With `writes` the first argument is the caller's and is written.
+    is `backward`. With `writes` the arguments that the schema marks are the caller's and are written.
     """
     for library in (NATIVE, TRITON):
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -45,6 +45,15 @@ template const NMKernels<double>& nm_kernels<double>();
 template const NMKernels<bfloat16>& nm_kernels<bfloat16>();
 template const NMKernels<float16>& nm_kernels<float16>();
 
+template <typename T>
+const MaskedKernels<T>& masked_kernels() {
+  PYRX_PICK(masked_table<T>())
+}
+template const MaskedKernels<float>& masked_kernels<float>();
+template const MaskedKernels<double>& masked_kernels<double>();
+template const MaskedKernels<bfloat16>& masked_kernels<bfloat16>();
+template const MaskedKernels<float16>& masked_kernels<float16>();
+
 const NMByteKernels& nm_byte_kernels() { PYRX_PICK(nm_byte_table()) }
 
 }  // namespace pyrx::cpu

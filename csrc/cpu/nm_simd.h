@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/simd.h"
+#include "kernels/masked_update.h"
 #include "kernels/nm_sparsity.h"
 
 namespace pyrx::cpu {
@@ -39,5 +40,17 @@ struct NMByteKernels {
   void (*unpack)(const uint8_t* bits, int64_t n, uint8_t* bytes);
 };
 const NMByteKernels& nm_byte_kernels();
+
+// Runs of n elements of an optimizer step, under their old bits (null: all are kept).
+template <typename T>
+struct MaskedKernels {
+  using Acc = accumulate_t<T>;
+  void (*adamw)(const AdamWStep<Acc>& step, const T* gradient, const uint8_t* bits, int64_t n, T* weight, T* exp_avg,
+                T* exp_avg_sq);
+  // momentum: null where the step has none
+  void (*sgd)(const SGDStep<Acc>& step, const T* gradient, const uint8_t* bits, int64_t n, T* weight, T* momentum);
+};
+template <typename T>
+const MaskedKernels<T>& masked_kernels();
 
 }  // namespace pyrx::cpu

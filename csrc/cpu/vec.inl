@@ -111,6 +111,18 @@ struct Vec {
   Vec operator+(const Vec& b) const { return each(b, [](Acc x, Acc y) { return x + y; }); }
   Vec operator-(const Vec& b) const { return each(b, [](Acc x, Acc y) { return x - y; }); }
   Vec operator*(const Vec& b) const { return each(b, [](Acc x, Acc y) { return x * y; }); }
+  Vec operator/(const Vec& b) const { return each(b, [](Acc x, Acc y) { return x / y; }); }
+  Vec sqrt() const {
+    Vec out;
+#if PYRX_ISA  // the loop is not vectorised: std::sqrt may set errno
+    if constexpr (sizeof(Acc) == 8) {
+      for (int i = 0; i < kLanes; i += 4) _mm256_storeu_pd(out.v + i, _mm256_sqrt_pd(_mm256_loadu_pd(v + i)));
+      return out;
+    }
+#endif
+    for (int i = 0; i < kLanes; ++i) out.v[i] = std::sqrt(v[i]);
+    return out;
+  }
   static Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { return a * b + c; }
 
  private:
@@ -157,6 +169,8 @@ struct Vec<float> {
   Vec operator+(const Vec& b) const { return {_mm512_add_ps(v, b.v)}; }
   Vec operator-(const Vec& b) const { return {_mm512_sub_ps(v, b.v)}; }
   Vec operator*(const Vec& b) const { return {_mm512_mul_ps(v, b.v)}; }
+  Vec operator/(const Vec& b) const { return {_mm512_div_ps(v, b.v)}; }
+  Vec sqrt() const { return {_mm512_sqrt_ps(v)}; }
   static Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 };
 #elif PYRX_ISA == 2
@@ -217,6 +231,8 @@ struct Vec<float> {
   Vec operator+(const Vec& b) const { return {_mm256_add_ps(low, b.low), _mm256_add_ps(high, b.high)}; }
   Vec operator-(const Vec& b) const { return {_mm256_sub_ps(low, b.low), _mm256_sub_ps(high, b.high)}; }
   Vec operator*(const Vec& b) const { return {_mm256_mul_ps(low, b.low), _mm256_mul_ps(high, b.high)}; }
+  Vec operator/(const Vec& b) const { return {_mm256_div_ps(low, b.low), _mm256_div_ps(high, b.high)}; }
+  Vec sqrt() const { return {_mm256_sqrt_ps(low), _mm256_sqrt_ps(high)}; }
   static Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
   }
