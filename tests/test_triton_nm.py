@@ -336,6 +336,7 @@ def compile_ahead_of_time(architecture):
         ptx = kernel.asm["ptx"]
         return {
             "narrowed": len(re.findall(r"\bcvt\.rn\.\w*f16\w*\.f32", ptx)),
+            "divisions": len(re.findall(r"\b(?:div|rem)\.[su]64", ptx)),
             "fused": len(re.findall(r"\b(?:fma|mad)\.(?:rn|rz|rm|rp)[\w.]*f\d+", ptx)),
             "reads": sorted(set(re.findall(r"ld\.global[\w.:]*?\.((?:v\d\.)?b\d+)", ptx))),
             "writes": sorted(set(re.findall(r"st\.global[\w.:]*?\.((?:v\d\.)?b\d+)", ptx))),
@@ -373,6 +374,11 @@ def compile_ahead_of_time(architecture):
         kernels.nm_apply(weight, bits, REGULARIZE, None, weight, strength)
     assert len(compiled) == 1
     report("apply")
+    kernels.WIDE = 0
+    kernels.nm_mask(weight, 2, 6, 1, True, True, True)
+    kernels.nm_mask(weight[:, :7], 2, 4, 0, False, True, True)
+    kernels.nm_apply(weight[:, :7], bits[:, :1], ZERO, None, None, 0.0)
+    report("wide")
 
 
 @pytest.mark.slow
@@ -385,7 +391,8 @@ def test_ahead_of_time(architecture, python, tmp_path):
     for each in found:
         assert each["shared"] <= 8192 and each["registers"] <= 128 and each["stack"] == 0, each
         assert not each["fused"], each
-        assert "v4.b32" in each["reads"] or each["call"] == "odd", each
+        assert (each["divisions"] > 0) == (each["call"] == "wide"), each
+        assert "v4.b32" in each["reads"] or each["call"] in ("odd", "wide"), each
         if each["call"] in ("mask", "selected", "times decay", "apply"):
             assert "v4.b32" in each["writes"], each
         # what is kept goes from memory to memory; a way through float32 would quieten NaN

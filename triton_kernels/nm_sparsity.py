@@ -7,6 +7,7 @@ tile the n-th largest of these is what is compared with; groups that cross bytes
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -50,7 +51,7 @@ def _rank_key(score, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
-def _rank(score, step, inside, MAGNITUDE: tl.constexpr, M2: tl.constexpr):
+def rank(score, step, inside, MAGNITUDE: tl.constexpr, M2: tl.constexpr):
     """Integers >= 0 that order as the keys and of equal ones the lower step first; -1, below all, outside."""
     key = _rank_key(score, MAGNITUDE)
     if score.dtype.primitive_bitwidth == 32:
@@ -61,7 +62,7 @@ def _rank(score, step, inside, MAGNITUDE: tl.constexpr, M2: tl.constexpr):
 
 
 @triton.jit
-def _first(ranks, AXIS: tl.constexpr, N: tl.constexpr, M2: tl.constexpr):
+def first(ranks, AXIS: tl.constexpr, N: tl.constexpr, M2: tl.constexpr):
     """Which are the N largest along the axis, or all that are not outside."""
     if N < _BISECT:
         least = tl.max(ranks, AXIS, keep_dims=True)
@@ -109,23 +110,44 @@ def _flat_kernel(
     at = start + place
     inside = at < numel
     score = tl.load(scores + at, mask=inside, other=0)
-    ranks = _rank(score, place % M, inside, MAGNITUDE, M)
-    keep = _first(tl.reshape(ranks, (BLOCK // M, M)), 1, N, M).to(tl.int32)
+    ranks = rank(score, place % M, inside, MAGNITUDE, M)
+    keep = first(tl.reshape(ranks, (BLOCK // M, M)), 1, N, M).to(tl.int32)
     if bits is not None:
-        byte = tl.sum(tl.reshape(keep, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :], 1)
-        byte_at = start // 8 + tl.arange(0, BLOCK // 8)
-        tl.store(bits + byte_at, byte.to(tl.uint8), mask=byte_at < numel // 8)
+        byte = start // 8 + tl.arange(0, BLOCK // 8)
+        pack_into(bits, byte, byte < numel // 8, tl.reshape(keep, (BLOCK // 8, 8)))
     _write(mask, weight, factor, output, score, at, inside, tl.reshape(keep, (BLOCK,)) != 0)
 
 
 @triton.jit
-def _bytes(width, count, WIDE: tl.constexpr, BYTES: tl.constexpr):
+def _bytes(block, width, count, WIDE: tl.constexpr, BYTES: tl.constexpr):
     """(bytes, which are there, row of each, column in it of its first element), rows of `width` elements."""
-    byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
+    byte = tl.cast(block, tl.int64) * BYTES + tl.arange(0, BYTES)
     if not WIDE:
         byte = byte.to(tl.int32)  # 64-bit division is a subroutine
     row_bytes = tl.cdiv(width, 8)
     return byte, byte < count, byte // row_bytes, byte % row_bytes * 8
+
+
+@triton.jit
+def byte_tile(block, width, count, WIDE: tl.constexpr, BYTES: tl.constexpr):
+    """(bytes, which are there, (BYTES, 8) columns, offsets, which are there) of a block of bytes."""
+    byte, there, row, first_column = _bytes(block, width, count, WIDE, BYTES)
+    column = first_column[:, None] + tl.arange(0, 8)[None, :]
+    return byte, there, column, (row.to(tl.int64) * width)[:, None] + column, there[:, None] & (column < width)
+
+
+@triton.jit
+def unpacked(bits, byte, there):
+    """(BYTES, 8) which elements the bytes of bits keep."""
+    found = tl.load(bits + byte, mask=there, other=0).to(tl.int32)
+    return ((found[:, None] >> tl.arange(0, 8)[None, :]) & 1) != 0
+
+
+@triton.jit
+def pack_into(bits, byte, there, keep):
+    """Stores keep (BYTES, 8)."""
+    found = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, :], 1)
+    tl.store(bits + byte, found.to(tl.uint8), mask=there)
 
 
 # Bytes and operations: as above.
@@ -138,7 +160,7 @@ def _columns_kernel(
     """(outer, length, inner) with groups along length and inner of `lines` rows of bits; tiles (BYTES, 8, M2)."""
     lane = tl.arange(0, 8)[None, :, None]
     step = tl.arange(0, M2)[None, None, :]
-    _, there, row, column = _bytes(width, count, WIDE, BYTES)
+    _, there, row, column = _bytes(tl.program_id(0), width, count, WIDE, BYTES)
     slab = row // lines
     group = slab % groups
     line = ((slab // groups).to(tl.int64) * length + group * M) * lines + row % lines
@@ -146,7 +168,7 @@ def _columns_kernel(
     inside = own & (column[:, None, None] + lane < width)
     at = (line * width + column)[:, None, None] + lane + step * tl.cast(inner, tl.int64)
     score = tl.load(scores + at, mask=inside, other=0)
-    keep = _first(_rank(score, step, inside, MAGNITUDE, M2), 2, N, M2) & inside
+    keep = first(rank(score, step, inside, MAGNITUDE, M2), 2, N, M2) & inside
     if bits is not None:
         byte = tl.sum(keep.to(tl.int32) << lane, 1, keep_dims=True)
         row_bytes = tl.cdiv(width, 8)
@@ -162,12 +184,8 @@ def _rows_kernel(
     N: tl.constexpr, M: tl.constexpr, MAGNITUDE: tl.constexpr, WIDE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Groups along rows of `width` elements, any M: a group crosses bytes, the last of a row may be smaller."""
-    byte_at, there, row, first = _bytes(width, count, WIDE, BYTES)
-    lane = tl.arange(0, 8)[None, :]
-    column = first[:, None] + lane
-    inside = there[:, None] & (column < width)
+    byte, there, column, at, inside = byte_tile(tl.program_id(0), width, count, WIDE, BYTES)
     step = column % M
-    at = (row.to(tl.int64) * width)[:, None] + column
     score = tl.load(scores + at, mask=inside, other=0)
     key = _rank_key(score, MAGNITUDE)
     above = tl.zeros(at.shape, tl.int32)
@@ -177,7 +195,7 @@ def _rows_kernel(
         above += (beside & (other > key - (j < step).to(tl.int32))).to(tl.int32)
     keep = inside & (above < N)
     if bits is not None:
-        tl.store(bits + byte_at, tl.sum(keep.to(tl.int32) << lane, 1).to(tl.uint8), mask=there)
+        pack_into(bits, byte, there, keep)
     _write(mask, weight, factor, output, score, at, inside, keep)
 
 
@@ -187,13 +205,8 @@ def _apply_kernel(
     x, bits, factor, weight, output, strength, count, width,
     DROPPED: tl.constexpr, WIDE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    byte_at, there, row, first = _bytes(width, count, WIDE, BYTES)
-    lane = tl.arange(0, 8)[None, :]
-    column = first[:, None] + lane
-    inside = there[:, None] & (column < width)
-    at = (row.to(tl.int64) * width)[:, None] + column
-    byte = tl.load(bits + byte_at, mask=there, other=0).to(tl.int32)
-    keep = ((byte[:, None] >> lane) & 1) != 0
+    byte, there, _, at, inside = byte_tile(tl.program_id(0), width, count, WIDE, BYTES)
+    keep = unpacked(bits, byte, there)
     value = tl.load(x + at, mask=inside)
     rest = tl.full([], 0, value.dtype)
     if DROPPED == _FACTOR:
@@ -204,12 +217,18 @@ def _apply_kernel(
     tl.store(output + at, tl.where(keep, value, rest), mask=inside)
 
 
-def _byte_rows(numel: int, width: int) -> tuple[int, int]:
-    """(bytes, width of a row): as one row where no row pads its last byte."""
-    return (numel // 8, numel) if width % 8 == 0 else (numel // width * -(-width // 8), width)
+def groups_in_bytes(shape: Sequence[int], m: int, dim: int) -> bool:
+    """Whether whole groups lie one after another in whole bytes of bits, or the other way round."""
+    return dim == len(shape) - 1 and m == triton.next_power_of_2(m) and shape[dim] % math.lcm(m, 8) == 0
 
 
-def _rank_into(
+def bytes_and_width(shape: Sequence[int]) -> tuple[int, int]:
+    """(bytes of the bits of a tensor, width of its rows): one row where none pads its last byte."""
+    numel, width = math.prod(shape), shape[-1]
+    return (numel // 8, numel) if width % 8 == 0 else (numel // width * triton.cdiv(width, 8), width)
+
+
+def rank_into(
     scores: Tensor,
     mask: Tensor | None,
     weight: Tensor | None,
@@ -240,7 +259,7 @@ def _rank_into(
                 *tensors, count, length, groups, inner, lines, width, n, m, power, magnitude, 8 * count >= WIDE, tile,
                 enable_fp_fusion=False,
             )  # fmt: skip
-        elif m == power and length % m == 0 and (bits is None or length % 8 == 0):
+        elif groups_in_bytes(shape, m, dim) or (bits is None and m == power and length % m == 0):
             _flat_kernel[(triton.cdiv(numel, BLOCK),)](
                 *tensors, numel, n, m, magnitude, BLOCK, enable_fp_fusion=False
             )  # fmt: skip
@@ -261,10 +280,9 @@ def _apply_into(
     strength: float,
 ) -> None:
     """x under the bits into output, all contiguous."""
-    numel = x.numel()
-    if numel == 0:
+    if x.numel() == 0:
         return
-    count, width = _byte_rows(numel, x.shape[-1])
+    count, width = bytes_and_width(x.shape)
     tile = BLOCK // 8
     with torch.cuda.device_of(x):
         _apply_kernel[(triton.cdiv(count, tile),)](
@@ -280,12 +298,12 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int, magnitude: bool, packed: b
     found = ops._mask_fake(scores, n, m, dim, magnitude, packed, pad)
     check_narrow("nm_mask", scores)
     if packed:
-        _rank_into(scores.contiguous(), None, None, None, None, found, n, m, dim, magnitude)
+        rank_into(scores.contiguous(), None, None, None, None, found, n, m, dim, magnitude)
         return found
     # a byte an element goes through memory in the order that the mask has
     order = sorted(range(scores.dim()), key=found.stride, reverse=True)
     mask = found.permute(order).view(torch.uint8)
-    _rank_into(scores.permute(order).contiguous(), mask, None, None, None, None, n, m, order.index(dim), magnitude)
+    rank_into(scores.permute(order).contiguous(), mask, None, None, None, None, n, m, order.index(dim), magnitude)
     return found
 
 
@@ -310,9 +328,9 @@ def nm_sparsify(
     if mask is not None:
         _apply_into(output, weight, mask.contiguous(), FORWARD[estimator], decay, None, 0.0)
     elif scores is None:
-        _rank_into(weight, None, None, decay, output, bits, n, m, dim, magnitude)
+        rank_into(weight, None, None, decay, output, bits, n, m, dim, magnitude)
     else:
-        _rank_into(scores.contiguous(), None, weight, decay, output, bits, n, m, dim, magnitude)
+        rank_into(scores.contiguous(), None, weight, decay, output, bits, n, m, dim, magnitude)
     return found if output is found else found.copy_(output), bits
 
 
