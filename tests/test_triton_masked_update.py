@@ -107,9 +107,9 @@ def assert_same_step(update, tensors, *form, what="", **options):
 def test_adamw(device, rule, shape, dim, n, m):
     for i, dtype in enumerate(DTYPES):
         options = {**ADAMW, "dim": dim, "rule": rule, "strength": 0.3, "magnitude": i != 1, "step": 1 + 5 * i}
-        weight, *others = tensors_of(shape, dtype, device)
-        for name, each in layouts_of(weight):
-            moved = assert_same_step(masked_adamw, (each, *others), n, m, what=name, **options)
+        weight, grad, *others = tensors_of(shape, dtype, device)
+        for (name, each), (_, its) in zip(layouts_of(weight), reversed([*layouts_of(grad)]), strict=True):
+            moved = assert_same_step(masked_adamw, (each, its, *others), n, m, what=name, **options)
         expected = nm_mask(moved[0], n, m, dim=dim, magnitude=i != 1, packed=True, backend="reference")
         assert torch.equal(moved[-1], expected)
         assert weight.numel() == 0 or not torch.equal(moved[0], weight)
@@ -126,7 +126,8 @@ def test_sgd(device, rule, shape, dim, n, m):
 
 @pytest.mark.parametrize("changes", [
     {"beta1": 0.3}, {"beta1": 0.5}, {"beta1": 0.0, "beta2": 0.0}, {"maximize": True}, {"weight_decay": 0.0},
-    {"lr": 0.0}, {"eps": 0.1}, {"step": 1}, {"step": 100_001}, {"step": 2**24}, {"refresh": False},
+    {"lr": 0.0}, {"lr": 0.9, "weight_decay": 0.77}, {"eps": 0.1}, {"step": 1}, {"step": 100_001}, {"step": 2**24},
+    {"refresh": False},
 ], ids=str)  # fmt: skip
 def test_options_of_adamw(device, changes):
     for dtype in DTYPES:
@@ -272,6 +273,7 @@ def compile_ahead_of_time(architecture):
     def instructions(kernel):
         ptx = kernel.asm["ptx"]
         return {
+            "allowed": kernel.metadata.enable_fp_fusion,
             "fused": len(re.findall(r"\b(?:fma|mad)\.(?:rn|rz|rm|rp)[\w.]*f32", ptx)),
             "rounded": sorted(set(re.findall(r"\b(?:div|sqrt|rcp)\.[\w.]*f\d+", ptx))),
             "reads": sorted(set(re.findall(r"ld\.global[\w.:]*?\.((?:v\d\.)?b\d+)", ptx))),
@@ -300,6 +302,8 @@ def compile_ahead_of_time(architecture):
             for rule in (0, 1):
                 adamw((256, 256), dtype, n, m, 1, "adamw", rule=rule)
         adamw((64, 64, 3, 3), dtype, 2, 4, 1, "odd", beta1=0.4, rate=torch.ones((), dtype=torch.float64))
+        adamw((1, 1), dtype, 1, 1, 0, "odd")
+        adamw((1, 4), dtype, 2, 4, 1, "odd")
         for momentum in (0.0, 0.9):
             weight, grad, moments, mask = tensors_of((256, 256), dtype, "cpu", moments=int(momentum > 0))
             launcher.masked_sgd(
@@ -325,6 +329,6 @@ def test_ahead_of_time(architecture, python, tmp_path):
         assert each["shared"] <= 8192 and each["stack"] == 0, each
         assert each["registers"] <= (168 if each["call"] == "odd" else 112), each
         assert set(each["rounded"]) <= {"div.rn.f64", "sqrt.rn.f64", "div.rn.f32", "sqrt.rn.f32"}, each
-        assert not each["fused"], each
+        assert not each["fused"] and not each["allowed"], each
         if each["call"] != "odd":
             assert "v4.b32" in each["reads"] and "v4.b32" in each["writes"], each

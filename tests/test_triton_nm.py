@@ -337,6 +337,7 @@ def compile_ahead_of_time(architecture):
         return {
             "narrowed": len(re.findall(r"\bcvt\.rn\.\w*f16\w*\.f32", ptx)),
             "divisions": len(re.findall(r"\b(?:div|rem)\.[su]64", ptx)),
+            "allowed": kernel.metadata.enable_fp_fusion,
             "fused": len(re.findall(r"\b(?:fma|mad)\.(?:rn|rz|rm|rp)[\w.]*f\d+", ptx)),
             "reads": sorted(set(re.findall(r"ld\.global[\w.:]*?\.((?:v\d\.)?b\d+)", ptx))),
             "writes": sorted(set(re.findall(r"st\.global[\w.:]*?\.((?:v\d\.)?b\d+)", ptx))),
@@ -368,6 +369,12 @@ def compile_ahead_of_time(architecture):
         report("apply")
         kernels.nm_mask(weight, 2, 6, 1, True, True, True)
         kernels.nm_mask(weight[:, :7], 2, 4, 0, False, True, True)
+        # sizes of one are constants to the compiler
+        for shape, dim in (((6, 1), 0), ((1, 3), 1), ((1, 1, 3, 1), 2)):
+            kernels.nm_mask(weight.new_zeros(shape), 2, 3, dim, True, True, False)
+        kernels.nm_mask(weight[:1, :1], 1, 1, 1, True, False, False)
+        kernels.nm_mask(weight[:1, :1], 1, 1, 0, True, True, False)
+        kernels.nm_apply(weight[:1, :1], bits[:1, :1], ZERO, None, None, 0.0)
         report("odd")
     # numbers compile nothing of their own
     for strength in (0.0, 1.0, 2e-4):
@@ -390,7 +397,7 @@ def test_ahead_of_time(architecture, python, tmp_path):
     assert {each["kernel"] for each in found} == triton_helpers.kernels_of("nm_sparsity.py")
     for each in found:
         assert each["shared"] <= 8192 and each["registers"] <= 128 and each["stack"] == 0, each
-        assert not each["fused"], each
+        assert not each["fused"] and not each["allowed"], each
         assert (each["divisions"] > 0) == (each["call"] == "wide"), each
         assert "v4.b32" in each["reads"] or each["call"] in ("odd", "wide"), each
         if each["call"] in ("mask", "selected", "times decay", "apply"):

@@ -119,12 +119,17 @@ def _flat_kernel(
 
 
 @triton.jit
+def _row_bytes(width):
+    return (tl.cast(width, tl.int64) + 7) // 8
+
+
+@triton.jit
 def _bytes(block, width, count, WIDE: tl.constexpr, BYTES: tl.constexpr):
     """(bytes, which are there, row of each, column in it of its first element), rows of `width` elements."""
     byte = tl.cast(block, tl.int64) * BYTES + tl.arange(0, BYTES)
+    row_bytes = _row_bytes(width)
     if not WIDE:
-        byte = byte.to(tl.int32)  # 64-bit division is a subroutine
-    row_bytes = tl.cdiv(width, 8)
+        byte, row_bytes = byte.to(tl.int32), row_bytes.to(tl.int32)  # 64-bit division is a subroutine
     return byte, byte < count, byte // row_bytes, byte % row_bytes * 8
 
 
@@ -171,8 +176,8 @@ def _columns_kernel(
     keep = first(rank(score, step, inside, MAGNITUDE, M2), 2, N, M2) & inside
     if bits is not None:
         byte = tl.sum(keep.to(tl.int32) << lane, 1, keep_dims=True)
-        row_bytes = tl.cdiv(width, 8)
-        byte_at = (line * row_bytes + column // 8)[:, None, None] + step * tl.cast(lines * row_bytes, tl.int64)
+        row_bytes = _row_bytes(width)
+        byte_at = (line * row_bytes + column // 8)[:, None, None] + step * (lines * row_bytes)
         tl.store(bits + byte_at, byte.to(tl.uint8), mask=own)
     _write(mask, weight, factor, output, score, at, inside, keep)
 
