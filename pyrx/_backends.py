@@ -40,7 +40,12 @@ def _has_triton() -> bool:
 
 
 # the op that tells whether a row was built, where it does not have the row's name
-_OP_OF_ROW = {"nm_sparsity": "nm_sparsify", "nm_transposable": "nm_transposable_mask", "nm_packed": "nm_compress", "masked_update": "masked_adamw"}
+_OP_OF_ROW = {
+    "nm_sparsity": "nm_sparsify",
+    "nm_transposable": "nm_transposable_mask",
+    "nm_packed": "nm_compress",
+    "masked_update": "masked_adamw",
+}
 
 
 def _has_kernel(row: str, key: str) -> bool:

@@ -38,6 +38,9 @@ def repair() -> None:
         # float32 is cut off, not rounded
         if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
             return _Handle(_rounded_to_bfloat16(np.ascontiguousarray(source.data)), tl.bfloat16)
+        # denormals become zero
+        if source.dtype.scalar == tl.bfloat16 and target.scalar == tl.float32:
+            return _widened(source)
         return cast(self, source, target)
 
     def create_splat(self: Any, type: Any, arg: Any) -> Any:

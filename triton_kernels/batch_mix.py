@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from pyrx.ops import batch_mix as ops
 from pyrx.reference.batch_mix import CUTMIX, EITHER, MIXUP, RESIZEMIX, Draw, memory_format
 
 from .dropout import check_narrow, philox
-from .random import DRAW_DOMAIN, PAIR_DOMAIN, below, beta, float64_of, happens, uniform
+from .random import DRAW_DOMAIN, PAIR_DOMAIN, below, beta, float64_bits, float64_of, happens, uniform
 
 # Of a tile, in the wider of the images' and the result's dtype.
 TILE_BYTES = 4096
@@ -379,11 +378,6 @@ def _mix_kernel(
 _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _bits(value: float) -> int:
-    """The bits of a float64."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
-
-
 def _columns(row: int) -> int:
     """A power of two that splits rows into tiles with little left over."""
     columns = min(triton.next_power_of_2(max(row, 1)), 512)
@@ -442,8 +436,9 @@ def _launch(
     with torch.cuda.device_of(images):
         _mix_kernel[(samples, parts)](
             images, output, labels, seed, lam, boxes, partner, *results,
-            samples, planes, height, row // vec, step, frames, draw.prob, switch_prob, _bits(alpha),
-            _bits(pasted_alpha), _bits(draw.minimum), _bits(draw.maximum), int(draw.correct_lam or bounded),
+            samples, planes, height, row // vec, step, frames, draw.prob, switch_prob, float64_bits(alpha),
+            float64_bits(pasted_alpha), float64_bits(draw.minimum), float64_bits(draw.maximum),
+            int(draw.correct_lam or bounded),
             tuple(map(float, scale)), tuple(map(float, bias)), pairing, draw.granularity, sides, betas, blend, paired,
             inplace, resize, last, tl.int64 if wide else tl.int32, vec, rows, columns, enable_fp_fusion=False,
         )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +15,7 @@ from pyrx.reference.patch_mask import BLOCK, BLOCK_COUNTER, BLOCK_DRAWS, BLOCK_T
 from pyrx.reference.random import PATCH_DOMAIN
 
 from .dropout import philox
+from .random import float64_bits
 
 GROUPS = 512  # at most, of the four patches of a Philox call, in a tile
 
@@ -201,7 +201,7 @@ def patch_mask(
             # products fused with sums would draw other rectangles than the other backends
             _patch_mask_kernel[(shape[0],)](
                 mask.view(torch.uint8), ids_keep, ids_restore, seed, None if losses is None else losses.contiguous(),
-                height, width, masked, hard, min_block, struct.unpack("<q", struct.pack("<d", log_aspect))[0],
+                height, width, masked, hard, min_block, float64_bits(log_aspect),
                 method, indices, groups, enable_fp_fusion=False,
             )  # fmt: skip
     return mask, ids_keep, ids_restore

@@ -1,5 +1,7 @@
 """Draws that are not masks, as csrc/kernels/random.h defines them: launch with enable_fp_fusion=False."""
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -9,6 +11,10 @@ DRAW_DOMAIN = tl.constexpr(1)
 PAIR_DOMAIN = tl.constexpr(3)
 BETA_ATTEMPTS = tl.constexpr(16)
 _STEP = tl.constexpr(2.0**-52)
+
+
+def float64_bits(value: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
 @triton.jit

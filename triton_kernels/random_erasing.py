@@ -15,7 +15,7 @@ from pyrx.reference.random_erasing import CONST, CUTOUT, PIXEL, Draw
 
 from .dropout import check_narrow, philox
 from .noise import normal
-from .random import DRAW_DOMAIN, below, exp_negative, float64_of, happens
+from .random import DRAW_DOMAIN, below, exp_negative, float64_bits, float64_of, happens
 
 FIRST_DRAW = tl.constexpr(256)
 CHANNEL_NOISE = tl.constexpr(2**32 - 2)
@@ -138,20 +138,17 @@ def _erase_kernel(
     tl.store(output + sample * elements + at, values, mask=here if COPY else touched)
 
 
-def _bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float64).view(torch.int64))
-
-
 def _draw(images: Tensor, boxes: Tensor, seed: Tensor, draw: Draw) -> None:
     samples, height, width = images.shape[0], images.shape[-2], images.shape[-1]
     least, most = (
-        _bits(float(log_positive(torch.tensor(each, dtype=torch.float64)))) for each in (draw.min_ratio, draw.max_ratio)
+        float64_bits(float(log_positive(torch.tensor(each, dtype=torch.float64))))
+        for each in (draw.min_ratio, draw.max_ratio)
     )
     first = samples // draw.num_splits if draw.num_splits > 1 else 0
     side = int(draw.min_scale * float(min(height, width)))
     _boxes_kernel[(triton.cdiv(samples * draw.max_count, DRAWS),)](
-        boxes, seed, samples, draw.max_count, height, width, draw.prob, draw.min_count, _bits(draw.min_scale),
-        _bits(draw.max_scale), least, most, first, side, draw.kind == CUTOUT, draw.per_sample, DRAWS,
+        boxes, seed, samples, draw.max_count, height, width, draw.prob, draw.min_count, float64_bits(draw.min_scale),
+        float64_bits(draw.max_scale), least, most, first, side, draw.kind == CUTOUT, draw.per_sample, DRAWS,
         enable_fp_fusion=False,
     )  # fmt: skip
 
