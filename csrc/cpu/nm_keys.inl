@@ -30,6 +30,16 @@ struct KeyOf<float16> {
   static constexpr type infinity = kInfinityHalf;
 };
 
+// One score's, unsigned.
+template <typename T>
+using key_t_of = std::make_unsigned_t<typename KeyOf<T>::type>;
+template <typename T>
+inline key_t_of<T> key_of(T score, bool magnitude) {
+  key_t_of<T> bits;
+  std::memcpy(&bits, &score, sizeof(bits));
+  return rank_key(bits, static_cast<key_t_of<T>>(KeyOf<T>::infinity), magnitude);
+}
+
 constexpr uint32_t low_bits(int n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 
 template <typename K>
