@@ -23,7 +23,7 @@ struct Turns {
 template <typename K, int kM>
 constexpr Turns<K, kM> kTurns(kM);
 
-// Groups that are not wider than a vector: each lane is compared with the others of its group. kM is m or, where that is
+// Groups that are not wider than a vector: each lane is compared with the others of its group. kM is m or, where it is
 // known at run time alone, 0.
 template <int kM, typename K, int kMost>
 void rank_narrow(const Turns<K, kMost>& turns, const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule,
