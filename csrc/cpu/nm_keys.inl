@@ -64,7 +64,8 @@ struct PlainKeys {
   PlainKeys ranked(const KeyRule<K>& rule) const {
     return each(*this, [&](K bits, K) {
       const K absolute = bits & std::numeric_limits<K>::max(), nan = rule.infinity + 1;
-      return static_cast<K>(absolute > nan ? nan : bits < 0 && absolute < nan && !rule.magnitude ? -absolute : absolute);
+      if (absolute >= nan) return nan;
+      return static_cast<K>(bits < 0 && !rule.magnitude ? -absolute : absolute);
     });
   }
   PlainKeys minus(const PlainKeys& b) const { return each(b, [](K x, K y) { return static_cast<K>(x - y); }); }

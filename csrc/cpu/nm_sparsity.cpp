@@ -190,7 +190,9 @@ std::vector<int64_t> memory_order(const at::Tensor& dense) {
   std::vector<int64_t> order(dense.dim());
   std::iota(order.begin(), order.end(), 0);
   // a dimension of one element has any stride, and may stand anywhere
-  const auto stride = [&](int64_t i) { return dense.size(i) == 1 ? std::numeric_limits<int64_t>::max() : dense.stride(i); };
+  const auto stride = [&](int64_t i) {
+    return dense.size(i) == 1 ? std::numeric_limits<int64_t>::max() : dense.stride(i);
+  };
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return stride(a) > stride(b); });
   return order;
 }
@@ -264,8 +266,8 @@ void apply(const at::Tensor& x, const at::Tensor& bits, Dropped dropped, const s
 
 std::tuple<at::Tensor, at::Tensor> nm_sparsify(const at::Tensor& weight, const std::optional<at::Tensor>& scores,
                                                const std::optional<at::Tensor>& mask,
-                                               const std::optional<at::Tensor>& decay, int64_t n, int64_t m, int64_t dim,
-                                               bool magnitude, bool pad, int64_t estimator, double) {
+                                               const std::optional<at::Tensor>& decay, int64_t n, int64_t m,
+                                               int64_t dim, bool magnitude, bool pad, int64_t estimator, double) {
   const NM nm = check_nm_sparsify(weight, scores, mask, decay, n, m, dim, magnitude, pad, estimator);
   const Dropped dropped = kForward[estimator];
   const at::Tensor x = weight.contiguous(), out = at::empty_like(weight), y = contiguous_target(out);
@@ -290,8 +292,8 @@ std::tuple<at::Tensor, at::Tensor> nm_sparsify(const at::Tensor& weight, const s
   return {finish(y, out), bits};
 }
 
-at::Tensor nm_apply(const at::Tensor& x, const at::Tensor& bits, int64_t dropped, const std::optional<at::Tensor>& factor,
-                    const std::optional<at::Tensor>& weight, double strength) {
+at::Tensor nm_apply(const at::Tensor& x, const at::Tensor& bits, int64_t dropped,
+                    const std::optional<at::Tensor>& factor, const std::optional<at::Tensor>& weight, double strength) {
   check_nm_apply(x, bits, dropped, factor, weight);
   const at::Tensor out = at::empty_like(x), y = contiguous_target(out);
   use_huge_pages(y);

@@ -1,7 +1,7 @@
 // Ranking inside groups of M, and runs of elements under the bits that come of it. Included by nm_simd.inl.
 
-// Lane orders that turn the groups of a vector, as many as it holds, by 1 .. m - 1 places, and which lanes see an element
-// of a lower index then: its equal key comes first.
+// Lane orders that turn the groups of a vector, as many as it holds, by 1 .. m - 1 places, and which lanes then see an
+// element of a lower index, whose equal key comes first.
 template <typename K, int kMost>
 struct Turns {
   static constexpr int kWidth = Keys<K>::kWidth;
@@ -9,25 +9,27 @@ struct Turns {
   uint32_t starts = 0;                                                // the first lane of each group
 
   constexpr explicit Turns(int m) {
-    for (int i = 0; i < kWidth / m * m; ++i) {
-      const int place = i % m;
-      if (place == 0) starts |= 1u << i;
-      for (int turn = 1; turn < m; ++turn) {
-        from[turn][i] = static_cast<K>(i - place + (place + turn) % m);
-        lower[turn][i] = place + turn >= m;
-      }
+    for (int first = 0; first + m <= kWidth; first += m) {
+      starts |= 1u << first;
+      for (int turn = 1; turn < m; ++turn)
+        for (int i = 0; i < m; ++i) {
+          lower[turn][first + i] = i + turn >= m;
+          from[turn][first + i] = static_cast<K>(first + i + turn - (i + turn >= m ? m : 0));
+        }
     }
   }
 };
 
-// Groups that are not wider than a vector: each lane is compared with the others of its group. kM is m or, where that is
+template <typename K, int kM>
+constexpr Turns<K, kM> kTurns(kM);
+
+// Groups that are not wider than a vector: each lane is compared with the others of its group. kM is m or, where it is
 // known at run time alone, 0.
-template <int kM, typename K>
-void rank_narrow(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule, uint8_t* bits) {
+template <int kM, typename K, int kMost>
+void rank_narrow(const Turns<K, kMost>& turns, const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule,
+                 uint8_t* bits) {
   using V = Keys<K>;
-  constexpr int kMost = kM ? kM : V::kWidth;
   const int m = kM ? kM : nm.m, step = V::kWidth / m * m;
-  const Turns<K, kMost> turns(m);
   typename V::Order orders[kMost];
   for (int turn = 1; turn < m; ++turn) orders[turn] = V::order(turns.from[turn]);
   const V kept = V::fill(static_cast<K>(nm.n));
@@ -47,7 +49,8 @@ void rank_narrow(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>
   const int64_t size = groups * m;
   const auto all = [&](auto ranked) {
     int64_t i = 0;
-    for (; i + V::kWidth <= size; i += step) writer.put(ranked(V::load(scores + i).ranked(rule)) & low_bits(step), step);
+    for (; i + V::kWidth <= size; i += step)
+      writer.put(ranked(V::load(scores + i).ranked(rule)) & low_bits(step), step);
     for (; i < size; i += step) {
       const int count = static_cast<int>(std::min<int64_t>(size - i, step));
       writer.put(ranked(V::load(scores + i, count).ranked(rule)) & low_bits(count), count);
@@ -68,9 +71,8 @@ template <typename K>
 void rank_few(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule, uint8_t* bits) {
   using V = Keys<K>;
   constexpr int kWidth = V::kWidth, kMost = kMostGroup / kWidth;
-  const Turns<K, kWidth> turns(kWidth);
   typename V::Order orders[kWidth];
-  for (int turn = 1; turn < kWidth; turn *= 2) orders[turn] = V::order(turns.from[turn]);
+  for (int turn = 1; turn < kWidth; turn *= 2) orders[turn] = V::order(kTurns<K, kWidth>.from[turn]);
   const V lowest = V::fill(std::numeric_limits<K>::min());
   const int vectors = (nm.m + kWidth - 1) / kWidth, last = nm.m - (vectors - 1) * kWidth;
   const K* end = scores + groups * nm.m;
@@ -164,18 +166,18 @@ void rank_groups(const T* scores, int64_t groups, const NM& nm, uint8_t* bits) {
   using K = typename KeyOf<T>::type;
   const KeyRule<K> rule{static_cast<K>(KeyOf<T>::infinity), nm.magnitude};
   const K* from = reinterpret_cast<const K*>(scores);
-  constexpr int kWidth = Keys<K>::kWidth;
+  constexpr int kWidth = Keys<K>::kWidth, k16 = std::min(16, kWidth), k32 = std::min(32, kWidth);
   if (nm.m > kWidth) {
     const bool few = 8 * nm.n <= nm.m;
     return few ? rank_few(from, groups, nm, rule, bits) : rank_selected(from, groups, nm, rule, bits);
   }
   switch (nm.m) {
-    case 2: return rank_narrow<2>(from, groups, nm, rule, bits);
-    case 4: return rank_narrow<4>(from, groups, nm, rule, bits);
-    case 8: return rank_narrow<8>(from, groups, nm, rule, bits);
-    case 16: return rank_narrow<std::min(16, kWidth)>(from, groups, nm, rule, bits);
-    case 32: return rank_narrow<std::min(32, kWidth)>(from, groups, nm, rule, bits);
-    default: return rank_narrow<0>(from, groups, nm, rule, bits);
+    case 2: return rank_narrow<2>(kTurns<K, 2>, from, groups, nm, rule, bits);
+    case 4: return rank_narrow<4>(kTurns<K, 4>, from, groups, nm, rule, bits);
+    case 8: return rank_narrow<8>(kTurns<K, 8>, from, groups, nm, rule, bits);
+    case 16: return rank_narrow<k16>(kTurns<K, k16>, from, groups, nm, rule, bits);
+    case 32: return rank_narrow<k32>(kTurns<K, k32>, from, groups, nm, rule, bits);
+    default: return rank_narrow<0>(Turns<K, kWidth>(nm.m), from, groups, nm, rule, bits);
   }
 }
 
