@@ -272,7 +272,10 @@ def table(curves: dict[str, list[Curve]], ms: dict[str, float], options: argpars
             print(f"{name:<32}  {'':>20}  {'':>15}  {ms[name]:>9.2f}")
     print(f"mean ± deviation of {options.seeds} runs; loss of the training set with dropout off, looked at every "
           f"{EVALUATE_EVERY} steps;\nerror over the last tenth of the run; a step is forward, backward and Adam, batch "
-          f"{options.batch}, median of turns\n")  # fmt: skip
+          f"{options.batch}, median of turns")  # fmt: skip
+    if options.sparsity:
+        print("schedules are timed in their flow; density: of the layers that are sparse, in the end")
+    print()
 
 
 def changes(values: dict[str, list[float]], names: Sequence[str]) -> tuple[list[tuple[float, bool]], list[str]]:

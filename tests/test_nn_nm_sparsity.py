@@ -94,6 +94,16 @@ def test_frozen_masks_stay():
     assert_same_bits(module.weight, pyrx.nm_sparsify(original, 2, 4))
 
 
+@pytest.mark.parametrize("options", [{"magnitude": False}, {"dim": 0, "pad": True}, {"dim": 0, "magnitude": False}])
+def test_frozen_masks_are_those_that_forward_ranks(options):
+    w = torch.randn(10 if "pad" in options else 8, 16)
+    sparsity = NMSparsity(2, 4, **options)
+    ranked = sparsity(w)
+    sparsity.freeze(w)
+    assert_same_bits(sparsity(w), ranked)
+    assert torch.equal(sparsity.mask, pyrx.nm_mask(w, 2, 4, packed=True, **options))
+
+
 def test_masks_handed_over_are_shared():
     module, sparsity = layer()
     bits = pyrx.nm_mask(torch.randn(6, 16), 2, 4, packed=True)
@@ -163,6 +173,7 @@ def test_state_dicts_carry_everything(here, there):
     held = other.mask
     loaded.load_state_dict(through_a_file(saved.state_dict()))
     assert other.get_extra_state() == sparsity.get_extra_state()
+    assert other.frozen == (there == "frozen") and other.shared == (there == "shared")
     assert (other.mask is None) == (there is None)
     if there:
         assert torch.equal(other.mask, sparsity.mask)
@@ -516,6 +527,7 @@ def test_desparsify(leave_parametrized, state):
     expected = {row.name: model.get_submodule(row.name).weight.detach().clone() for row in report.rows}
     assert desparsify_(model, leave_parametrized) is model
     assert repr(model) == text and type(model.head["out"]) is kind and not sparsity_report(model).rows
+    assert list(parameters) == [name for name, _ in model.named_parameters()]
     for name, each in model.named_parameters():
         identity, value = parameters.pop(name)
         assert each is identity
@@ -581,29 +593,55 @@ def test_channels_last_weights_stay_so():
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def distributed_step(rank, _):
+def train_distributed(rank, wrap, kind, **options):
+    """Two ranks train a wrapped model as one that averages its gradients by hand."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
-    sparsify_(model, 2, 4, estimator="mdgf-scaled", decay=0.25, per_layer={"1": {"estimator": "hard"}})
+    sparsify_(model, 2, 4, **options)
     alone = copy.deepcopy(model)
-    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped = wrap(model)
+    schedules = [kind(each, 8, dense_steps=1, fine_tune_steps=2) for each in (model, alone)]
     optimizers = [torch.optim.AdamW(each.parameters(), lr=0.05) for each in (wrapped, alone)]
-    schedule = [pyrx.nn.LinearMDGF(each, 6, fine_tune_steps=2, estimator="mdgf-scaled") for each in (model, alone)]
-    for step in range(6):
+    for step in range(8):
         x = torch.randn(5, 16, generator=torch.Generator().manual_seed(10 * rank + step))
         for each, optimizer in zip((wrapped, alone), optimizers, strict=True):
             optimizer.zero_grad()
             each(x).square().mean().backward()
-        for parameter, gradient in zip(alone.parameters(), averaged([p.grad for p in alone.parameters()]), strict=True):
+        gradients = averaged([parameter.grad for parameter in alone.parameters()])
+        for parameter, gradient in zip(alone.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        for each, optimizer in zip(schedule, optimizers, strict=True):
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
-            each.step()
+            schedule.step()
     for got, expected in zip(model.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(got, expected)
-    assert model[0].weight.count_nonzero() == 64
+        torch.testing.assert_close(got.full_tensor() if hasattr(got, "full_tensor") else got, expected)
+    for one, other in zip(model, alone, strict=True):
+        assert torch.equal(one.parametrizations.weight[0].mask, other.parametrizations.weight[0].mask)
+    torch.testing.assert_close(wrapped(x), alone(x))
+    assert alone[0].weight.count_nonzero() == 64
+
+
+def ddp(rank, _):
+    wrap = nn.parallel.DistributedDataParallel
+    train_distributed(rank, wrap, pyrx.nn.LinearMDGF, estimator="mdgf-scaled")
+    train_distributed(rank, wrap, pyrx.nn.StepwiseSDGF, estimator="hard")
+
+
+def fsdp(rank, _):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+
+    def wrap(model):
+        for part in (*model, model):
+            fully_shard(part, mesh=mesh)
+        return model
+
+    train_distributed(rank, wrap, pyrx.nn.StepwiseSDGF, estimator="sr-ste")
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(with_process_group, args=(tmp_path / "rendezvous", distributed_step), nprocs=2)
+@pytest.mark.parametrize("worker", [ddp, fsdp])
+def test_two_processes(worker, tmp_path):
+    torch.multiprocessing.spawn(with_process_group, args=(tmp_path / "rendezvous", worker), nprocs=2)

@@ -135,6 +135,8 @@ class NMSparsity(nn.Module):
             self.mask = None
 
     def _ranked(self, weight: Tensor) -> Tensor:
+        if hasattr(weight, "full_tensor"):  # FSDP's shards: forward has all of the weight
+            weight = weight.full_tensor()
         options = {"dim": self.dim, "magnitude": self.magnitude, "pad": self.pad, "backend": self.backend}
         return nm_mask(weight, self.n, self.m, packed=True, **options)  # type: ignore[arg-type]
 
