@@ -256,6 +256,22 @@ def test_desparsify(leave_parametrized, state):
     assert names(sparsify_(model, 2, 4)) == names(report)
 
 
+@pytest.mark.parametrize("of_copy", [True, False])
+def test_removing_it_from_a_copy_leaves_the_other(of_copy):
+    """As for an export in mid-training."""
+    model = Mixed()
+    sparsify_(model, 2, 4)
+    again = copy.deepcopy(model)
+    desparsified, kept = (again, model) if of_copy else (model, again)
+    desparsify_(desparsified)
+    for name in ("head.out", "volume", "attention.out_proj"):
+        one, other = desparsified.get_submodule(name), kept.get_submodule(name)
+        assert_same_bits(one.weight, other.weight)
+        assert type(one).__name__ == parametrize.type_before_parametrizations(other).__name__
+    assert len(sparsity_report(kept).rows) == 6 and not sparsity_report(desparsified).rows
+    desparsify_(kept)
+
+
 def test_chained_parametrizations_are_told_and_not_removed():
     model = nn.Sequential(nn.Linear(8, 8))
     sparsify_(model, 2, 4)
