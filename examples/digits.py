@@ -233,7 +233,7 @@ def draw(curves: dict[str, list[Curve]], threshold: float, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].axhline(threshold, color=INK, linewidth=0.8, linestyle="--")
     axes[1].yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes[1].legend(frameon=False)
+    axes[1].legend(frameon=False, fontsize=10 if len(curves) < 6 else 8)
     seeds = len(next(iter(curves.values())))
     figure.suptitle(f"Handwritten digits: mean and range of {seeds} runs each", color=INK)
     figure.savefig(path, dpi=130, transparent=True)
@@ -274,7 +274,8 @@ def table(curves: dict[str, list[Curve]], ms: dict[str, float], options: argpars
           f"{EVALUATE_EVERY} steps;\nerror over the last tenth of the run; a step is forward, backward and Adam, batch "
           f"{options.batch}, median of turns")  # fmt: skip
     if options.sparsity:
-        print("schedules are timed in their flow; density: of the layers that are sparse, in the end")
+        print("schedules are timed in their flow, and reach the loss also while they still keep more than N of M;\n"
+              "density: of the layers that are sparse, in the end")  # fmt: skip
     print()
 
 
