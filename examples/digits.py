@@ -233,7 +233,7 @@ def draw(curves: dict[str, list[Curve]], threshold: float, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].axhline(threshold, color=INK, linewidth=0.8, linestyle="--")
     axes[1].yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes[1].legend(frameon=False)
+    axes[1].legend(frameon=False, fontsize=10 if len(curves) < 6 else 8)
     seeds = len(next(iter(curves.values())))
     figure.suptitle(f"Handwritten digits: mean and range of {seeds} runs each", color=INK)
     figure.savefig(path, dpi=130, transparent=True)
@@ -272,7 +272,11 @@ def table(curves: dict[str, list[Curve]], ms: dict[str, float], options: argpars
             print(f"{name:<32}  {'':>20}  {'':>15}  {ms[name]:>9.2f}")
     print(f"mean ± deviation of {options.seeds} runs; loss of the training set with dropout off, looked at every "
           f"{EVALUATE_EVERY} steps;\nerror over the last tenth of the run; a step is forward, backward and Adam, batch "
-          f"{options.batch}, median of turns\n")  # fmt: skip
+          f"{options.batch}, median of turns")  # fmt: skip
+    if options.sparsity:
+        print("schedules are timed in their flow, and reach the loss also while they still keep more than N of M;\n"
+              "density: of the layers that are sparse, in the end")  # fmt: skip
+    print()
 
 
 def changes(values: dict[str, list[float]], names: Sequence[str]) -> tuple[list[tuple[float, bool]], list[str]]:

@@ -24,9 +24,10 @@ SPARSE = [
 def digits(*arguments, fails=False):
     for package in ("sklearn", "matplotlib", "scipy", "tqdm"):
         pytest.importorskip(package)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "digits.py"), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -42,7 +43,7 @@ def rows(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ratio, density", [("2:4", "0.500"), ("1:8", "0.125"), ("3:5", None), ("1:32", None)])
+@pytest.mark.parametrize("ratio, density", [("2:4", "0.500"), ("1:8", "0.125"), ("1:32", None)])
 def test_sparse_digits(tmp_path, ratio, density):
     text = digits("--quick", "--sparsity", ratio, "--out", tmp_path / "digits.png")
     found = rows(text)

@@ -35,12 +35,14 @@ class NMSparsity(nn.Module):
         decay: float64 tensor of no dimension, the d of "mdgf" and "mdgf-scaled": it changes in place and nothing is
             compiled anew. float64 it stays through `.half()` and the like.
         mask: uint8 bits in place of ranking (see `pyrx.nm_mask`), or None: then each forward ranks.
-        shared: whether the mask is one that an optimizer handed over.
+        shared: whether the mask is one that an optimizer handed over. Loaded without that optimizer it no longer
+            changes: `use_mask(None)` then ranks again.
 
     All but `backend` is in the state dict and comes back exactly; a mask that is there and not here, or the reverse,
     is no error. As torch has it, a parametrized layer can be copied and has a state dict, but cannot be pickled.
 
-    Cost: of `pyrx.nm_sparsify`, at every reading of `layer.weight`; under `parametrize.cached()` once.
+    Cost: of `pyrx.nm_sparsify`, at every reading of `layer.weight`; under `parametrize.cached()` once. (torch's cache
+    takes a layer and its deep copy for the same: do not run both under one.)
 
     Raises: as `pyrx.nm_sparsify`.
     """
@@ -135,6 +137,8 @@ class NMSparsity(nn.Module):
             self.mask = None
 
     def _ranked(self, weight: Tensor) -> Tensor:
+        if hasattr(weight, "full_tensor"):  # FSDP's shards: forward has all of the weight
+            weight = weight.full_tensor()
         options = {"dim": self.dim, "magnitude": self.magnitude, "pad": self.pad, "backend": self.backend}
         return nm_mask(weight, self.n, self.m, packed=True, **options)  # type: ignore[arg-type]
 

@@ -369,6 +369,9 @@ def sparsify_(
 
 
 def _remove(layer: nn.Module, tensor: str, leave_parametrized: bool) -> None:
+    # a copy of a parametrized layer shares its class, out of which the tensor's property is taken: so it gets its own
+    of = type(layer)
+    layer.__class__ = type(of.__name__, of.__bases__, dict(of.__dict__))
     parametrize.remove_parametrizations(layer, tensor, leave_parametrized)
     if tensor == "weight" and isinstance(layer, tuple(DIMS)):
         # it comes back as the last parameter and was the first; optimizers' state dicts go by the order
