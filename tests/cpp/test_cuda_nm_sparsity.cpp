@@ -248,8 +248,8 @@ void test_apply(const Shape& shape, int offset, unsigned blocks) {
 }
 
 template <typename T>
-void test_type() {
-  for (int kind = 0; kind < 4; ++kind) test_ratios<T>(kind, kind % 2, kind == 2 ? 1 : 2);
+void test_type(std::initializer_list<int> kinds) {
+  for (const int kind : kinds) test_ratios<T>(kind, kind % 2, kind == 2 ? 1 : 2);
   test_all_patterns<T>();
   for (const int offset : {0, 1})
     for (const Shape& shape : {Shape{1, 1, 1, 1}, Shape{3, 1, 5, 5}, Shape{7, 1, 100, 100}, Shape{5, 1, 1312, 1312}})
@@ -259,9 +259,9 @@ void test_type() {
 }  // namespace
 
 int main() {
-  test_type<__nv_bfloat16>();
-  test_type<__half>();
-  test_type<float>();
-  test_type<double>();
+  test_type<__nv_bfloat16>({0, 1, 2, 3});
+  test_type<__half>({2});
+  test_type<float>({1, 2});
+  test_type<double>({2});
   return report("N:M kernels");
 }
