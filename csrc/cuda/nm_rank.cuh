@@ -33,8 +33,8 @@ struct BitsOf<__nv_bfloat16> {
 template <typename T>
 using Bits = typename BitsOf<T>::type;
 
-// A word holds one key, or two of 16 bits side by side: `lanes`. Comparisons answer in each lane's top bit and leave the
-// others undefined.
+// A word holds one key, or two of 16 bits side by side: `lanes`. Comparisons answer in each lane's top bit and leave
+// the others undefined.
 template <typename U>
 struct KeyWord {
   using type = U;

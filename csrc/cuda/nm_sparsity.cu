@@ -162,8 +162,8 @@ at::Tensor apply(const at::Tensor& x, const at::Tensor& bits, Dropped dropped, c
 
 std::tuple<at::Tensor, at::Tensor> nm_sparsify(const at::Tensor& weight, const std::optional<at::Tensor>& scores,
                                                const std::optional<at::Tensor>& mask,
-                                               const std::optional<at::Tensor>& decay, int64_t n, int64_t m, int64_t dim,
-                                               bool magnitude, bool pad, int64_t estimator, double) {
+                                               const std::optional<at::Tensor>& decay, int64_t n, int64_t m,
+                                               int64_t dim, bool magnitude, bool pad, int64_t estimator, double) {
   const NM nm = check_nm_sparsify(weight, scores, mask, decay, n, m, dim, magnitude, pad, estimator);
   const c10::cuda::CUDAGuard guard(weight.device());
   const Dropped dropped = kForward[estimator];
@@ -184,8 +184,8 @@ std::tuple<at::Tensor, at::Tensor> nm_sparsify(const at::Tensor& weight, const s
   return {finish(target, out), bits};
 }
 
-at::Tensor nm_apply(const at::Tensor& x, const at::Tensor& bits, int64_t dropped, const std::optional<at::Tensor>& factor,
-                    const std::optional<at::Tensor>& weight, double strength) {
+at::Tensor nm_apply(const at::Tensor& x, const at::Tensor& bits, int64_t dropped,
+                    const std::optional<at::Tensor>& factor, const std::optional<at::Tensor>& weight, double strength) {
   check_nm_apply(x, bits, dropped, factor, weight);
   const c10::cuda::CUDAGuard guard(x.device());
   return apply(x, bits, static_cast<Dropped>(dropped), factor, weight, strength);

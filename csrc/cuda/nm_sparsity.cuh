@@ -1,5 +1,5 @@
-// N:M masks and weights under them. A thread ranks chunks of eight elements of a row, or strips of eight columns side by
-// side; other sizes of groups are ranked from shared memory.
+// N:M masks and weights under them. A thread ranks chunks of eight elements of a row, or strips of eight columns side
+// by side; other sizes of groups are ranked from shared memory.
 #pragma once
 
 #include "cuda/nm_rank.cuh"
@@ -39,42 +39,53 @@ __device__ inline T typed(Bits<T> raw) {
 // variable, as the compiler would take whole words apart for it.
 template <bool kWhole, typename U>
 __device__ inline Vector<U, kGroup> load_raw(const U* from, int count, U fill) {
-  if constexpr (kWhole) return load<U, kGroup>(from);
-  Vector<U, kGroup> chunk;
+  if constexpr (kWhole) {
+    return load<U, kGroup>(from);
+  } else {
+    Vector<U, kGroup> chunk;
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) chunk.v[j] = j < count ? from[j] : fill;
-  return chunk;
+    for (int j = 0; j < kGroup; ++j) chunk.v[j] = j < count ? from[j] : fill;
+    return chunk;
+  }
 }
 
 template <bool kWhole, typename T>
 __device__ inline void store_some(T* to, const Vector<T, kGroup>& chunk, int count) {
-  if constexpr (kWhole) return store(to, chunk);
+  if constexpr (kWhole) {
+    store(to, chunk);
+  } else {
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j)
-    if (j < count) to[j] = chunk.v[j];
+    for (int j = 0; j < kGroup; ++j)
+      if (j < count) to[j] = chunk.v[j];
+  }
 }
 
 // Elements where bits are set, else 0.
 template <typename U>
 __device__ inline Vector<U, kGroup> zeroed(Vector<U, kGroup> raw, uint32_t bits) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(U) == 2) {
+  constexpr bool pairwise = sizeof(U) == 2;
+#else
+  constexpr bool pairwise = false;
+#endif
+  if constexpr (pairwise) {
     uint32_t pairs[kGroup / 2];
     std::memcpy(pairs, &raw, sizeof pairs);
 #pragma unroll
     for (int j = 0; j < kGroup / 2; ++j) {
       // bit 2 j to the sign of byte 0, the next to that of byte 2; prmt spreads signs
       const uint32_t signs = (bits >> 2 * j) * 0x00400080u;
-      uint32_t mask;
+      uint32_t mask = 0;
+#if defined(__CUDA_ARCH__)
       asm("prmt.b32 %0, %1, 0, 0xAA88;" : "=r"(mask) : "r"(signs));
+#endif
       pairs[j] &= mask;
     }
     std::memcpy(&raw, pairs, sizeof pairs);
-    return raw;
-  }
-#endif
+  } else {
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) raw.v[j] = bits >> j & 1 ? raw.v[j] : U(0);
+    for (int j = 0; j < kGroup; ++j) raw.v[j] = bits >> j & 1 ? raw.v[j] : U(0);
+  }
   return raw;
 }
 
@@ -126,9 +137,10 @@ struct NMChunk {
   }
 };
 
-// Bytes of 2:4 bfloat16: 2 + 1/8 (bits), 3 (bool), 4 + 1/8 (values and bits) an element over 3.35 TB/s: 0.63, 0.90,
-// 1.23 ps. Operations an element over 14e12 integer operations a second: of bfloat16 five for 2:4, ten for 4:8, six for
-// 1:16, nine for 2:32: 0.35 to 0.7 ps; twice as many of float32, beside twice the bytes.
+// Bytes of bfloat16: 2 + 1/8 (bits), 3 (bool), 4 + 1/8 (values, bits) an element over 3.35 TB/s: 0.63, 0.90, 1.23 ps.
+// Operations an element, as sm_90's code counts them, over 14e12 integer operations a second: of bfloat16 3.7 for 2:4,
+// 6.9 for 4:8, 4.9 for 1:16, 8.5 for 2:32: 0.26 to 0.61 ps; of float32 6.9, 12, 7.5, 13 beside twice the bytes.
+// Any other n of 16 to 128 takes about 35, of float32 150.
 // 64 bytes in flight a thread. `dense`: one row, all pointers aligned to 16 bytes.
 template <typename T, int kN, int kM, bool kValues>
 __global__ void __launch_bounds__(kNMThreads)
@@ -215,7 +227,7 @@ __device__ inline void row_words(const Vector<U, kGroup>& row, Word<U> (&words)[
   std::memcpy(words, &row, sizeof words);
 }
 
-// A strip's kM rows, ranked in registers. Of a whole strip all rows are read at once, else two columns or one at a time.
+// A strip's kM rows, ranked in registers. Of a whole strip all rows are read at once, else a word's columns at a time.
 template <typename T, int kN, int kM, bool kValues, bool kFull, bool kWhole>
 __device__ inline void rank_strip(const Bits<T>* from, const NMColumns& layout, const NMStrip& strip,
                                   const RankOrder& order, Acc<T> factor, const NMOutput<T>& out) {
@@ -365,7 +377,7 @@ __device__ inline void put_one(const NMOutput<T>& out, const T* scores, bool pre
 }
 
 // Any M: a thread an element, which is compared with its group in shared memory; M operations an element, three each.
-// A row is cut into `parts` of `span` elements, a multiple of M and of 8; a block takes kNMTile / span of them at a time.
+// A row is cut into `parts` of `span` elements, a multiple of M and of 8; a block takes kNMTile / span parts at a time.
 template <typename T, bool kValues>
 __global__ void __launch_bounds__(kNMThreads)
     nm_any_rows_kernel(const T* __restrict__ scores, NMRows rows, int span, RankOrder order, NMOutput<T> out) {
@@ -375,7 +387,8 @@ __global__ void __launch_bounds__(kNMThreads)
   const int64_t parts = (rows.length + span - 1) / span, row_bytes = (rows.length + 7) / 8;
   const int a_block = kNMTile / span, tile = a_block * span;
   const Acc<T> factor = kValues && out.factor ? static_cast<Acc<T>>(*out.factor) : Acc<T>(0);
-  for (int64_t first = int64_t(blockIdx.x) * a_block; first < rows.count * parts; first += int64_t(gridDim.x) * a_block) {
+  const int64_t stride = int64_t(gridDim.x) * a_block;
+  for (int64_t first = int64_t(blockIdx.x) * a_block; first < rows.count * parts; first += stride) {
     const auto place = [&](int e, int64_t& row, int64_t& column) {
       const int64_t part = first + e / span;
       row = quotient(part, parts);
@@ -441,8 +454,8 @@ __device__ inline Vector<T, kGroup> applied(const Vector<Bits<T>, kGroup>& raw, 
 // Bytes: 2 x, 1/8, and the weight's, an element over 3.35 TB/s. Operations: two to five. `dense` as of nm_rows_kernel.
 template <typename T>
 __global__ void __launch_bounds__(kNMThreads)
-    nm_apply_kernel(const T* __restrict__ x, const uint8_t* __restrict__ bits, const T* __restrict__ weight, NMRows rows,
-                    Dropped dropped, const double* __restrict__ factor_at, Acc<T> strength, bool dense,
+    nm_apply_kernel(const T* __restrict__ x, const uint8_t* __restrict__ bits, const T* __restrict__ weight,
+                    NMRows rows, Dropped dropped, const double* __restrict__ factor_at, Acc<T> strength, bool dense,
                     T* __restrict__ out) {
   using U = Bits<T>;
   constexpr int tile = kNMChunks<T>, units = tile / kNMThreads;

@@ -125,7 +125,8 @@ void test_rows(const Shape& shape, int n, int m, bool magnitude, int kind, int o
   const bool dense = offset == 0 && rows.count == 1;
   const auto launch_any = [&](auto* from, auto out) {
     using E = std::remove_cv_t<std::remove_pointer_t<decltype(from)>>;
-    const int step = std::lcm(m, kGroup), span = int(std::min<int64_t>(kNMTile / step, (rows.length + step - 1) / step)) * step;
+    const int step = std::lcm(m, kGroup);
+    const int span = int(std::min<int64_t>(kNMTile / step, (rows.length + step - 1) / step)) * step;
     if (out.values) {
       if constexpr (!std::is_integral_v<E>)
         shim::launch(nm_any_rows_kernel<E, true>, {blocks}, {kNMThreads}, 0, from, rows, span, order, out);
@@ -163,10 +164,9 @@ void test_columns(const Shape& shape, int n, int m, bool magnitude, int kind, in
 
 template <typename T>
 void test_ratios(int kind, int offset, unsigned blocks) {
-  const int ratios[][2] = {{1, 1}, {1, 2}, {2, 2}, {1, 4}, {2, 4}, {3, 4}, {4, 4}, {1, 8}, {2, 8}, {4, 8}, {5, 8}, {7, 8},
-                           {8, 8}, {1, 16}, {2, 16}, {8, 16}, {1, 32}, {2, 32}, {17, 32}, {31, 32}, {1, 64}, {2, 64},
-                           {40, 64}, {1, 128}, {2, 128}, {64, 128}, {128, 128}, {1, 3}, {2, 3}, {3, 5}, {2, 7}, {5, 12},
-                           {2, 127}, {90, 127}};
+  const int ratios[][2] = {{1, 1}, {1, 2}, {2, 2}, {1, 4}, {2, 4}, {3, 4}, {1, 8}, {2, 8}, {4, 8}, {5, 8}, {8, 8},
+                           {1, 16}, {2, 16}, {8, 16}, {1, 32}, {2, 32}, {31, 32}, {40, 64}, {1, 128}, {2, 128},
+                           {64, 128}, {128, 128}, {1, 3}, {2, 3}, {3, 5}, {5, 12}, {90, 127}};
   for (const bool magnitude : {true, false}) {
     for (const auto& [n, m] : ratios) {
       if ((kind == 0 || kind == 3) && (n + m + magnitude) % 3 != 0) continue;  // each ratio at some type and kind
@@ -248,8 +248,8 @@ void test_apply(const Shape& shape, int offset, unsigned blocks) {
 }
 
 template <typename T>
-void test_type() {
-  for (int kind = 0; kind < 4; ++kind) test_ratios<T>(kind, kind % 2, kind == 2 ? 1 : 2);
+void test_type(std::initializer_list<int> kinds) {
+  for (const int kind : kinds) test_ratios<T>(kind, kind % 2, kind == 2 ? 1 : 2);
   test_all_patterns<T>();
   for (const int offset : {0, 1})
     for (const Shape& shape : {Shape{1, 1, 1, 1}, Shape{3, 1, 5, 5}, Shape{7, 1, 100, 100}, Shape{5, 1, 1312, 1312}})
@@ -259,9 +259,9 @@ void test_type() {
 }  // namespace
 
 int main() {
-  test_type<__nv_bfloat16>();
-  test_type<__half>();
-  test_type<float>();
-  test_type<double>();
+  test_type<__nv_bfloat16>({1, 2, 3});
+  test_type<__half>({2});
+  test_type<float>({0, 2});
+  test_type<double>({2});
   return report("N:M kernels");
 }
