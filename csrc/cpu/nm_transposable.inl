@@ -72,6 +72,18 @@ inline Wide<int32_t> in_order(Wide<int32_t> found) {
 }
 inline Wide<int64_t> in_order(Wide<int64_t> found) { return found; }
 
+// pyrx::tile_value of vectors.
+template <bool kMagnitude, typename E>
+inline Wide<E> tile_values(Wide<E> scores) {
+  using A = Wide<E>;
+  const A most = A{} + TileBounds<E>::most, nan = A{} + TileBounds<E>::nan;
+  A values = scores;
+  if constexpr (kMagnitude) values = values > -values ? values : -values;
+  else values = values < -most ? -most : values;
+  values = values > most ? most : values;
+  return scores == scores ? values : nan;
+}
+
 // The patterns of as many tiles as a vector has lanes.
 template <bool kMagnitude, typename T>
 inline void exact_patterns(const T* scores, int64_t stride, int32_t* patterns) {
@@ -83,7 +95,7 @@ inline void exact_patterns(const T* scores, int64_t stride, int32_t* patterns) {
     Wide<A> x[4];
     load_columns<T, A>(scores + row * stride, x);
 #pragma GCC unroll 4
-    for (int column = 0; column < 4; ++column) x[column] = tile_value<A>(x[column], kMagnitude);
+    for (int column = 0; column < 4; ++column) x[column] = tile_values<kMagnitude, A>(x[column]);
     tiles.set_row(row, x[0], x[1], x[2], x[3]);
   }
   const P found = in_order(tiles.search());
