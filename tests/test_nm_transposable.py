@@ -91,6 +91,8 @@ def test_exact_is_the_best_of_90_patterns(backend, dtype, magnitude):
         torch.randn(60, 52, dtype=torch.float64).to(dtype),
         torch.randn(60, 52, dtype=torch.float64).exp().to(dtype),
         hard_scores((60, 52), dtype),
+        # tiles that cannot keep or drop all of a kind
+        torch.tensor([-math.inf, math.inf, math.nan, -3.0, 1.0])[torch.randint(0, 5, (60, 52))].to(dtype),
     ):
         mask = pyrx.nm_transposable_mask(scores, 2, 4, magnitude=magnitude, method="exact", backend=backend)
         assert mask.dtype == torch.bool and mask.shape == scores.shape

@@ -87,4 +87,5 @@ def test_ahead_of_time(architecture, python, tmp_path):
     assert {each["kernel"] for each in found} == triton_helpers.kernels_of("nm_transposable.py")
     for each in found:
         assert each["shared"] <= triton_helpers.SHARED_LIMIT[architecture] and each["registers"] <= 255, each
-        assert each["stack"] <= 16 and not each["fused"], each
+        # of tiles of 128 x 128 a little is spilled
+        assert each["stack"] <= (512 if each["kernel"] == "_greedy_kernel" else 0) and not each["fused"], each

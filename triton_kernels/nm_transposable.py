@@ -80,7 +80,8 @@ def _exact_kernel(
     scores, mask, columns, pairs, count,
     MAGNITUDE: tl.constexpr, PACKED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """`pairs` of tiles side by side in a row of tiles, the last of which may be one tile; `count` pairs in all."""
+    """`pairs` of tiles side by side in a row of tiles, the last of which may be one tile; `count` pairs in all.
+    The mask is bytes of bits where PACKED, else int32, each four elements."""
     index = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
     pair = index // 2
     column = (pair % pairs * 2 + index % 2) * 4
@@ -101,11 +102,9 @@ def _exact_kernel(
             bits = ((left >> 4 * r) & 15) | (((right >> 4 * r) & 15) << 4)
             tl.store(mask + (pair // pairs * 4 + r) * pairs + pair % pairs, bits.to(tl.uint8), mask=pair < count)
     else:
-        lane = tl.arange(0, 4)[None, :]
         for r in tl.static_range(4):
-            kept = (pattern[:, None] >> (4 * r + lane)) & 1
-            to = mask + ((row + r) * columns + column)[:, None] + lane
-            tl.store(to, kept.to(tl.uint8), mask=inside[:, None])
+            kept = (((pattern >> 4 * r) & 15) * 0x00204081) & 0x01010101  # four bits as four bytes
+            tl.store(mask + ((row + r) * columns + column) // 4, kept, mask=inside)
 
 
 @triton.jit
@@ -169,8 +168,9 @@ def _exact(scores: Tensor, target: Tensor, magnitude: bool, packed: bool) -> Non
     pairs = triton.cdiv(columns, 8)
     count = scores.numel() // columns // 4 * pairs
     _exact_kernel[(triton.cdiv(2 * count, TILES),)](
-        scores, target, columns, pairs, count, magnitude, packed, TILES, enable_fp_fusion=False
-    )
+        scores, target if packed else target.view(torch.int32), columns, pairs, count, magnitude, packed, TILES,
+        enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def _greedy(scores: Tensor, target: Tensor, n: int, m: int, magnitude: bool, packed: bool) -> None:

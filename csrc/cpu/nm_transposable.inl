@@ -72,6 +72,18 @@ inline Wide<int32_t> in_order(Wide<int32_t> found) {
 }
 inline Wide<int64_t> in_order(Wide<int64_t> found) { return found; }
 
+// pyrx::tile_value of vectors.
+template <bool kMagnitude, typename E>
+inline Wide<E> tile_values(Wide<E> scores) {
+  using A = Wide<E>;
+  const A most = A{} + TileBounds<E>::most, nan = A{} + TileBounds<E>::nan;
+  A values = scores;
+  if constexpr (kMagnitude) values = values > -values ? values : -values;
+  else values = values < -most ? -most : values;
+  values = values > most ? most : values;
+  return scores == scores ? values : nan;
+}
+
 // The patterns of as many tiles as a vector has lanes.
 template <bool kMagnitude, typename T>
 inline void exact_patterns(const T* scores, int64_t stride, int32_t* patterns) {
@@ -83,7 +95,7 @@ inline void exact_patterns(const T* scores, int64_t stride, int32_t* patterns) {
     Wide<A> x[4];
     load_columns<T, A>(scores + row * stride, x);
 #pragma GCC unroll 4
-    for (int column = 0; column < 4; ++column) x[column] = tile_value<A>(x[column], kMagnitude);
+    for (int column = 0; column < 4; ++column) x[column] = tile_values<kMagnitude, A>(x[column]);
     tiles.set_row(row, x[0], x[1], x[2], x[3]);
   }
   const P found = in_order(tiles.search());
@@ -148,12 +160,13 @@ inline K signed_key(T score, bool magnitude) {
 // Greedy masks of small tiles, as many as a vector has lanes. In each round every element is kept that is the first, by
 // rank and index, of what is left in its row and in its column: nothing before it can take their room. The first of a
 // tile is among them, so a round that keeps none is the last. The scores of one row after another, tile by tile.
-template <typename T, typename K = integer_of<T>>
+// kGroup is M, or 0: known when it is called.
+template <int kGroup, typename T, typename K = integer_of<T>>
 inline void greedy_lanes(const T* scores, int64_t stride, int count, const NM& nm, uint8_t* bytes,
                          int64_t bytes_stride) {
   using V = Wide<K>;
   constexpr int lanes = kWideLanes<K>;
-  const int m = nm.m;
+  const int m = kGroup ? kGroup : nm.m;
   const V taken = V{} + kTaken<K>, none = V{} - 1;
   V keys[kLaneGroup * kLaneGroup], row_room[kLaneGroup], column_room[kLaneGroup], kept[kLaneGroup];
   for (int i = 0; i < m; ++i) {
@@ -202,7 +215,10 @@ inline void greedy_lanes(const T* scores, int64_t stride, int count, const NM& n
     K rows[lanes];
     std::memcpy(rows, &kept[i], sizeof(V));
     for (int lane = 0; lane < count; ++lane)
-      for (int j = 0; j < m; ++j) bytes[i * bytes_stride + lane * m + j] = rows[lane] >> j & 1;
+      for (int j = 0; j < m; j += 4) {
+        const uint32_t four = bytes_of_row(static_cast<uint32_t>(rows[lane] >> j & 15));
+        std::memcpy(bytes + i * bytes_stride + lane * m + j, &four, std::min(4, m - j));
+      }
   }
 }
 
@@ -264,7 +280,11 @@ void greedy_tiles(const T* scores, int64_t stride, int64_t tiles, const NM& nm, 
                   int64_t bytes_stride) {
   if (nm.m <= kLaneGroup) {
     blocks_of<kWideLanes<integer_of<T>>>(tiles, [&](int64_t first, int count) {
-      greedy_lanes(scores + first * nm.m, stride, count, nm, bytes + first * nm.m, bytes_stride);
+      const T* from = scores + first * nm.m;
+      uint8_t* to = bytes + first * nm.m;
+      if (nm.m == 4) greedy_lanes<4>(from, stride, count, nm, to, bytes_stride);
+      else if (nm.m == 8) greedy_lanes<8>(from, stride, count, nm, to, bytes_stride);
+      else greedy_lanes<0>(from, stride, count, nm, to, bytes_stride);
     });
   } else {
     for (int64_t tile = 0; tile < tiles; ++tile)

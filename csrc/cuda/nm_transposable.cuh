@@ -12,12 +12,12 @@ constexpr int kExactThreads = 256;
 constexpr int kGreedyThreads = kMostGroup;  // at most: a thread is a row and a column of a tile
 
 // The pattern of the 4 x 4 tile whose rows begin at rows[0][offset].
-template <typename T, int N>
-__device__ inline uint32_t tile_pattern(const Vector<T, N> (&rows)[4], int offset, bool magnitude) {
+template <bool kMagnitude, typename T, int N>
+__device__ inline uint32_t tile_pattern(const Vector<T, N> (&rows)[4], int offset) {
   TileSearch<Acc<T>, uint32_t> tile;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const auto value = [&](int c) { return tile_value<Acc<T>>(widen(rows[r].v[offset + c]), magnitude); };
+    const auto value = [&](int c) { return tile_value<Acc<T>>(widen(rows[r].v[offset + c]), kMagnitude); };
     tile.set_row(r, value(0), value(1), value(2), value(3));
   }
   return tile.search();
@@ -49,8 +49,9 @@ __global__ void __launch_bounds__(kExactThreads)
         }
       }
     }
-    const uint32_t left = tile_pattern(scored, 0, magnitude);
-    const uint32_t right = both ? tile_pattern(scored, 4, magnitude) : 0;
+    const uint32_t left = magnitude ? tile_pattern<true>(scored, 0) : tile_pattern<false>(scored, 0);
+    uint32_t right = 0;
+    if (both) right = magnitude ? tile_pattern<true>(scored, 4) : tile_pattern<false>(scored, 4);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const uint32_t low = left >> 4 * r & 15, high = right >> 4 * r & 15;

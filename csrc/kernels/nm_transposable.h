@@ -1,6 +1,8 @@
 // Transposable N:M sparsity: of each M x M tile at most N elements of every row and of every column are kept.
 #pragma once
 
+#include <cmath>
+
 #include "kernels/nm_sparsity.h"
 
 namespace pyrx {
@@ -18,6 +20,14 @@ template <>
 struct TileBounds<double> {
   static constexpr double most = 0x1p1000, nan = 0x1p1004;
 };
+
+// What the exact search adds up.
+template <typename A>
+PYRX_HOST_DEVICE A tile_value(A score, bool magnitude) {
+  constexpr A most = TileBounds<A>::most, nan = TileBounds<A>::nan;
+  const A value = std::fmin(magnitude ? std::fabs(score) : std::fmax(score, -most), most);
+  return score == score ? value : nan;
+}
 
 // Pairs of columns: (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3). The columns that pair p does not have are 5 - p.
 constexpr int pair_index(int a, int b) {

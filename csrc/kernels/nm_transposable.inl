@@ -1,17 +1,6 @@
 // The exact search of 2:4 tiles: of the 90 4 x 4 patterns that keep two of every row and column one of the largest sum.
 // Included by nm_transposable.h for one tile, and inside each set of vector kernels for as many as a vector has lanes:
-// A is a float or a vector of them, P an integer or a vector of as many bits.
-
-// What the search adds up; E is the type of A's elements.
-template <typename E, typename A>
-PYRX_HOST_DEVICE A tile_value(A score, bool magnitude) {
-  const A most = A{} + TileBounds<E>::most, nan = A{} + TileBounds<E>::nan;
-  A value = score;
-  if (magnitude) value = value > -value ? value : -value;
-  value = value > most ? most : value;
-  if (!magnitude) value = value < -most ? -most : value;
-  return score == score ? value : nan;
-}
+// A is a float or a vector of them, P an integer or a vector of integers of A's size.
 
 template <typename A, typename P>
 struct TileSearch {

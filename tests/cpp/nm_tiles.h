@@ -13,6 +13,7 @@
 inline double score_at(uint64_t i) {
   const double kinds[] = {0.0, -0.0, INFINITY, -INFINITY, NAN, -NAN, 6e-8, -1.5};
   if (i % 7 == 3) return kinds[i / 7 % 8];
+  if (i / 300 % 3 == 2) return kinds[lane_of(5, i, 0) % 5];  // tiles that cannot keep or drop all of a kind
   return i / 50 % 2 ? std::round(2 * normal(i)) : normal(i);
 }
 

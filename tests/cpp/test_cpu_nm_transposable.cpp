@@ -24,7 +24,7 @@ struct Strip {
 
   Strip(int64_t group, int64_t count, int64_t gap)
       : m(group), tiles(count), stride(group * count + gap), scores((group - 1) * stride + group * count, 1) {
-    for (int64_t i = 0; i < scores.size(); ++i) scores[i] = plain::narrow<T>(static_cast<accumulate_t<T>>(score_at(i + gap)));
+    for (int64_t i = 0; i < scores.size(); ++i) scores[i] = plain::narrow<T>(static_cast<accumulate_t<T>>(score_at(i + 100 * count)));
   }
   std::vector<double> tile(int64_t index) const {
     std::vector<double> found;
