@@ -54,8 +54,8 @@ void test_shape(int64_t rows, int64_t row_groups, int n, int m, bool full, bool 
       if (!keeps(g, i) && missing-- <= 0) continue;
       if (place == n) break;
       CHECK_EQUAL(indices[g * n + place], i, "%d:%d, group %lld, place %d", n, m, (long long)g, place);
-      CHECK(same_bits(values[g * n + place], keeps(g, i) ? weight[g * m + i] : zero), "%d:%d, value %d of group %lld", n, m,
-            place, (long long)g);
+      const T own = keeps(g, i) ? weight[g * m + i] : zero;
+      CHECK(same_bits(values[g * n + place], own), "%d:%d, value %d of group %lld", n, m, place, (long long)g);
       ++place;
     }
     CHECK_EQUAL(place, n, "%d:%d, group %lld", n, m, (long long)g);
@@ -78,8 +78,8 @@ void test_shape(int64_t rows, int64_t row_groups, int n, int m, bool full, bool 
 
 template <typename T>
 void test_type() {
-  const int ratios[][2] = {{2, 4}, {1, 4}, {1, 1}, {3, 3}, {1, 8}, {2, 16}, {3, 5}, {5, 13}, {7, 63}, {9, 64}, {3, 65}, {50, 100},
-                           {127, 127}, {64, 128}, {1, 128}, {128, 128}};
+  const int ratios[][2] = {{2, 4},  {1, 4},  {1, 1},  {3, 3},    {1, 8},     {2, 16},   {3, 5},   {5, 13},
+                           {7, 63}, {9, 64}, {3, 65}, {50, 100}, {127, 127}, {64, 128}, {1, 128}, {128, 128}};
   for (const auto& [n, m] : ratios)
     for (const bool full : {true, false}) {
       test_shape<T>(3, 2, n, m, full, false, 2, 0);
