@@ -339,11 +339,13 @@ def nm_linear(x: Tensor, packed: NMPacked, bias: Tensor | None = None, *, backen
     Equivalent to `torch.nn.functional.linear(x, packed.to_dense(), bias)`, up to rounding.
 
     Cost: on the CPU n / m of the dense layer's multiplications; of its bytes n / m times 1 + 1 / itemsize, which is
-    what a few rows of x wait for. Against F.linear over the dense weight, 4096 x 4096 on a processor with AVX-512
-    (bench/bench_nm_packed.py): faster at every ratio of 2:4 or sparser and every number of rows in float32; in float64
-    too, but for one row at 2:4. In bfloat16, of which such a processor does two products in the time of one, faster for
-    up to 3 rows, and at 1:8 and sparser for any number; at 2:4 and more rows slower, by up to half: there multiply with
-    `to_dense()`, made once.
+    what a few rows of x wait for. Against F.linear over the dense weight of 4096 columns (bench/bench_nm_packed.py):
+    float32, with AVX-512 or AVX2: faster at 2:4 and every sparser ratio, for any number of rows.
+    float64, with AVX-512: likewise, but for one row at 2:4.
+    bfloat16, of which a processor with AVX-512 BF16 does two products in the time of one: faster for up to 3 rows, and
+    at 1:8 and sparser for any number; at 2:4 and more rows slower, by up to half. There multiply with `to_dense()`,
+    made once.
+    Where the processor has neither AVX-512 nor AVX2 the dense weight is faster.
     On a GPU: without a gradient to record, 2:4 weights of float16 and bfloat16 whose sizes torch serves go through
     its semi-structured product (`to_semi_structured`, kept beside the weight until that is written); all else, and
     whatever runs on a backend asked for by name or under torch.compile, decompresses the weight and multiplies with
