@@ -35,7 +35,8 @@ inline void check_nm_linear(const at::Tensor& x, const at::Tensor& values, const
   PYRX_CHECK_VALUE(values.dim() == 2, op, "values", "of shape [R, C / m * n]", values.sizes());
   const int64_t columns = values.size(1) / n * m;
   check_dtype(op, "x", x, values.scalar_type());
-  PYRX_CHECK_VALUE(x.dim() > 0 && x.size(-1) == columns, op, "x", "of shape [..., C] with C = " + text(columns), x.sizes());
+  PYRX_CHECK_VALUE(x.dim() > 0 && x.size(-1) == columns, op, "x", "of shape [..., C] with C = " + text(columns),
+                   x.sizes());
   check_device(op, "x", x, values.device());
   check_vector(op, "bias", bias, values.scalar_type(), "[R]", values.size(0), values.device());
 }

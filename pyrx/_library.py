@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyrx._backends import TRITON_INTERPRETED
 
@@ -98,12 +97,6 @@ def define(
     keys = ("CUDA", "CPU") if TRITON_INTERPRETED else ("CUDA",)
     for key in keys:
         TRITON.impl(name, _launcher(row, name), key)
-
-
-def autocast(tensors: Sequence[Tensor | None], device_type: str) -> list[Tensor | None]:
-    """As F.linear's operands are cast under autocast: to its dtype, float64 left alone."""
-    dtype = torch.get_autocast_dtype(device_type)
-    return [each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in tensors]
 
 
 def namespace(backend: str) -> Any:

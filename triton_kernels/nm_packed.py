@@ -23,21 +23,20 @@ def _groups(groups, m, GROUPS: tl.constexpr, M: tl.constexpr):
     return group, place[None, :], (group < groups)[:, None] & (place < m)[None, :]
 
 
-# Bytes: the kept values and the bits in, values and indices out. Operations: a scan of each group's bits.
+# Bytes: the kept values and the bits in, values and indices out. Operations: two scans of each group.
 @triton.jit
 def _compress_kernel(
     weight, bits, values, indices, groups, row_groups, row_bytes, n, m, GROUPS: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
-    """As slot_of in csrc/kernels/nm_packed.h."""
     group, place, there = _groups(groups, m, GROUPS, M)
     column = (group % row_groups)[:, None] * m + place
     byte = tl.load(bits + (group // row_groups)[:, None] * row_bytes + column // 8, mask=there, other=0)
     kept = (byte.to(tl.int32) >> (column % 8).to(tl.int32)) & 1
-    before = tl.cumsum(kept, axis=1) - kept
-    gaps = place - before
+    gaps = place - (tl.cumsum(kept, axis=1) - kept)
     missing = tl.maximum(n - tl.sum(kept, axis=1), 0)[:, None]
-    slot = before + tl.minimum(gaps, missing)
-    stored = there & ((kept != 0) | (gaps < missing)) & (slot < n)
+    stored = ((kept != 0) | (gaps < missing)).to(tl.int32)
+    slot = tl.cumsum(stored, axis=1) - stored
+    stored = there & (stored != 0) & (slot < n)
     own = tl.load(weight + group[:, None] * m + place, mask=stored & (kept != 0), other=0)
     at = group[:, None] * n + slot
     tl.store(values + at, own, mask=stored)

@@ -17,10 +17,10 @@
 namespace pyrx::cpu {
 namespace {
 
-constexpr int64_t kTask = 32768;      // elements of a weight that are worth a thread
-constexpr int64_t kTileBytes = 32768; // of x, so that it stays in the first-level cache while all rows pass
-constexpr int64_t kRows = 256;        // most rows of a task: their sums stay in the second-level cache
-constexpr int64_t kDotRows = 32;      // likewise, where the indices are read twice
+constexpr int64_t kTask = 32768;       // elements of a weight that are worth a thread
+constexpr int64_t kTileBytes = 32768;  // of x, so that it stays in the first-level cache while all rows pass
+constexpr int64_t kRows = 256;         // most rows of a task: their sums stay in the second-level cache
+constexpr int64_t kDotRows = 32;       // fewest; of a few rows of x, since they are read once for every four of those
 
 void check_indices(std::string_view op, bool below, int64_t m) {
   PYRX_CHECK_VALUE(below, op, "indices", "in [0, " + text(m) + ")", "one of at least " + text(m));
@@ -135,7 +135,8 @@ struct Product {
   }
 
   // sums (rows, width), of which `count` columns are rows of y from `sample` on
-  void finish(const Acc* sums, int64_t first, int64_t rows, int64_t width, int64_t sample, int64_t count, Acc* turned) const {
+  void finish(const Acc* sums, int64_t first, int64_t rows, int64_t width, int64_t sample, int64_t count,
+              Acc* turned) const {
     T* to = y + sample * weight.rows + first;
     if constexpr (std::is_same_v<T, Acc>) {
       transpose(sums, width, rows, count, to, weight.rows);
@@ -181,7 +182,8 @@ struct Product {
     const auto tile_width = [&](int64_t i) {
       return blocks(std::min(tile, batch - i * tile), kPackedLanes) * kPackedLanes;
     };
-    const at::Tensor memory = at::empty({tiles * tile * columns}, at::device(at::kCPU).dtype(c10::CppTypeToScalarType<Acc>::value));
+    const at::Tensor memory = at::empty({blocks(batch, kPackedLanes) * kPackedLanes * columns},
+                                        at::device(at::kCPU).dtype(c10::CppTypeToScalarType<Acc>::value));
     use_huge_pages(memory);
     Acc* turned = memory.mutable_data_ptr<Acc>();
     const int64_t strip = std::max<int64_t>(1, std::min<int64_t>(columns, 256)), strips = blocks(columns, strip);
@@ -203,9 +205,10 @@ struct Product {
       }
     });
 
-    const int64_t size = std::clamp<int64_t>(weight.rows / (4 * at::get_num_threads()), std::min<int64_t>(32, kRows), kRows);
+    const int64_t size = std::clamp<int64_t>(weight.rows / (4 * at::get_num_threads()), kDotRows, kRows);
+    const int64_t grain = std::max<int64_t>(1, kTask / (size * std::max<int64_t>(1, columns)));
     std::atomic<bool> below = true;
-    at::parallel_for(0, blocks(weight.rows, size) * tiles, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, blocks(weight.rows, size) * tiles, grain, [&](int64_t begin, int64_t end) {
       std::vector<Acc> sums(size * tile), scratch(std::is_same_v<T, Acc> ? 0 : size * tile);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i / tiles * size, count = std::min(size, weight.rows - first);

@@ -289,7 +289,8 @@ int most_dots(int n, int m) {
 
 template <typename T>
 constexpr NMPackedKernels<T> nm_packed_table() {
-  NMPackedKernels<T> table{kMostVectors<accumulate_t<T>>, &multiply_packed<T>, nullptr, nullptr, &widen_run<T>, &narrow_run<T>};
+  constexpr int vectors = kMostVectors<accumulate_t<T>>;
+  NMPackedKernels<T> table{vectors, &multiply_packed<T>, nullptr, nullptr, &widen_run<T>, &narrow_run<T>};
 #if PYRX_ISA
   if constexpr (sizeof(accumulate_t<T>) == 4) {
     table.most_dots = &most_dots<T>;

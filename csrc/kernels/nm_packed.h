@@ -24,8 +24,9 @@ PYRX_HOST_DEVICE int count_ones(const GroupMask& mask) { return count_ones(mask.
 
 // How many of the elements before i are kept, 0 <= i <= 128.
 PYRX_HOST_DEVICE int kept_before(const GroupMask& mask, int i) {
-  if (i >= 64) return count_ones(mask.low) + (i == 128 ? count_ones(mask.high) : count_ones(mask.high & ((1ull << (i - 64)) - 1)));
-  return count_ones(mask.low & ((1ull << i) - 1));
+  if (i == 128) return count_ones(mask);
+  const uint64_t before = (1ull << i % 64) - 1;
+  return i < 64 ? count_ones(mask.low & before) : count_ones(mask.low) + count_ones(mask.high & before);
 }
 
 // Bits first .. first + m - 1 of a row of bits.
@@ -33,7 +34,8 @@ PYRX_HOST_DEVICE GroupMask group_mask(const uint8_t* bits, int64_t first, int m)
   GroupMask mask{0, 0};
   const int64_t end = first + m;
   for (int64_t at = first; at < end;) {
-    const int shift = static_cast<int>(at % 8), left = static_cast<int>(end - at), count = left < 8 - shift ? left : 8 - shift;
+    const int shift = static_cast<int>(at % 8), left = static_cast<int>(end - at);
+    const int count = left < 8 - shift ? left : 8 - shift;
     const uint64_t piece = (bits[at / 8] >> shift) & ((1u << count) - 1);
     const int place = static_cast<int>(at - first);
     if (place < 64) mask.low |= piece << place;

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_shape, fail
+from pyrx._linear import autocast, rows_of
 from pyrx._losses import (
     accumulation_dtype,
     check_class_weight,
@@ -312,11 +313,6 @@ def multi_sample_dropout(
     return _library.namespace(chosen).multi_sample_dropout(input, seed, t, antithetic)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., D) as (rows, D); reshape(-1, D) cannot where D is 0."""
-    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
-
-
 def _split_target(
     target: Tensor | MixedTarget, dtype: torch.dtype, lead: Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -328,7 +324,7 @@ def _split_target(
     check_float(HEAD, "target", target)
     if target.dim() != len(lead) + 1 or list(target.shape[:-1]) != list(lead):
         fail(HEAD, "target", f"of shape [..., C] = {[*lead, 'C']}", list(target.shape))
-    return _rows(target).to(dtype), None, None
+    return rows_of(target).to(dtype), None, None
 
 
 def multi_sample_dropout_cross_entropy(
@@ -406,15 +402,15 @@ def multi_sample_dropout_cross_entropy(
     check_choice(HEAD, "combine", combine, COMBINES)
     antithetic = is_antithetic(HEAD, sampling)
     device_type = input.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    under_autocast = torch.is_autocast_enabled(device_type)
     features, classifier, bias = input, linear_weight, linear_bias
-    if autocast:
-        features, classifier, bias = _library.autocast((input, linear_weight, linear_bias), device_type)  # type: ignore[assignment]
+    if under_autocast:
+        features, classifier, bias = autocast((input, linear_weight, linear_bias), device_type)  # type: ignore[assignment]
     accumulation = accumulation_dtype(features.dtype)
-    loss_dtype = accumulation if autocast else features.dtype
+    loss_dtype = accumulation if under_autocast else features.dtype
     lead = features.shape[:-1]
     target_a, target_b, lam = _split_target(target, accumulation, lead)
-    features = _rows(features)
+    features = rows_of(features)
     class_weight = None if weight is None else weight.to(accumulation)
     chosen = select(ROW, device_type, features.dtype, backend)
     seed = seed_tensor(HEAD, seed, generator, input.device)

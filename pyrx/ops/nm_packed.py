@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_float, check_shape, check_tensor, fail
+from pyrx._linear import autocast, rows_of
 from pyrx.ops.nm_sparsity import check_bits, check_nm, mask_bits, nm_mask
 from pyrx.reference import nm_packed as reference
 
@@ -95,20 +96,15 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x if ctx.needs[1] else None, values if ctx.needs[0] else None, indices)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., D) as (rows, D); reshape(-1, D) cannot where D is 0."""
-    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
-
-
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, indices = ctx.saved_tensors
     grad_x = grad_values = grad_bias = None
     if ctx.needs[0]:
         grad_x = grad @ ctx.ops.nm_decompress(values, indices, ctx.n, ctx.m)
     if ctx.needs[1]:
-        grad_values = (_rows(grad).t() @ _rows(x)).gather(-1, reference.columns_of(indices, ctx.n, ctx.m))
+        grad_values = (rows_of(grad).t() @ rows_of(x)).gather(-1, reference.columns_of(indices, ctx.n, ctx.m))
     if ctx.needs[2]:
-        grad_bias = _rows(grad).sum(0)
+        grad_bias = rows_of(grad).sum(0)
     return grad_x, grad_values, None, grad_bias, None, None
 
 
@@ -343,11 +339,13 @@ def nm_linear(x: Tensor, packed: NMPacked, bias: Tensor | None = None, *, backen
     Equivalent to `torch.nn.functional.linear(x, packed.to_dense(), bias)`, up to rounding.
 
     Cost: on the CPU n / m of the dense layer's multiplications; of its bytes n / m times 1 + 1 / itemsize, which is
-    what a few rows of x wait for. Against F.linear over the dense weight, 4096 x 4096 on a processor with AVX-512
-    (bench/bench_nm_packed.py): faster at every ratio of 2:4 or sparser and every number of rows in float32; in float64
-    too, but for one row at 2:4. In bfloat16, of which such a processor does two products in the time of one, faster for
-    up to 4 rows, and at 1:8 and sparser for any number; at 2:4 and more rows slower, by up to half: there multiply with
-    `to_dense()`, made once.
+    what a few rows of x wait for. Against F.linear over the dense weight of 4096 columns (bench/bench_nm_packed.py):
+    float32, with AVX-512 or AVX2: faster at 2:4 and every sparser ratio, for any number of rows.
+    float64, with AVX-512: likewise, but for one row at 2:4.
+    bfloat16, of which a processor with AVX-512 BF16 does two products in the time of one: faster for up to 3 rows, and
+    at 1:8 and sparser for any number; at 2:4 and more rows slower, by up to half. There multiply with `to_dense()`,
+    made once.
+    Where the processor has neither AVX-512 nor AVX2 the dense weight is faster.
     On a GPU: without a gradient to record, 2:4 weights of float16 and bfloat16 whose sizes torch serves go through
     its semi-structured product (`to_semi_structured`, kept beside the weight until that is written); all else, and
     whatever runs on a backend asked for by name or under torch.compile, decompresses the weight and multiplies with
@@ -366,11 +364,11 @@ def nm_linear(x: Tensor, packed: NMPacked, bias: Tensor | None = None, *, backen
     device_type = packed.device.type
     values = packed.values
     if torch.is_autocast_enabled(device_type):
-        x, values, bias = _library.autocast((x, values, bias), device_type)  # type: ignore[assignment]
+        x, values, bias = autocast((x, values, bias), device_type)  # type: ignore[assignment]
     arguments = (x, values, packed.indices, bias, packed.n, packed.m)
     _check_linear(*arguments)
     if backend is None and not os.environ.get("PYRX_BACKEND") and _is_semi_structured(packed, x, values, bias):
-        return torch.nn.functional.linear(x, packed._semi_structured(), bias)
+        return torch.nn.functional.linear(x.contiguous(), packed._semi_structured(), bias)
     chosen = select(ROW, device_type, values.dtype, backend)
     if chosen == "reference":
         return reference.nm_linear(*arguments)
