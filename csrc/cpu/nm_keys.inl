@@ -54,7 +54,8 @@ struct PlainKeys {
   PlainKeys ranked(const KeyRule<K>& rule) const {
     return each(*this, [&](K bits, K) {
       const K absolute = bits & std::numeric_limits<K>::max(), nan = rule.infinity + 1;
-      return static_cast<K>(absolute > nan ? nan : bits < 0 && absolute < nan && !rule.magnitude ? -absolute : absolute);
+      if (absolute >= nan) return nan;
+      return static_cast<K>(bits < 0 && !rule.magnitude ? -absolute : absolute);
     });
   }
   PlainKeys minus(const PlainKeys& b) const { return each(b, [](K x, K y) { return static_cast<K>(x - y); }); }
@@ -74,6 +75,11 @@ struct PlainKeys {
   // bit i of lane i
   uint32_t below(const PlainKeys& b) const { return bits(b, [](K x, K y) { return x < y; }); }
   uint32_t equal(const PlainKeys& b) const { return bits(b, [](K x, K y) { return x == y; }); }
+  int count_below(const PlainKeys& b) const {
+    int found = 0;
+    for (int i = 0; i < kWidth; ++i) found += v[i] < b.v[i];
+    return found;
+  }
 
   struct Order {
     K lane[kWidth];
@@ -141,6 +147,7 @@ struct WideKeys {
     else return {_mm512_mask_mov_epi64(b.v, static_cast<__mmask8>(bits), v)};
   }
   uint32_t below(const WideKeys& b) const { return PYRX_SIZED(_mm512_cmplt, _mask, v, b.v); }
+  int count_below(const WideKeys& b) const { return std::popcount(below(b)); }
   uint32_t equal(const WideKeys& b) const { return PYRX_SIZED(_mm512_cmpeq, _mask, v, b.v); }
   using Order = __m512i;
   static Order order(const K* lanes) { return _mm512_loadu_si512(lanes); }
@@ -190,6 +197,7 @@ struct WideKeys {
     return {_mm256_blendv_epi8(b.v, v, own)};
   }
   uint32_t below(const WideKeys& b) const { return bits(PYRX_SIZED(_mm256_cmpgt, , b.v, v)); }
+  int count_below(const WideKeys& b) const { return std::popcount(below(b)); }
   uint32_t equal(const WideKeys& b) const { return bits(PYRX_SIZED(_mm256_cmpeq, , v, b.v)); }
   struct Order {
     __m256i own, other;  // lanes; of 16-bit keys bytes of the lane's own half and of the other, -1 where of neither

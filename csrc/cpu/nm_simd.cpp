@@ -1,6 +1,7 @@
 #include "cpu/nm_simd.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>

@@ -32,10 +32,14 @@ class BitWriter {
   void put(const uint8_t* bits, int64_t first, int64_t n) {
     bits += first / 8;
     const int shift = static_cast<int>(first % 8);
-    for (int64_t i = 0; i < n; i += 8) {
-      const int count = static_cast<int>(std::min<int64_t>(8, n - i));
-      uint32_t byte = static_cast<uint32_t>(bits[i / 8]) >> shift;
-      if (shift + count > 8) byte |= static_cast<uint32_t>(bits[i / 8 + 1]) << (8 - shift);
+    for (; n >= 32; n -= 32, bits += 4) {
+      const uint32_t word = bits[0] | bits[1] << 8 | bits[2] << 16 | static_cast<uint32_t>(bits[3]) << 24;
+      put(shift == 0 ? word : word >> shift | static_cast<uint32_t>(bits[4]) << (32 - shift), 32);
+    }
+    for (; n > 0; n -= 8, ++bits) {
+      const int count = static_cast<int>(std::min<int64_t>(8, n));
+      uint32_t byte = static_cast<uint32_t>(bits[0]) >> shift;
+      if (shift + count > 8) byte |= static_cast<uint32_t>(bits[1]) << (8 - shift);
       put(byte & ((1u << count) - 1), count);
     }
   }
@@ -74,6 +78,9 @@ const NMKernels<T>& nm_kernels();
 struct NMByteKernels {
   // bytes[i] = bit i, as bool tensors store it
   void (*unpack)(const uint8_t* bits, int64_t n, uint8_t* bytes);
+  // rows of `width` < 8 bits, one behind another, to a byte each, and back
+  void (*spread)(const uint8_t* bits, int64_t rows, int width, uint8_t* bytes);
+  void (*gather)(const uint8_t* bytes, int64_t rows, int width, uint8_t* bits);
 };
 const NMByteKernels& nm_byte_kernels();
 

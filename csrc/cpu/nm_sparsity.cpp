@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -75,6 +76,18 @@ void rank_rows(const T* scores, const GroupLayout& layout, const NM& nm, Sink si
   });
 }
 
+// n elements, by pieces whose last overlaps the one before: a call for each of a few bytes costs more than they do.
+template <typename T>
+void copy_short(const T* from, int64_t n, T* to) {
+  constexpr int64_t kPiece = 16 / sizeof(T);
+  if (n < kPiece) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    return;
+  }
+  for (int64_t i = 0; i + kPiece < n; i += kPiece) std::memcpy(to + i, from + i, 16);
+  std::memcpy(to + n - kPiece, from + n - kPiece, 16);
+}
+
 // Groups across few columns: those of several blocks of (m, inner) are ranked side by side.
 template <typename T>
 void rank_few_columns(const T* scores, const GroupLayout& layout, const NM& nm, Sink sink) {
@@ -87,7 +100,7 @@ void rank_few_columns(const T* scores, const GroupLayout& layout, const NM& nm, 
   const int64_t full = pieces_of(blocks, most), tiles = full + (rest != 0);
   at::parallel_for(0, slabs * tiles, kTilesOfTask, [&](int64_t begin, int64_t end) {
     std::vector<T> side(most * nm.m * inner);
-    std::vector<uint8_t> ranked(bytes_of(most * inner) * nm.m), bits(bytes_of(most * nm.m * inner));
+    std::vector<uint8_t> ranked(bytes_of(most * inner) * nm.m + 4), bits(bytes_of(most * nm.m * inner));
     for (int64_t tile = begin; tile < end; ++tile) {
       const bool last = tile % tiles == full;
       const int64_t before = last ? blocks : tile % tiles * most, first = tile / tiles * slab + before * nm.m * inner;
@@ -99,8 +112,19 @@ void rank_few_columns(const T* scores, const GroupLayout& layout, const NM& nm, 
       kernels.rank_columns(side.data(), columns, rows, columns, nm, ranked.data(), row_bytes);
       {
         BitWriter writer(bits.data());
-        for (int64_t block = 0; block < here; ++block)
-          for (int64_t i = 0; i < rows; ++i) writer.put(ranked.data() + i * row_bytes, block * inner, inner);
+        for (int64_t block = 0; block < here; ++block) {
+          const int64_t bit = block * inner;
+          for (int64_t i = 0; i < rows; ++i) {
+            const uint8_t* row = ranked.data() + i * row_bytes;
+            if (inner <= 25) {  // within four bytes, wherever they begin
+              uint32_t window;
+              std::memcpy(&window, row + bit / 8, 4);
+              writer.put(window >> bit % 8 & ((1u << inner) - 1), static_cast<int>(inner));
+            } else {
+              writer.put(row, bit, inner);
+            }
+          }
+        }
       }
       sink(first, here * rows * inner, bits.data());
     }
@@ -153,6 +177,8 @@ struct BitRows {
     uint8_t* to = bits + row * row_bytes + column / 8;
     if (width % 8 == 0 || n <= width) {
       std::copy_n(run, bytes_of(n), to);
+    } else if (width < 8) {
+      nm_byte_kernels().spread(run, n / width, static_cast<int>(width), to);
     } else {
       for (int64_t i = 0; i < n; i += width, to += row_bytes) BitWriter(to).put(run, i, width);
     }
@@ -164,7 +190,9 @@ std::vector<int64_t> memory_order(const at::Tensor& dense) {
   std::vector<int64_t> order(dense.dim());
   std::iota(order.begin(), order.end(), 0);
   // a dimension of one element has any stride, and may stand anywhere
-  const auto stride = [&](int64_t i) { return dense.size(i) == 1 ? std::numeric_limits<int64_t>::max() : dense.stride(i); };
+  const auto stride = [&](int64_t i) {
+    return dense.size(i) == 1 ? std::numeric_limits<int64_t>::max() : dense.stride(i);
+  };
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return stride(a) > stride(b); });
   return order;
 }
@@ -221,21 +249,25 @@ void apply(const at::Tensor& x, const at::Tensor& bits, Dropped dropped, const s
     for_row_runs(x.numel() / width, width, 1, [&](int64_t first, int64_t n, uint8_t* scratch) {
       const uint8_t* own = given + first / width * row_bytes + first % width / 8;
       if (width % 8 != 0 && n > width) {
-        BitWriter writer(scratch);
-        for (int64_t i = 0; i < n; i += width, own += row_bytes) writer.put(own, 0, width);
-        own = nullptr;
+        if (width < 8) {
+          nm_byte_kernels().gather(own, n / width, static_cast<int>(width), scratch);
+        } else {
+          BitWriter writer(scratch);
+          for (int64_t i = 0; i < n; i += width, own += row_bytes) writer.put(own, 0, width);
+        }
+        own = scratch;
       }
       ApplyRun<T> here = run;
       if (here.weight) here.weight += first;
-      nm_kernels<T>().apply(here, from + first, own ? own : scratch, n, to + first);
+      nm_kernels<T>().apply(here, from + first, own, n, to + first);
     });
   });
 }
 
 std::tuple<at::Tensor, at::Tensor> nm_sparsify(const at::Tensor& weight, const std::optional<at::Tensor>& scores,
                                                const std::optional<at::Tensor>& mask,
-                                               const std::optional<at::Tensor>& decay, int64_t n, int64_t m, int64_t dim,
-                                               bool magnitude, bool pad, int64_t estimator, double) {
+                                               const std::optional<at::Tensor>& decay, int64_t n, int64_t m,
+                                               int64_t dim, bool magnitude, bool pad, int64_t estimator, double) {
   const NM nm = check_nm_sparsify(weight, scores, mask, decay, n, m, dim, magnitude, pad, estimator);
   const Dropped dropped = kForward[estimator];
   const at::Tensor x = weight.contiguous(), out = at::empty_like(weight), y = contiguous_target(out);
@@ -260,8 +292,8 @@ std::tuple<at::Tensor, at::Tensor> nm_sparsify(const at::Tensor& weight, const s
   return {finish(y, out), bits};
 }
 
-at::Tensor nm_apply(const at::Tensor& x, const at::Tensor& bits, int64_t dropped, const std::optional<at::Tensor>& factor,
-                    const std::optional<at::Tensor>& weight, double strength) {
+at::Tensor nm_apply(const at::Tensor& x, const at::Tensor& bits, int64_t dropped,
+                    const std::optional<at::Tensor>& factor, const std::optional<at::Tensor>& weight, double strength) {
   check_nm_apply(x, bits, dropped, factor, weight);
   const at::Tensor out = at::empty_like(x), y = contiguous_target(out);
   use_huge_pages(y);

@@ -46,9 +46,11 @@ T score(Kind kind, uint64_t i) {
   bits_t<T> bits;
   std::memcpy(&bits, &out, sizeof(bits));
   // every sign and payload of NaN, zeros of both signs
-  if (kind == kSpecial) bits |= static_cast<bits_t<T>>(random >> 8 & 1) << (8 * sizeof(bits) - 1) | (x != x ? random & 7 : 0);
+  if (kind == kSpecial)
+    bits |= static_cast<bits_t<T>>(random >> 8 & 1) << (8 * sizeof(bits) - 1) | (x != x ? random & 7 : 0);
   if (kind == kRandomBits)
-    for (size_t j = 0; j < sizeof(bits); j += 2) bits = static_cast<bits_t<T>>(static_cast<uint64_t>(bits) << 16 | lane_of(4 + j, i, 0));
+    for (size_t j = 0; j < sizeof(bits); j += 2)
+      bits = static_cast<bits_t<T>>(static_cast<uint64_t>(bits) << 16 | lane_of(4 + j, i, 0));
   std::memcpy(&out, &bits, sizeof(bits));
   return out;
 }
@@ -92,13 +94,14 @@ void test_groups(const char* set, const NMKernels<T>& kernels, int m, Kind kind,
   for (const int64_t groups : {1, 2, 19}) {
     const Buffer<T> x = scores<T>(kind, groups * m);
     std::vector<int> ranks(groups * m);
-    for (int64_t i = 0; i < groups * m; ++i) ranks[i] = rank_of(x.data() + i / m * m, 1, m, static_cast<int>(i % m), magnitude);
+    for (int64_t i = 0; i < groups * m; ++i)
+      ranks[i] = rank_of(x.data() + i / m * m, 1, m, static_cast<int>(i % m), magnitude);
     for (const int n : kept_counts(m)) {
       Buffer<uint8_t> got((groups * m + 7) / 8), expected(got.size());
       pack(ranks, 0, groups * m, n, expected.data());
       kernels.rank_groups(x.data(), groups, {n, m, magnitude}, got.data());
-      CHECK(same(got, expected), "%s: %ld groups of %d:%d, %zu bytes, kind %d, magnitude %d", set, groups, n, m, sizeof(T), kind,
-            magnitude);
+      CHECK(same(got, expected), "%s: %ld groups of %d:%d, %zu bytes, kind %d, magnitude %d", set, groups, n, m,
+            sizeof(T), kind, magnitude);
     }
   }
 }
@@ -112,13 +115,14 @@ void test_columns(const char* set, const NMKernels<T>& kernels, int m, Kind kind
       const Buffer<T> x = scores<T>(kind, (rows - 1) * stride + columns);
       std::vector<int> ranks(rows * columns);
       for (int i = 0; i < rows; ++i)
-        for (int64_t c = 0; c < columns; ++c) ranks[i * columns + c] = rank_of(x.data() + c, stride, rows, i, magnitude);
+        for (int64_t c = 0; c < columns; ++c)
+          ranks[i * columns + c] = rank_of(x.data() + c, stride, rows, i, magnitude);
       for (const int n : kept_counts(m)) {
         Buffer<uint8_t> got(rows * bits_stride - 1), expected(got.size());  // what is between the rows stays
         for (int i = 0; i < rows; ++i) pack(ranks, i * columns, columns, n, expected.data() + i * bits_stride);
         kernels.rank_columns(x.data(), stride, rows, columns, {n, m, magnitude}, got.data(), bits_stride);
-        CHECK(same(got, expected), "%s: %ld columns of %d:%d, %d rows, %zu bytes, kind %d, magnitude %d", set, columns, n, m,
-              rows, sizeof(T), kind, magnitude);
+        CHECK(same(got, expected), "%s: %ld columns of %d:%d, %d rows, %zu bytes, kind %d, magnitude %d", set, columns,
+              n, m, rows, sizeof(T), kind, magnitude);
       }
     }
 }
@@ -158,7 +162,8 @@ void test_apply(const char* set, const NMKernels<T>& kernels) {
             const bool kept = bits[i / 8] >> i % 8 & 1;
             const T expected = kept ? x[i] : plain::narrow<T>(rest);
             CHECK(same_bits(out[i], expected) || (!kept && is_nan(out[i]) && is_nan(expected)),
-                  "%s: apply %ld to %zu bytes, kind %d, element %ld of %ld", set, int64_t(dropped), sizeof(T), kind, i, n);
+                  "%s: apply %ld to %zu bytes, kind %d, element %ld of %ld", set, int64_t(dropped), sizeof(T), kind,
+                  i, n);
           }
         }
 }
@@ -173,6 +178,24 @@ void test_unpack(const char* set, const NMByteKernels& kernels) {
   }
 }
 
+void test_rows(const char* set, const NMByteKernels& kernels) {
+  for (int width = 1; width < 8; ++width)
+    for (const int64_t rows : {1, 7, 8, 9, 16, 100}) {
+      Buffer<uint8_t> bits((rows * width + 7) / 8), spread(rows), back(bits.size());
+      for (int64_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint8_t>(lane_of(9, i, 0));
+      if (rows * width % 8 != 0) bits[bits.size() - 1] &= (1 << rows * width % 8) - 1;
+      kernels.spread(bits.data(), rows, width, spread.data());
+      kernels.gather(spread.data(), rows, width, back.data());
+      CHECK(same(bits, back), "%s: gather %ld rows of %d bits", set, rows, width);
+      for (int64_t i = 0; i < rows * 8; ++i) {
+        const int64_t at = i / 8 * width + i % 8;
+        const bool expected = i % 8 < width && bits[at / 8] >> at % 8 & 1;
+        CHECK_EQUAL(spread[i / 8] >> i % 8 & 1, expected, "%s: spread %ld rows of %d bits, row %ld", set, rows, width,
+                    i / 8);
+      }
+    }
+}
+
 template <typename T>
 void test_type(const char* set, const NMKernels<T>& kernels) {
   test_ranks<T>(set, kernels);
@@ -184,7 +207,8 @@ void test_type(const char* set, const NMKernels<T>& kernels) {
   test_type<double>(#name, name::nm_table<double>());      \
   test_type<bfloat16>(#name, name::nm_table<bfloat16>());  \
   test_type<float16>(#name, name::nm_table<float16>());    \
-  test_unpack(#name, name::nm_byte_table());
+  test_unpack(#name, name::nm_byte_table());               \
+  test_rows(#name, name::nm_byte_table());
 
 }  // namespace
 
