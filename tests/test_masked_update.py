@@ -225,6 +225,37 @@ def test_layouts(backend, which):
         assert getattr(got, which).stride() == strides and getattr(got, which) is value
 
 
+@pytest.mark.parametrize(
+    "shape, memory_format",
+    [
+        ((8, 12, 3, 5), torch.channels_last),
+        ((3, 8, 1, 3), torch.channels_last),
+        ((2, 12, 3, 2, 5), torch.channels_last_3d),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_channels_last(backend, shape, memory_format, dim):
+    served(backend)
+    m = shape[dim] if shape[dim] % 4 else 4
+    for step in ("adamw", "sgd"):
+        tensors = Tensors(shape, 1, m, dim)
+        expected = getattr(tensors.clone(), step)(backend="reference")
+        for name in ("weight", "grad", "exp_avg", "exp_avg_sq"):
+            setattr(tensors, name, getattr(tensors, name).contiguous(memory_format=memory_format))
+        assert_same(getattr(tensors, step)(backend=backend), expected)
+        assert tensors.weight.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("shape, dim", [((8, 12), -1), ((8, 5), 0), ((8, 8, 1, 1), 1), ((8, 8, 3, 3), 1)], ids=name_of)
+def test_bits_beyond_the_rows_say_nothing(backend, shape, dim):
+    served(backend)
+    tensors = Tensors(shape, 2, 4, dim)
+    expected = tensors.clone().adamw(backend="reference")
+    tensors.mask[..., -1] |= (0xFF << (shape[-1] % 8 or 8)) & 0xFF
+    assert_same(tensors.adamw(backend=backend), expected)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @pytest.mark.parametrize("rule", RULES)
 def test_special_values(backend, dtype, rule):

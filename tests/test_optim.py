@@ -300,6 +300,11 @@ def test_loads_a_torch_adamw(capturable):
     assert_same_bits(state["exp_avg"], peer.state[first]["exp_avg"])
     assert state["step"] == 3 and state["step"].dtype == torch.float32 and "mask" not in optimizer.state[rest[0]]
     train(net, optimizer, 1)
+    old = peer.state_dict()  # as earlier versions of torch wrote it
+    old["state"] = {key: each | {"step": 3} for key, each in old["state"].items()}
+    optimizer.load_state_dict(old)
+    step = optimizer.state[first]["step"]
+    assert step == 3 and step.dtype == torch.float32 and step.device == first.device
     amsgrad = torch.optim.AdamW(net.parameters(), amsgrad=True)
     with pytest.raises(ValueError, match="expected state_dict of an optimizer without amsgrad, got one with it"):
         MaskedAdamW(net.parameters()).load_state_dict(amsgrad.state_dict())

@@ -1,9 +1,11 @@
 // Masked optimizer steps on the CPU: chunk by chunk, updated and then ranked while it is in the cache.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -17,6 +19,7 @@ namespace {
 
 constexpr int64_t kTile = 4096;         // elements that are updated and then ranked
 constexpr int64_t kColumnTile = 16384;  // as many in rows that are apart: longer runs of each
+constexpr int64_t kColumns = 1024;      // the most of these side by side
 constexpr int64_t kTask = 32768;        // the least that a thread is woken for
 constexpr int64_t kShortRow = 128;  // rows of bits below this, not whole bytes, are taken many at a time
 
@@ -28,26 +31,46 @@ struct MaskPlan {
 
 int64_t bytes_of(int64_t bits) { return (bits + 7) / 8; }
 
-// flat = `rows` rows of `length` bits, one right after another; a byte beyond its last is written.
-void join_bits(const uint8_t* bits, int64_t rows, int64_t length, uint8_t* flat) {
-  std::fill_n(flat, bytes_of(rows * length) + 1, uint8_t(0));
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < length; i += 8) {
-      const int64_t at = row * length + i;
-      const uint32_t moved = static_cast<uint32_t>(*bits++) << at % 8;
-      flat[at / 8] |= static_cast<uint8_t>(moved);
-      flat[at / 8 + 1] |= static_cast<uint8_t>(moved >> 8);
-    }
+// bit i = the lowest of bytes[i]
+void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t eight = 0;
+    std::memcpy(&eight, bytes + i, std::min<int64_t>(8, n - i));
+    // byte j goes to bit 56 + j
+    *bits++ = static_cast<uint8_t>((eight & 0x0101010101010101ull) * 0x0102040810204080ull >> 56);
+  }
 }
 
-// The reverse; a byte beyond flat's last is read.
-void split_bits(const uint8_t* flat, int64_t rows, int64_t length, uint8_t* bits) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < length; i += 8) {
-      const int64_t at = row * length + i;
-      const uint32_t both = flat[at / 8] | static_cast<uint32_t>(flat[at / 8 + 1]) << 8;
-      *bits++ = static_cast<uint8_t>(both >> at % 8 & ((1u << std::min<int64_t>(8, length - i)) - 1));
-    }
+// Rows of `length` bits, each padded to bytes, one right behind another, and back.
+void join(const uint8_t* bits, int64_t rows, int64_t length, uint8_t* flat) {
+  if (length == 1) return pack(bits, rows, flat);
+  BitWriter writer(flat);
+  for (int64_t row = 0; row < rows; ++row) writer.put(bits + row * bytes_of(length), 0, length);
+}
+void split(const uint8_t* flat, int64_t rows, int64_t length, uint8_t* bits) {
+  if (length == 1) return nm_byte_kernels().unpack(flat, rows, bits);
+  for (int64_t row = 0; row < rows; ++row) BitWriter(bits + row * bytes_of(length)).put(flat, row * length, length);
+}
+
+// Bits of a weight of `shape` with its dimensions in another order.
+at::Tensor reordered(const at::Tensor& bits, at::IntArrayRef shape, at::IntArrayRef order) {
+  const at::Tensor bytes = at::empty(shape, bits.options());
+  const int64_t from = shape.back(), rows = bytes.numel() / from;
+  const uint8_t* given = bits.const_data_ptr<uint8_t>();
+  uint8_t* unpacked = bytes.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, rows, kTask / from + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      nm_byte_kernels().unpack(given + row * bytes_of(from), from, unpacked + row * from);
+  });
+  const at::Tensor moved = bytes.permute(order).contiguous();
+  const at::Tensor found = empty_bits(moved);
+  const int64_t to = moved.sizes().back();
+  const uint8_t* source = moved.const_data_ptr<uint8_t>();
+  uint8_t* packed = found.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, moved.numel() / to, kTask / to + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) pack(source + row * to, to, packed + row * bytes_of(to));
+  });
+  return found;
 }
 
 template <typename F>
@@ -64,28 +87,34 @@ void sweep(const MaskPlan& plan, at::IntArrayRef shape, int64_t dim, const T* we
   const auto& kernels = nm_kernels<T>();
 
   if (last % 8 != 0 && last < kShortRow) {
-    // whole slabs of M rows, dense in memory, with their bits joined
-    const int64_t slab = nm.m * layout.inner, unit = layout.inner < last ? last : slab;
-    const int64_t elements = std::max<int64_t>(1, kTile / unit) * unit;
+    // whole slabs of M rows, dense in memory, with their bits joined; those of several slabs are ranked side by side
+    const int64_t inner = layout.inner, slab = nm.m * inner, unit = inner < last ? last : slab;
+    const int64_t slabs = inner == 1 ? 1 : std::max<int64_t>(1, std::min(kTile / slab, kColumns / inner));
+    const int64_t elements = inner == 1 ? std::max<int64_t>(1, kTile / unit) * unit : slabs * slab;
     for_tasks((numel + elements - 1) / elements, elements, [&](int64_t begin, int64_t end) {
-      std::vector<uint8_t> flat(bytes_of(elements) + 1), ranked(bytes_of(layout.inner) * nm.m + 1);
+      std::vector<uint8_t> flat(bytes_of(elements)), ranked(inner == 1 ? 0 : bytes_of(slabs * inner) * nm.m);
+      std::vector<T> side(slabs == 1 ? 0 : elements);
       for (int64_t first = begin * elements; first < std::min(end * elements, numel); first += elements) {
-        const int64_t n = std::min(elements, numel - first);
-        uint8_t* const bits = mask + first / last * bytes_of(last);
-        if (plan.read) join_bits(bits, n / last, last, flat.data());
+        const int64_t n = std::min(elements, numel - first), rows = n / last, row_bytes = bytes_of(last);
+        uint8_t* bits = mask + first / last * row_bytes;
+        if (plan.read) join(bits, rows, last, flat.data());
         update(first, plan.read ? flat.data() : nullptr, n);
         if (!plan.refresh) continue;
-        if (layout.inner == 1) {
-          kernels.rank_groups(weight + first, n / nm.m, nm, flat.data());
-          split_bits(flat.data(), n / last, last, bits);
+        const T* scores = weight + first;
+        if (inner == 1) {
+          kernels.rank_groups(scores, n / nm.m, nm, flat.data());
+          split(flat.data(), rows, last, bits);
           continue;
         }
-        const int64_t rows = layout.inner / last, stride = bytes_of(layout.inner);
-        for (int64_t at = 0; at < n; at += slab) {
-          kernels.rank_columns(weight + first + at, layout.inner, nm.m, layout.inner, nm, ranked.data(), stride);
-          for (int64_t i = 0; i < nm.m; ++i)
-            split_bits(ranked.data() + i * stride, rows, last, bits + (at / last + i * rows) * bytes_of(last));
+        const int64_t columns = n / nm.m, stride = bytes_of(columns);
+        if (slabs > 1) {
+          for (int64_t at = 0; at < n; at += inner)
+            std::copy_n(scores + at, inner, side.data() + at / inner % nm.m * columns + at / slab * inner);
+          scores = side.data();
         }
+        kernels.rank_columns(scores, columns, nm.m, columns, nm, ranked.data(), stride);
+        for (int64_t at = 0; at < n; at += last, bits += row_bytes)
+          BitWriter(bits).put(ranked.data() + at / inner % nm.m * stride, at / slab * inner + at % inner, last);
       }
     });
     return;
@@ -122,10 +151,54 @@ void sweep(const MaskPlan& plan, at::IntArrayRef shape, int64_t dim, const T* we
   });
 }
 
-// Written tensors as the kernels take them: dense, copied back by finish where they are not.
-template <typename T>
-T* data(const at::Tensor& dense) {
-  return static_cast<T*>(dense.mutable_data_ptr());
+// A tensor as the kernels take it: dense, its dimensions in an order of the weight's; finish copies it back.
+class Dense {
+ public:
+  Dense(const at::Tensor& tensor, at::IntArrayRef order)
+      : view_(order.empty() ? tensor : tensor.permute(order)), dense_(view_.contiguous()) {}
+  void finish() const { pyrx::finish(dense_, view_); }
+  at::IntArrayRef shape() const { return dense_.sizes(); }
+  template <typename T>
+  const T* read() const { return static_cast<const T*>(dense_.const_data_ptr()); }
+  template <typename T>
+  T* write() const { return static_cast<T*>(dense_.mutable_data_ptr()); }
+
+ private:
+  at::Tensor view_, dense_;
+};
+
+// The order of dimensions in which a channels_last weight is dense; none where it is their own.
+std::vector<int64_t> order_of(const at::Tensor& weight) {
+  if (weight.is_contiguous()) return {};
+  if (weight.is_contiguous(at::MemoryFormat::ChannelsLast)) return {0, 2, 3, 1};
+  if (weight.is_contiguous(at::MemoryFormat::ChannelsLast3d)) return {0, 2, 3, 4, 1};
+  return {};
+}
+
+// The mask of a weight, likewise.
+class DenseMask {
+ public:
+  DenseMask(const at::Tensor& mask, at::IntArrayRef shape, at::IntArrayRef order)
+      : mask_(mask), order_(order), bits_(mask.contiguous()) {
+    if (!order.empty()) bits_ = reordered(bits_, shape, order);
+  }
+  void finish(at::IntArrayRef shape) const {
+    std::vector<int64_t> back(order_.size());
+    for (size_t i = 0; i < order_.size(); ++i) back[order_[i]] = static_cast<int64_t>(i);
+    pyrx::finish(order_.empty() ? bits_ : reordered(bits_, shape, back), mask_);
+  }
+  uint8_t* bits() const { return bits_.mutable_data_ptr<uint8_t>(); }
+
+ private:
+  at::Tensor mask_;
+  at::IntArrayRef order_;
+  at::Tensor bits_;
+};
+
+// Where dimension dim of a weight is in that order.
+int64_t place_of(int64_t dim, int64_t dims, at::IntArrayRef order) {
+  if (dim < 0) dim += dims;
+  return order.empty() ? dim : std::find(order.begin(), order.end(), dim) - order.begin();
 }
 
 double rate_of(double lr, const std::optional<at::Tensor>& lr_tensor) {
@@ -144,24 +217,26 @@ void masked_adamw(at::TensorList weights, at::TensorList grads, at::TensorList e
   const MaskPlan plan = plan_of(nm, options.rule, refresh);
   for (size_t i = 0; i < weights.size(); ++i) {
     if (weights[i].numel() == 0) continue;
-    const at::Tensor weight = weights[i].contiguous(), grad = grads[i].contiguous(), mask = masks[i].contiguous(),
-                     exp_avg = exp_avgs[i].contiguous(), exp_avg_sq = exp_avg_sqs[i].contiguous();
-    dispatch_storage(weight.scalar_type(), [&](auto type) {
+    const std::vector<int64_t> order = order_of(weights[i]);
+    const Dense weight(weights[i], order), grad(grads[i], order), exp_avg(exp_avgs[i], order),
+        exp_avg_sq(exp_avg_sqs[i], order);
+    const DenseMask mask(masks[i], weights[i].sizes(), order);
+    dispatch_storage(weights[i].scalar_type(), [&](auto type) {
       using T = decltype(type);
       const auto step =
           adamw_step<accumulate_t<T>>(options, rate_of(lr, lr_tensor), *steps[i].const_data_ptr<float>());
-      const T* g = static_cast<const T*>(grad.const_data_ptr());
-      T *w = data<T>(weight), *first = data<T>(exp_avg), *second = data<T>(exp_avg_sq);
+      const T* g = grad.read<T>();
+      T *w = weight.write<T>(), *first = exp_avg.write<T>(), *second = exp_avg_sq.write<T>();
       const auto& kernels = masked_kernels<T>();
-      sweep(plan, weight.sizes(), dim < 0 ? dim + weight.dim() : dim, w, data<uint8_t>(mask),
+      sweep(plan, weight.shape(), place_of(dim, weights[i].dim(), order), w, mask.bits(),
             [&](int64_t at, const uint8_t* bits, int64_t count) {
               kernels.adamw(step, g + at, bits, count, w + at, first + at, second + at);
             });
     });
-    finish(weight, weights[i]);
-    finish(exp_avg, exp_avgs[i]);
-    finish(exp_avg_sq, exp_avg_sqs[i]);
-    finish(mask, masks[i]);
+    weight.finish();
+    exp_avg.finish();
+    exp_avg_sq.finish();
+    if (refresh) mask.finish(weight.shape());
   }
 }
 
@@ -175,22 +250,25 @@ void masked_sgd(at::TensorList weights, at::TensorList grads, at::TensorList mom
   const MaskPlan plan = plan_of(nm, options.rule, refresh);
   for (size_t i = 0; i < weights.size(); ++i) {
     if (weights[i].numel() == 0) continue;
-    const at::Tensor weight = weights[i].contiguous(), grad = grads[i].contiguous(), mask = masks[i].contiguous();
-    const at::Tensor buffer = momentum != 0 ? momentum_buffers[i].contiguous() : at::Tensor();
-    dispatch_storage(weight.scalar_type(), [&](auto type) {
+    const std::vector<int64_t> order = order_of(weights[i]);
+    const Dense weight(weights[i], order), grad(grads[i], order);
+    const std::optional<Dense> buffer =
+        momentum != 0 ? std::optional<Dense>(std::in_place, momentum_buffers[i], order) : std::nullopt;
+    const DenseMask mask(masks[i], weights[i].sizes(), order);
+    dispatch_storage(weights[i].scalar_type(), [&](auto type) {
       using T = decltype(type);
       const auto step = sgd_step<accumulate_t<T>>(options, rate_of(lr, lr_tensor));
-      const T* g = static_cast<const T*>(grad.const_data_ptr());
-      T *w = data<T>(weight), *velocity = buffer.defined() ? data<T>(buffer) : nullptr;
+      const T* g = grad.read<T>();
+      T *w = weight.write<T>(), *velocity = buffer ? buffer->write<T>() : nullptr;
       const auto& kernels = masked_kernels<T>();
-      sweep(plan, weight.sizes(), dim < 0 ? dim + weight.dim() : dim, w, data<uint8_t>(mask),
+      sweep(plan, weight.shape(), place_of(dim, weights[i].dim(), order), w, mask.bits(),
             [&](int64_t at, const uint8_t* bits, int64_t count) {
               kernels.sgd(step, g + at, bits, count, w + at, velocity ? velocity + at : nullptr);
             });
     });
-    finish(weight, weights[i]);
-    finish(mask, masks[i]);
-    if (buffer.defined()) finish(buffer, momentum_buffers[i]);
+    weight.finish();
+    if (buffer) buffer->finish();
+    if (refresh) mask.finish(weight.shape());
   }
 }
 

@@ -6,6 +6,10 @@ inline void store_moved(T* p, const Vec<accumulate_t<T>>& x, uint32_t moves, Cou
 #if PYRX_ISA == 512
   const uint32_t lanes = moves & ((1u << int(count)) - 1);
   if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lanes), x.v);
+  if constexpr (std::is_same_v<T, double>) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lanes), _mm512_loadu_pd(x.v));
+    return _mm512_mask_storeu_pd(p + 8, static_cast<__mmask8>(lanes >> 8), _mm512_loadu_pd(x.v + 8));
+  }
   if constexpr (sizeof(T) == 2) {
     T out[kLanes];
     store(out, x);

@@ -19,6 +19,8 @@ from pyrx.ops.nm_sparsity import check_nm, nm_mask, packed_shape
 # of the groups in state dicts of torch.optim.AdamW and SGD
 _TORCH_OPTIONS = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
+_ONE = torch.tensor(1.0, device="cpu")
+
 
 class _Masking(NamedTuple):
     """What a step does with the mask of one weight."""
@@ -296,7 +298,8 @@ class MaskedAdamW(MaskedOptimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor], masking: _Masking) -> None:
         exp_avgs, exp_avg_sqs, steps = self._moments(params)
         beta1, beta2 = group["betas"]
-        torch._foreach_add_(steps, 1)
+        # of Python's 1 a CPU tensor is made for each
+        torch._foreach_add_(steps, _ONE if steps[0].is_cpu else 1.0)
         masked_adamw(
             params,
             [param.grad for param in params],  # type: ignore[misc]
