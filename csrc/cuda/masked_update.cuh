@@ -117,15 +117,16 @@ struct UpdateVector {
     kept >>= at % 8;
   }
 
-  // A weight that holds is moved too but keeps its bits: no branch, and a NaN its payload.
+  // A weight that holds is moved too but keeps its bits: no branch, and a NaN its payload. It moves as of ones, since the
+  // root and the quotient of its zeros would take their slow ways.
   __device__ void move(const typename Update::template Step<Acc<T>>& step) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const bool hold = step.rule == kHold, bit = kept >> j & 1, moves = bit || !hold;
-      Acc<T> to = widen(weight.v[j]), of[Update::kMoments];
+      Acc<T> to = widen(weight.v[j]), of[Update::kMoments], g = moves ? widen(grad.v[j]) : Acc<T>(1);
 #pragma unroll
-      for (int k = 0; k < Update::kMoments; ++k) of[k] = widen(moments[k].v[j]);
-      Update::update(step, to, of, widen(grad.v[j]), bit || hold);
+      for (int k = 0; k < Update::kMoments; ++k) of[k] = moves ? widen(moments[k].v[j]) : Acc<T>(1);
+      Update::update(step, to, of, g, bit || hold);
       weight.v[j] = moves ? narrow<T>(to) : weight.v[j];
 #pragma unroll
       for (int k = 0; k < Update::kMoments; ++k) moments[k].v[j] = moves ? narrow<T>(of[k]) : moments[k].v[j];

@@ -118,8 +118,9 @@ template <typename A>
 PYRX_HOST_DEVICE AdamWElement<A> adamw(const AdamWStep<A>& step, AdamWElement<A> old, A gradient, bool kept) {
   if (step.rule == kHold && !kept) return old;
   const A g = ruled_gradient(step, gradient, old.weight, kept);
-  const A away = g - old.exp_avg;
-  const A exp_avg = step.near ? old.exp_avg + mul(step.rest1, away) : g - mul(step.beta1, away);
+  // old + rest1 * away or g - beta1 * away, without a branch
+  const A from = step.near ? old.exp_avg : g, slope = step.near ? step.rest1 : -step.beta1;
+  const A exp_avg = from + mul(slope, g - old.exp_avg);
   const A exp_avg_sq = mul(step.beta2, old.exp_avg_sq) + mul(mul(step.rest2, g), g);
   const A root = mul(std::sqrt(exp_avg_sq), step.inverse_root) + step.eps;
   return {mul(step.decay, old.weight) - mul(step.step_size, exp_avg) / root, exp_avg, exp_avg_sq};

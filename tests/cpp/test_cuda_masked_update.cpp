@@ -144,7 +144,7 @@ const Options kOptions[] = {{kHold, false, false, 1}, {kSrSte, true, true, 2}, {
 template <typename Update, typename T, int kN, int kM>
 void test_rows(int n, int m) {
   const int64_t wide = std::max(m, 8), tile = kRowTile<T>;
-  const std::vector<Form> forms = {{1, wide, 1, wide}, {5, 3 * wide, 1, 3 * wide}, {tile / wide + 3, wide, 1, wide}, {2, tile / 2, 1, tile / 2}};
+  const std::vector<Form> forms = {{1, wide, 1, wide}, {5, 3 * wide, 1, 3 * wide}, {tile / wide + 3, wide, 1, wide}};
   for (const Options& each : kOptions)
     test_kernel("rows", &update_rows_kernel<Update, T, kN, kM>, tile, forms, NM{n, m, each.step != 2}, each);
 }
@@ -174,17 +174,15 @@ void test_ratios() {
   test_rows<Update, T, 1, 4>(1, 4);
   test_rows<Update, T, 2, 4>(2, 4);
   test_rows<Update, T, 3, 4>(3, 4);
-  for (const int n : {1, 2, 4, 5, 8}) test_rows<Update, T, 0, 8>(n, 8);
-  for (const int m : {16, 32, 64, 128}) {
-    test_rows<Update, T, 1, 0>(1, m);
-    test_rows<Update, T, 2, 0>(2, m);
-    for (const int n : {3, m / 2, m}) test_rows<Update, T, 0, 0>(n, m);
-  }
+  for (const int n : {1, 4, 5, 8}) test_rows<Update, T, 0, 8>(n, 8);
+  for (const int m : {16, 32, 128}) test_rows<Update, T, 1, 0>(1, m);
+  for (const int m : {16, 64}) test_rows<Update, T, 2, 0>(2, m);
+  for (const int m : {16, 32, 128}) test_rows<Update, T, 0, 0>(m / 2 - 1, m);
   test_columns<Update, T, 1, 2>(1);
   test_columns<Update, T, 1, 4>(1);
   test_columns<Update, T, 2, 4>(2);
   test_columns<Update, T, 3, 4>(3);
-  for (const int n : {1, 4, 7, 8}) test_columns<Update, T, 0, 8>(n);
+  for (const int n : {1, 4, 7}) test_columns<Update, T, 0, 8>(n);
 }
 
 // as many tensors as a launch takes
