@@ -1,6 +1,7 @@
 """N:M sparsity by the Triton kernels: the reference's bits, see triton_helpers.py."""
 
 import importlib
+import itertools
 import re
 
 import helpers
@@ -40,7 +41,7 @@ FORMS = [
     ((7, 6, 1), 1, 2, 3, False),
     ((5, 1), 0, 2, 4, True),
     ((2, 128, 5), 1, 64, 128, False),
-    ((20, 600), 0, 4, 16, True),
+    ((20, 300), 0, 4, 16, True),
     ((2, 3, 4, 10), 2, 2, 4, False),
     ((0, 8), 1, 2, 4, False),
     ((4, 0), 1, 2, 4, False),
@@ -108,13 +109,14 @@ def assert_same_but_nan(got, expected, what=""):
 @forms
 @dtypes
 def test_masks(device, shape, dim, n, m, pad, dtype):
-    for name, scores in laid_out(scores_of(shape, dtype, device)):
-        for magnitude in (True, False):
-            for packed in (True, False):
-                options = {"dim": dim, "magnitude": magnitude, "packed": packed, "pad": pad}
-                got, expected = (pyrx.nm_mask(scores, n, m, backend=b, **options) for b in ("triton", "reference"))
-                assert got.dtype == expected.dtype and torch.equal(got, expected), (name, options)
-                assert packed or got.stride() == torch.empty_like(scores).stride(), name
+    for i, (name, scores) in enumerate(laid_out(scores_of(shape, dtype, device))):
+        for magnitude, packed in itertools.product((True, False), repeat=2):
+            if i > 0 and magnitude == packed:
+                continue  # layouts are the launcher's concern
+            options = {"dim": dim, "magnitude": magnitude, "packed": packed, "pad": pad}
+            got, expected = (pyrx.nm_mask(scores, n, m, backend=b, **options) for b in ("triton", "reference"))
+            assert got.dtype == expected.dtype and torch.equal(got, expected), (name, options)
+            assert packed or got.stride() == torch.empty_like(scores).stride(), name
 
 
 @pytest.mark.parametrize("m", range(1, 17))
