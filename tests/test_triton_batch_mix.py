@@ -129,7 +129,7 @@ def probe(kind, inputs=None, seed=0, first=0, alpha=0.0, count=256, device="cpu"
     out = torch.zeros(2, count, dtype=torch.float64, device=device)
     inputs = out if inputs is None else inputs
     seed = torch.tensor(seed, device=device)
-    probe_kernel[(1,)](out, inputs, seed, first, launcher._bits(alpha), kind, count, enable_fp_fusion=False)
+    probe_kernel[(1,)](out, inputs, seed, first, launcher.float64_bits(alpha), kind, count, enable_fp_fusion=False)
     return out
 
 

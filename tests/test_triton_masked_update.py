@@ -9,7 +9,7 @@ import torch
 import triton_helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_helpers import DEVICES, INTERPRETED
+from triton_helpers import DEVICES, INTERPRETED, here
 
 from pyrx.ops.masked_update import masked_adamw, masked_sgd
 from pyrx.ops.nm_sparsity import nm_mask, packed_shape
@@ -105,7 +105,7 @@ def assert_same_step(update, tensors, *form, what="", **options):
 @forms
 @pytest.mark.parametrize("rule", RULES)
 def test_adamw(device, rule, shape, dim, n, m):
-    for i, dtype in enumerate(DTYPES):
+    for i, dtype in enumerate(here(DTYPES, n)):
         options = {**ADAMW, "dim": dim, "rule": rule, "strength": 0.3, "magnitude": i != 1, "step": 1 + 5 * i}
         weight, grad, *others = tensors_of(shape, dtype, device)
         for (name, each), (_, its) in zip(layouts_of(weight), reversed([*layouts_of(grad)]), strict=True):
@@ -118,7 +118,7 @@ def test_adamw(device, rule, shape, dim, n, m):
 @forms
 @pytest.mark.parametrize("rule", RULES)
 def test_sgd(device, rule, shape, dim, n, m):
-    for i, settled in enumerate(SGDS):
+    for i, settled in enumerate(here(SGDS, n)):
         options = {**settled, "dim": dim, "rule": rule, "strength": 0.3, "maximize": i == 1}
         tensors = tensors_of(shape, DTYPES[i % 3], device, moments=int("momentum" in settled))
         assert_same_step(masked_sgd, tensors, n, m, **options)
@@ -130,7 +130,7 @@ def test_sgd(device, rule, shape, dim, n, m):
     {"refresh": False},
 ], ids=str)  # fmt: skip
 def test_options_of_adamw(device, changes):
-    for dtype in DTYPES:
+    for dtype in here(DTYPES, 2):
         tensors = tensors_of((7, 48), dtype, device, 5)
         for rule in RULES:
             found = assert_same_step(masked_adamw, tensors, 2, 4, **{**ADAMW, "rule": rule, **changes})
@@ -199,8 +199,7 @@ def test_many_weights(device):
 
 def test_one_program_goes_through_all_tiles(device, monkeypatch):
     monkeypatch.setattr(launcher, "PROGRAMS", 2)
-    monkeypatch.setattr(launcher, "BYTES", 16)
-    for shape in ((9, 64), (9, 20)):
+    for shape in ((50, 64), (130, 20)):
         assert_same_step(masked_adamw, tensors_of(shape, torch.bfloat16, device), 2, 4, **ADAMW)
         assert_same_step(masked_sgd, tensors_of(shape, torch.float32, device, moments=1), 2, 4, momentum=0.5)
 

@@ -1,6 +1,7 @@
 """N:M sparsity by the Triton kernels: the reference's bits, see triton_helpers.py."""
 
 import importlib
+import itertools
 import re
 
 import helpers
@@ -9,7 +10,7 @@ import torch
 import triton_helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_helpers import DEVICES, INTERPRETED
+from triton_helpers import DEVICES, INTERPRETED, here
 
 import pyrx
 from pyrx.ops.nm_sparsity import ESTIMATORS
@@ -40,7 +41,7 @@ FORMS = [
     ((7, 6, 1), 1, 2, 3, False),
     ((5, 1), 0, 2, 4, True),
     ((2, 128, 5), 1, 64, 128, False),
-    ((20, 600), 0, 4, 16, True),
+    ((20, 300), 0, 4, 16, True),
     ((2, 3, 4, 10), 2, 2, 4, False),
     ((0, 8), 1, 2, 4, False),
     ((4, 0), 1, 2, 4, False),
@@ -58,7 +59,7 @@ def device(request):
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
 def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 120)
+    triton_helpers.run_interpreted(__file__, 250)
 
 
 def scores_of(shape, dtype, device="cpu", seed=0):
@@ -106,17 +107,17 @@ def assert_same_but_nan(got, expected, what=""):
 
 
 @forms
-@dtypes
-def test_masks(device, shape, dim, n, m, pad, dtype):
-    for name, scores in laid_out(scores_of(shape, dtype, device)):
-        for magnitude in (True, False):
-            for packed in (True, False):
-                options = {"dim": dim, "magnitude": magnitude, "packed": packed, "pad": pad}
-                got, expected = (pyrx.nm_mask(scores, n, m, backend=b, **options) for b in ("triton", "reference"))
-                assert got.dtype == expected.dtype and torch.equal(got, expected), (name, options)
-                assert packed or got.stride() == torch.empty_like(scores).stride(), name
+@pytest.mark.parametrize("magnitude, packed", [(True, True), (False, False), (True, False), (False, True)])
+def test_masks(device, shape, dim, n, m, pad, magnitude, packed):
+    options = {"dim": dim, "magnitude": magnitude, "packed": packed, "pad": pad}
+    for i, dtype in enumerate(here(DTYPES, m + magnitude)):
+        for name, scores in itertools.islice(laid_out(scores_of(shape, dtype, device)), 5 if i == 0 else 1):
+            got, expected = (pyrx.nm_mask(scores, n, m, backend=b, **options) for b in ("triton", "reference"))
+            assert got.dtype == expected.dtype and torch.equal(got, expected), (name, dtype)
+            assert packed or got.stride() == torch.empty_like(scores).stride(), name
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU compiles three kernels an n")
 @pytest.mark.parametrize("m", range(1, 17))
 def test_every_n(device, m):
     scores = scores_of((3, 8 * m), torch.bfloat16, device, m)
@@ -195,12 +196,12 @@ def assert_sparse(weight, upstream, **options):
 
 
 @forms
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS if INTERPRETED else ("sr-ste", "mdgf-scaled"))
 def test_sparsify(device, shape, dim, n, m, pad, estimator):
-    for i, dtype in enumerate(DTYPES):
+    for i, dtype in enumerate(here(DTYPES, n)):
         upstream = scores_of(shape, dtype, device, 1)
         made = list(laid_out(scores_of(shape, dtype, device)))
-        for name, weight in made[:: len(made) - 1][: 1 + (i == 2)]:
+        for name, weight in made[:: len(made) - 1][: 1 + (i == 0)]:
             options = {"n": n, "m": m, "dim": dim, "pad": pad, "estimator": estimator, "decay": 0.3, "strength": 0.1}
             result, gradient = assert_sparse(weight, upstream, **options)
             assert gradient.shape == result.shape, name
@@ -211,7 +212,7 @@ def test_sparsify(device, shape, dim, n, m, pad, estimator):
 def test_other_scores_and_masks(device, shape, dim, dtype):
     weight, upstream = scores_of(shape, dtype, device), torch.randn(shape).to(device, dtype)
     form = {"n": 2, "m": 4, "dim": dim, "decay": 0.25, "strength": 0.5}
-    for estimator in ESTIMATORS:
+    for estimator in here(ESTIMATORS, 2):
         options = {**form, "estimator": estimator}
         for scores in (
             torch.randn(shape, device=device),

@@ -22,6 +22,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+def here(variants, turn):
+    """All of them in the interpreter; on a GPU, which compiles kernels for each, one in turn."""
+    return variants if INTERPRETED else variants[turn % len(variants) :][:1]
+
+
 def run_interpreted(file, least):
     """The file's tests in the interpreter: at least that many pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", file]

@@ -31,8 +31,10 @@ from .nm_sparsity import (
 )
 from .random import float64_bits, float64_of
 
-# Bytes of a mask in a tile, and programs at most: each goes through many tiles with one step's scalars.
+# Bytes of a mask in a tile: no fewer elements than a program has threads, which would hold some twice and read one copy
+# after the other was written.
 BYTES = 128
+# At most: each goes through many tiles with one step's scalars.
 PROGRAMS = 2048
 
 _HOLD: tl.constexpr = tl.constexpr(HOLD)
