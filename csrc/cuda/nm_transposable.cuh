@@ -25,7 +25,7 @@ __device__ inline uint32_t tile_pattern(const Vector<T, N> (&rows)[4], int offse
 
 // Two tiles side by side a thread: 8 consecutive scores of four rows, aligned to 16 bytes where kWhole, which needs
 // columns that 8 divides. Scores (4 rows, columns), aligned to four elements.
-// Bytes: the scores and the mask once over 4.8 TB/s. Operations: about 300 a tile.
+// Bytes: the scores and the mask once over 4.8 TB/s. Operations: about 380 a tile.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kExactThreads)
     nm_transposable_exact_kernel(const T* scores, uint8_t* mask, int64_t rows, int64_t columns, bool magnitude,

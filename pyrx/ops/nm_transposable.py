@@ -80,8 +80,9 @@ def nm_transposable_mask(
     Equivalent to, for "exact", `patterns[(tiles.abs().flatten(1) @ patterns.flatten(1).T).argmax(1)]` with the 90
     patterns (90, 4, 4) and tiles (T, 4, 4), but for ties and rounding.
 
-    Cost: one read of the scores and one write of a byte (packed: a bit) an element; of arithmetic about one operation
-    an element and vector for "exact". "greedy" sorts the m * m elements of a tile, or looks at them once a round.
+    Cost: one read of the scores and one write of a byte (packed: a bit) an element; of arithmetic about 20 operations
+    an element for "exact", whatever the scores. "greedy" goes through a tile's elements once for every few it keeps, or
+    sorts them (m above 16 on the CPU).
 
     Raises:
         ValueError: n > m, sizes that m does not divide, fewer than two dimensions, method "exact" but for 2:4.
