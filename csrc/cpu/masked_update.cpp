@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -31,24 +30,15 @@ struct MaskPlan {
 
 int64_t bytes_of(int64_t bits) { return (bits + 7) / 8; }
 
-// bit i = the lowest of bytes[i]
-void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
-  for (int64_t i = 0; i < n; i += 8) {
-    uint64_t eight = 0;
-    std::memcpy(&eight, bytes + i, std::min<int64_t>(8, n - i));
-    // byte j goes to bit 56 + j
-    *bits++ = static_cast<uint8_t>((eight & 0x0101010101010101ull) * 0x0102040810204080ull >> 56);
-  }
-}
-
 // Rows of `length` bits, each padded to bytes, one right behind another, and back.
 void join(const uint8_t* bits, int64_t rows, int64_t length, uint8_t* flat) {
-  if (length == 1) return pack(bits, rows, flat);
+  if (length < 8) return nm_byte_kernels().gather(bits, rows, static_cast<int>(length), flat);
   BitWriter writer(flat);
   for (int64_t row = 0; row < rows; ++row) writer.put(bits + row * bytes_of(length), 0, length);
 }
 void split(const uint8_t* flat, int64_t rows, int64_t length, uint8_t* bits) {
   if (length == 1) return nm_byte_kernels().unpack(flat, rows, bits);
+  if (length < 8) return nm_byte_kernels().spread(flat, rows, static_cast<int>(length), bits);
   for (int64_t row = 0; row < rows; ++row) BitWriter(bits + row * bytes_of(length)).put(flat, row * length, length);
 }
 
@@ -68,7 +58,7 @@ at::Tensor reordered(const at::Tensor& bits, at::IntArrayRef shape, at::IntArray
   const uint8_t* source = moved.const_data_ptr<uint8_t>();
   uint8_t* packed = found.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, moved.numel() / to, kTask / to + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) pack(source + row * to, to, packed + row * bytes_of(to));
+    for (int64_t row = begin; row < end; ++row) join(source + row * to, to, 1, packed + row * bytes_of(to));
   });
   return found;
 }
@@ -96,7 +86,7 @@ void sweep(const MaskPlan& plan, at::IntArrayRef shape, int64_t dim, const T* we
       std::vector<T> side(slabs == 1 ? 0 : elements);
       for (int64_t first = begin * elements; first < std::min(end * elements, numel); first += elements) {
         const int64_t n = std::min(elements, numel - first), rows = n / last, row_bytes = bytes_of(last);
-        uint8_t* bits = mask + first / last * row_bytes;
+        uint8_t* const bits = mask + first / last * row_bytes;
         if (plan.read) join(bits, rows, last, flat.data());
         update(first, plan.read ? flat.data() : nullptr, n);
         if (!plan.refresh) continue;
@@ -106,15 +96,20 @@ void sweep(const MaskPlan& plan, at::IntArrayRef shape, int64_t dim, const T* we
           split(flat.data(), rows, last, bits);
           continue;
         }
-        const int64_t columns = n / nm.m, stride = bytes_of(columns);
+        const int64_t here = n / slab, columns = here * inner, stride = bytes_of(columns);
         if (slabs > 1) {
-          for (int64_t at = 0; at < n; at += inner)
-            std::copy_n(scores + at, inner, side.data() + at / inner % nm.m * columns + at / slab * inner);
+          for (int64_t k = 0; k < here; ++k)
+            for (int64_t i = 0; i < nm.m; ++i)
+              std::copy_n(scores + k * slab + i * inner, inner, side.data() + i * columns + k * inner);
           scores = side.data();
         }
         kernels.rank_columns(scores, columns, nm.m, columns, nm, ranked.data(), stride);
-        for (int64_t at = 0; at < n; at += last, bits += row_bytes)
-          BitWriter(bits).put(ranked.data() + at / inner % nm.m * stride, at / slab * inner + at % inner, last);
+        {
+          BitWriter writer(flat.data());
+          for (int64_t k = 0; k < here; ++k)
+            for (int64_t i = 0; i < nm.m; ++i) writer.put(ranked.data() + i * stride, k * inner, inner);
+        }
+        split(flat.data(), rows, last, bits);
       }
     });
     return;
