@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kParameterBytes = 4096;
 
-// The tensors of one weight, row-major, and what is to be copied back.
+// The tensors of one weight, row-major: themselves, or copies.
 struct Operands {
   at::Tensor weight, grad, moments[kMostMoments], bits;
 };
@@ -55,7 +55,7 @@ bool dispatch_fused(const NM& nm, bool columns, F f) {
   return dispatch_ratio(nm.n, nm.m, [&](auto ratio) { f(Ratio<ratio.m == 8 ? 0 : ratio.n, ratio.m>()); });
 }
 
-// Masks of the row's neighbour, for groups that no fused kernel ranks.
+// A mask by the op itself, for groups that no fused kernel ranks.
 void make_mask(const at::Tensor& weight, const NM& nm, int64_t dim, const at::Tensor& bits) {
   using Signature = at::Tensor(const at::Tensor&, int64_t, int64_t, int64_t, bool, bool, bool);
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("pyrx::nm_mask", "").typed<Signature>();
@@ -105,7 +105,8 @@ void masked_update(at::TensorList weights, at::TensorList grads, std::initialize
           launch(&update_columns_kernel<Update, T, ratio.n, ratio.m>, table, columns, kColumnTile<T, ratio.m>);
       });
     }
-    for (const size_t i : unranked) make_mask(operands[i].weight, nm, dim < 0 ? dim + weights[i].dim() : dim, operands[i].bits);
+    for (const size_t i : unranked)
+      make_mask(operands[i].weight, nm, dim < 0 ? dim + weights[i].dim() : dim, operands[i].bits);
     for (size_t i = 0; i < weights.size(); ++i) {
       if (weights[i].numel() == 0) continue;
       finish(operands[i].weight, weights[i]);
@@ -120,17 +121,20 @@ void masked_adamw(at::TensorList weights, at::TensorList grads, at::TensorList e
                   at::TensorList masks, at::TensorList steps, const std::optional<at::Tensor>& lr_tensor, int64_t n,
                   int64_t m, int64_t dim, bool magnitude, int64_t rule, double strength, bool refresh, double lr,
                   double beta1, double beta2, double eps, double weight_decay, bool maximize) {
-  const NM nm = check_masked_adamw(weights, grads, exp_avgs, exp_avg_sqs, masks, steps, lr_tensor, n, m, dim, magnitude, rule);
+  const NM nm =
+      check_masked_adamw(weights, grads, exp_avgs, exp_avg_sqs, masks, steps, lr_tensor, n, m, dim, magnitude, rule);
   const AdamWOptions options{{static_cast<Rule>(rule), maximize, strength, lr}, beta1, beta2, eps, weight_decay};
   masked_update<AdamW>(weights, grads, {exp_avgs, exp_avg_sqs}, masks, &steps, lr_tensor, nm, dim, refresh, options);
 }
 
 void masked_sgd(at::TensorList weights, at::TensorList grads, at::TensorList momentum_buffers, at::TensorList masks,
-                const std::optional<at::Tensor>& lr_tensor, int64_t n, int64_t m, int64_t dim, bool magnitude, int64_t rule,
-                double strength, bool refresh, double lr, double momentum, double dampening, double weight_decay,
-                bool nesterov, bool maximize) {
-  const NM nm = check_masked_sgd(weights, grads, momentum_buffers, masks, lr_tensor, n, m, dim, magnitude, rule, momentum);
-  const SGDOptions options{{static_cast<Rule>(rule), maximize, strength, lr}, momentum, dampening, weight_decay, nesterov};
+                const std::optional<at::Tensor>& lr_tensor, int64_t n, int64_t m, int64_t dim, bool magnitude,
+                int64_t rule, double strength, bool refresh, double lr, double momentum, double dampening,
+                double weight_decay, bool nesterov, bool maximize) {
+  const NM nm =
+      check_masked_sgd(weights, grads, momentum_buffers, masks, lr_tensor, n, m, dim, magnitude, rule, momentum);
+  const SGDOptions options{
+      {static_cast<Rule>(rule), maximize, strength, lr}, momentum, dampening, weight_decay, nesterov};
   const auto update = [&](std::initializer_list<at::TensorList> moments) {
     masked_update<SGD>(weights, grads, moments, masks, nullptr, lr_tensor, nm, dim, refresh, options);
   };

@@ -46,7 +46,9 @@ struct SGD {
   using Step = SGDStep<A>;
 
   template <typename A>
-  __device__ static SGDStep<A> step(const SGDOptions& options, double lr, const float*) { return sgd_step<A>(options, lr); }
+  __device__ static SGDStep<A> step(const SGDOptions& options, double lr, const float*) {
+    return sgd_step<A>(options, lr);
+  }
   template <typename A>
   __device__ static void update(const SGDStep<A>& step, A& weight, A (&moments)[1], A gradient, bool kept) {
     const SGDElement<A> found = sgd(step, {weight, moments[0]}, gradient, kept);
@@ -117,8 +119,8 @@ struct UpdateVector {
     kept >>= at % 8;
   }
 
-  // A weight that holds is moved too but keeps its bits: no branch, and a NaN its payload. It moves as of ones, since the
-  // root and the quotient of its zeros would take their slow ways.
+  // A weight that holds is moved too but keeps its bits: no branch, and a NaN its payload. It moves as if by ones:
+  // root and quotient of its moments, which are often 0, would take their slow ways.
   __device__ void move(const typename Update::template Step<Acc<T>>& step) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -151,11 +153,13 @@ constexpr int kSlots = sizeof(T) == 2 ? 2 : 8 / kVector<T>;
 template <typename T>
 constexpr int64_t kRowTile = int64_t(kUpdateThreads) * kSlots<T> * kVector<T> * kUpdateRounds;  // elements of a block
 
-// Bytes an element: 7 sizeof(T) + 1/4 for AdamW (28.25; 14.25 in 16 bits), 5 for SGD, 3 without momentum. An H100 reads
-// and writes 28.25 in 8.4 ps, the time of 240 instructions, and 14.25 in that of 120. Operations: see the launches.
+// Bytes an element: 7 sizeof(T) + 1/4 for AdamW (28.25; 14.25 in 16 bits), 5 sizeof(T) for SGD, 3 without momentum.
+// An H100 moves 28.25 in 8.4 ps, the time of 240 instructions, and 14.25 in that of 125. Operations of AdamW and 2:4:
+// about 75, a third of them for a root and a quotient that are rounded correctly.
 // Tensors are aligned to 16 bytes, and 8 divides their rows. kN, kM: of rank_chunks; kM = 1: the masks stay.
 template <typename Update, typename T, int kN, int kM>
-__global__ void __launch_bounds__(kUpdateThreads, 2) update_rows_kernel(const __grid_constant__ UpdateTable<Update, T> table) {
+__global__ void __launch_bounds__(kUpdateThreads, sizeof(T) == 8 ? 2 : 3)
+    update_rows_kernel(const __grid_constant__ UpdateTable<Update, T> table) {
   constexpr int V = kVector<T>, slots = kSlots<T>;
   // accesses that lanes make side by side, where no group is longer than one; else a thread's are side by side
   constexpr bool split = sizeof(T) == 2 || (kM != 0 && kM <= V);
@@ -163,7 +167,9 @@ __global__ void __launch_bounds__(kUpdateThreads, 2) update_rows_kernel(const __
   const int thread = threadIdx.x;
   const int64_t numel = tensor.numel;
   int64_t first = (blockIdx.x - tensor.first_block) * kRowTile<T>;
-  const auto place = [&](int s) { return first + int64_t(split ? s * kUpdateThreads + thread : thread * slots + s) * V; };
+  const auto place = [&](int s) {
+    return first + int64_t(split ? s * kUpdateThreads + thread : thread * slots + s) * V;
+  };
   UpdateVector<Update, T, V> own[slots];
   const auto read = [&] {
 #pragma unroll
@@ -239,9 +245,10 @@ __device__ inline void rank_columns(const Vector<U, V> (&rows)[kM], const RankOr
 // As update_rows_kernel, with groups along another dimension than the last: a thread has the columns of one access
 // through the kM rows of a group. Tensors are aligned to 16 bytes, and 8 divides their last dimension.
 template <typename Update, typename T, int kN, int kM>
-__global__ void __launch_bounds__(kUpdateThreads, 2) update_columns_kernel(const __grid_constant__ UpdateTable<Update, T> table) {
+__global__ void __launch_bounds__(kUpdateThreads, 2)
+    update_columns_kernel(const __grid_constant__ UpdateTable<Update, T> table) {
   constexpr int V = kVector<T>, kLanes = 8 / V;  // kLanes: that share a byte of bits
-  constexpr int kBatch = 2;                    // rows whose loads are in flight
+  constexpr int kBatch = 2;                      // rows whose loads are in flight
   static_assert(kM % kBatch == 0);
   const UpdateTensor<T>& tensor = tensor_of_block(table);
   const int64_t item = (blockIdx.x - tensor.first_block) * kUpdateThreads + threadIdx.x, across = tensor.inner / V;
@@ -282,9 +289,11 @@ constexpr int64_t kElementTile = int64_t(kUpdateThreads) * kUpdateRounds;  // el
 
 // The update alone, of rows of any length and alignment. The masks stay.
 template <typename Update, typename T>
-__global__ void __launch_bounds__(kUpdateThreads) update_elements_kernel(const __grid_constant__ UpdateTable<Update, T> table) {
+__global__ void __launch_bounds__(kUpdateThreads)
+    update_elements_kernel(const __grid_constant__ UpdateTable<Update, T> table) {
   const UpdateTensor<T>& tensor = tensor_of_block(table);
-  const int64_t first = (blockIdx.x - tensor.first_block) * kElementTile + threadIdx.x, row_bytes = (tensor.row + 7) / 8;
+  const int64_t first = (blockIdx.x - tensor.first_block) * kElementTile + threadIdx.x;
+  const int64_t row_bytes = (tensor.row + 7) / 8;
   UpdateVector<Update, T, 1> own[kUpdateRounds] = {};
 #pragma unroll
   for (int i = 0; i < kUpdateRounds; ++i) {

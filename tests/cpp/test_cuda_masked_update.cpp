@@ -30,7 +30,8 @@ AdamWOptions options_of<AdamW>(const Options& given) {
 }
 template <>
 SGDOptions options_of<SGD>(const Options& given) {
-  return {{given.rule, given.maximize, 0.37, 1e-2}, given.step == 3 ? 0.0 : 0.9, 0.25, given.step == 2 ? 0.0 : 0.1, given.step % 2 == 0};
+  const double momentum = given.step == 3 ? 0.0 : 0.9, decay = given.step == 2 ? 0.0 : 0.1;
+  return {{given.rule, given.maximize, 0.37, 1e-2}, momentum, 0.25, decay, given.step % 2 == 0};
 }
 
 template <typename T>
@@ -107,8 +108,8 @@ void expect(Tensor<T>& tensor, const typename Update::Options& options, double l
 
 // nm.n = 0: the kernel makes no masks.
 template <typename Update, typename T>
-void test_kernel(const char* what, void (*kernel)(UpdateTable<Update, T>), int64_t tile, const std::vector<Form>& forms,
-                 const NM& nm, const Options& given, int64_t offset = 0) {
+void test_kernel(const char* what, void (*kernel)(UpdateTable<Update, T>), int64_t tile,
+                 const std::vector<Form>& forms, const NM& nm, const Options& given, int64_t offset = 0) {
   const auto options = options_of<Update>(given);
   const double lr = 3e-2;
   const bool buffers = Update::kMoments == 2 || given.step != 3;
@@ -120,26 +121,28 @@ void test_kernel(const char* what, void (*kernel)(UpdateTable<Update, T>), int64
       list->push_back(std::make_unique<Tensor<T>>(form, float(given.step + table.count), 977 * table.count, offset));
     Tensor<T>& own = *tensors.back();
     T* second = Update::kMoments == 2 ? own.moments[1].data() : nullptr;
-    table.tensors[table.count++] = {own.weight.data(), own.grad.data(), {buffers ? own.moments[0].data() : nullptr, second},
-                                    own.bits.data(),   &own.step,       form.numel(), form.row, form.inner, blocks};
+    T* first = buffers ? own.moments[0].data() : nullptr;
+    table.tensors[table.count++] = {own.weight.data(), own.grad.data(), {first, second}, own.bits.data(), &own.step,
+                                    form.numel(),      form.row,        form.inner,      blocks};
     blocks += (form.numel() + tile - 1) / tile;
   }
   shim::launch(kernel, {unsigned(blocks)}, {kUpdateThreads}, 0, table);
   for (size_t k = 0; k < forms.size(); ++k) {
     expect<Update>(*expected[k], options, given.with_lr ? lr : options.lr, nm);
     const Tensor<T>&got = *tensors[k], &right = *expected[k];
+    const auto check = [&](bool same, const char* name, int64_t i) {
+      CHECK(same, "%s %d:%d: %s %lld of tensor %zu", what, nm.n, nm.m, name, (long long)i, k);
+    };
     for (int64_t i = 0; i < got.form.numel(); ++i) {
-      CHECK(same_bits(got.weight[i], right.weight[i]), "%s %d:%d: weight %lld of tensor %zu", what, nm.n, nm.m, (long long)i, k);
-      for (int j = 0; j < 2; ++j)
-        CHECK(same_bits(got.moments[j][i], right.moments[j][i]), "%s %d:%d: moment %lld of tensor %zu", what, nm.n, nm.m,
-              (long long)i, k);
+      check(same_bits(got.weight[i], right.weight[i]), "weight", i);
+      for (int j = 0; j < 2; ++j) check(same_bits(got.moments[j][i], right.moments[j][i]), "moment", i);
     }
-    for (int64_t i = 0; i < got.form.bytes(); ++i)
-      CHECK_EQUAL(int(got.bits[i]), int(right.bits[i]), "%s %d:%d: byte %lld of tensor %zu", what, nm.n, nm.m, (long long)i, k);
+    for (int64_t i = 0; i < got.form.bytes(); ++i) check(got.bits[i] == right.bits[i], "byte", i);
   }
 }
 
-const Options kOptions[] = {{kHold, false, false, 1}, {kSrSte, true, true, 2}, {kDense, false, true, 3}, {kHold, true, false, 12345}};
+const Options kOptions[] = {
+    {kHold, false, false, 1}, {kSrSte, true, true, 2}, {kDense, false, true, 3}, {kHold, true, false, 12345}};
 
 template <typename Update, typename T, int kN, int kM>
 void test_rows(int n, int m) {
@@ -152,7 +155,8 @@ void test_rows(int n, int m) {
 template <typename Update, typename T, int kN, int kM>
 void test_columns(int n) {
   const int64_t tile = kColumnTile<T, kM>;
-  const std::vector<Form> forms = {{1, kM, 8, 8}, {3, 5 * kM, 24, 8}, {2, 2 * kM, tile / kM / 2 + 40, tile / kM / 2 + 40}};
+  const int64_t wide = tile / kM / 2 + 40;
+  const std::vector<Form> forms = {{1, kM, 8, 8}, {3, 5 * kM, 24, 8}, {2, 2 * kM, wide, wide}};
   for (const Options& each : kOptions)
     test_kernel("columns", &update_columns_kernel<Update, T, kN, kM>, tile, forms, NM{n, kM, each.step != 2}, each);
 }
@@ -160,7 +164,8 @@ void test_columns(int n) {
 template <typename Update, typename T>
 void test_alone() {
   const std::vector<Form> whole = {{3, 8, 1, 8}, {1, 2 * kRowTile<T> + 40, 1, 2 * kRowTile<T> + 40}};
-  const std::vector<Form> odd = {{1, 1, 1, 1}, {7, 3, 1, 3}, {100, 100, 1, 100}, {2, 5, 13, 13}, {4, 16, 1, 16}, {1, 1, 1311, 1311}};
+  const std::vector<Form> odd = {{1, 1, 1, 1},   {7, 3, 1, 3},   {100, 100, 1, 100},
+                                 {2, 5, 13, 13}, {4, 16, 1, 16}, {1, 1, 1311, 1311}};
   for (const Options& each : kOptions) {
     test_kernel("alone", &update_rows_kernel<Update, T, 0, 1>, kRowTile<T>, whole, NM{0, 1, true}, each);
     for (const int64_t offset : {0, 1})
@@ -189,7 +194,8 @@ void test_ratios() {
 void test_full_table() {
   std::vector<Form> forms;
   for (int i = 0; i < kUpdateTensors; ++i) forms.push_back({i % 3 + 1, 8 * (i % 5 + 1), 1, 8 * (i % 5 + 1)});
-  test_kernel("full table", &update_rows_kernel<AdamW, float, 2, 4>, kRowTile<float>, forms, NM{2, 4, true}, kOptions[0]);
+  test_kernel("full table", &update_rows_kernel<AdamW, float, 2, 4>, kRowTile<float>, forms, NM{2, 4, true},
+              kOptions[0]);
 }
 
 template <typename Update>
