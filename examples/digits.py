@@ -87,7 +87,7 @@ class Method:
     name: str
     head: Callable[[], nn.Module]
     cutmix: bool = False
-    sparse: digits_sparsity.Start | None = None
+    sparse: digits_sparsity.Way | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,12 @@ def make(method: Method, seed: int, rate: float, steps: int) -> Run:
     """The same seed gives every method the same weights to start from."""
     torch.manual_seed(seed)
     network = Network(method.head())
-    schedule = None if method.sparse is None else method.sparse(network, steps)
-    return Run(network, torch.optim.Adam(network.parameters(), rate), schedule, method.cutmix)
+    schedule = None if method.sparse is None else method.sparse.start(network, steps)
+    rule = None if method.sparse is None else method.sparse.rule
+    optimizer = torch.optim.Adam(network.parameters(), rate)
+    if rule is not None:
+        optimizer = pyrx.optim.MaskedAdamW(network.parameters(), rate, weight_decay=0, rule=rule, model=network)
+    return Run(network, optimizer, schedule, method.cutmix)
 
 
 @torch.no_grad()
@@ -349,8 +353,8 @@ def multi_sample_methods(options: argparse.Namespace) -> tuple[list[Method], lis
 
 def sparse_methods(options: argparse.Namespace) -> list[Method]:
     return [
-        Method(name, lambda: PlainHead(options.p), sparse=start)
-        for name, start in digits_sparsity.methods(*options.sparsity).items()
+        Method(name, lambda: PlainHead(options.p), sparse=way)
+        for name, way in digits_sparsity.methods(*options.sparsity).items()
     ]
 
 

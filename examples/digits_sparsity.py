@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import nn
 
@@ -25,6 +26,11 @@ DENSE, FINE_TUNE = 0.2, 0.2
 Start = Callable[[nn.Module, int], SparsitySchedule | None]
 
 
+class Way(NamedTuple):
+    start: Start
+    rule: str | None = None  # of pyrx.optim.MaskedAdamW, else Adam trains it
+
+
 def ratio(text: str) -> tuple[int, int]:
     """N:M, of the command line."""
     n, colon, m = text.partition(":")
@@ -33,27 +39,29 @@ def ratio(text: str) -> tuple[int, int]:
     return int(n), int(m)
 
 
-def methods(n: int, m: int) -> dict[str, Start]:
+def methods(n: int, m: int) -> dict[str, Way]:
     """Every way to N:M, by its name."""
 
     def install(network: nn.Module, estimator: str) -> None:
         # padded: early frames of a schedule have larger groups than a layer has inputs
         sparsify_(network, n, m, estimator=estimator, pad=True)
 
-    def from_the_start(estimator: str) -> Start:
-        return lambda network, steps: install(network, estimator)
+    def from_the_start(estimator: str = "ste", rule: str | None = None) -> Way:
+        return Way(lambda network, steps: install(network, estimator), rule)
 
-    def scheduled(kind: type[SparsitySchedule], estimator: str = "ste", **options: int) -> Start:
+    def scheduled(kind: type[SparsitySchedule], estimator: str = "ste", **options: int) -> Way:
         def start(network: nn.Module, steps: int) -> SparsitySchedule:
             install(network, estimator)
             phases = {"dense_steps": int(DENSE * steps), "fine_tune_steps": int(FINE_TUNE * steps)}
             return kind(network, steps, **phases, **options)
 
-        return start
+        return Way(start)
 
     return {
-        f"{n}:{m} from the start, STE": from_the_start("ste"),
+        f"{n}:{m} from the start, STE": from_the_start(),
         f"{n}:{m} from the start, SR-STE": from_the_start("sr-ste"),
+        "MaskedAdamW, hold": from_the_start(rule="hold"),
+        "MaskedAdamW, SR-STE": from_the_start(rule="sr-ste"),
         "dense, then sparse": scheduled(DenseThenSparse),
         "SDGF, stepwise": scheduled(StepwiseSDGF),
         "SDGF, geometric": scheduled(GeometricSDGF, frames=min(4, (MAX_GROUP // m).bit_length())),

@@ -350,6 +350,24 @@ def test_signed_ranks_and_other_counts():
     assert torch.equal(sparse.original, before[0]) and optimizer.state[sparse.original]["step"] == before[1]
 
 
+@pytest.mark.parametrize("ours, options", OPTIMIZERS)
+def test_padded_groups(ours, options):
+    """The last group of a weight has fewer elements: masks are those of the weights after each step."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 10), nn.Tanh(), nn.Linear(10, 8))
+    pyrx.nn.sparsify_(net, 2, 4, pad=True)
+    optimizer = ours(net.parameters(), model=net, **options)
+    weight = net[2].parametrizations.weight.original
+    mask = net[2].parametrizations.weight[0].mask
+    for _ in range(3):
+        before, held = weight.detach().clone(), ~unpack_bits(mask, 10)
+        train(net, optimizer, 1)
+        assert_same_bits(weight.detach()[held], before[held])
+        assert not torch.equal(weight.detach(), before)
+        assert_same_bits(mask, pyrx.nm_mask(weight, 2, 4, packed=True, pad=True))
+    assert net[2].parametrizations.weight[0].mask is mask
+
+
 def test_dense_and_frozen_parametrizations():
     net = network({0: Sparse()})
     optimizer = MaskedAdamW(net.parameters(), lr=0.1, weight_decay=0.5, model=net)

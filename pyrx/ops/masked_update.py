@@ -18,7 +18,7 @@ from pyrx.reference.masked_update import RULES
 ROW = "masked_update"
 
 
-def check_weight(op: str, argument: str, weight: Tensor, n: int, m: int, dim: int) -> None:
+def check_weight(op: str, argument: str, weight: Tensor, n: int, m: int, dim: int, pad: bool = False) -> None:
     """Of a weight that is cut into groups of m along dim, from either end."""
     check_float(op, argument, weight)
     check_nm(op, n, m)
@@ -26,7 +26,7 @@ def check_weight(op: str, argument: str, weight: Tensor, n: int, m: int, dim: in
     if dims == 0:
         fail(op, argument, "of at least one dimension", list(weight.shape))
     check_integer(op, "dim", dim, -dims, dims - 1)
-    if weight.shape[dim] % m != 0:
+    if not pad and weight.shape[dim] % m != 0:
         fail(op, argument, f"of a size along dimension {dim % dims} that m = {m} divides", list(weight.shape))
 
 

@@ -29,6 +29,7 @@ class _Masking(NamedTuple):
     m: int
     dim: int
     magnitude: bool
+    pad: bool  # whether the last group may have fewer elements; of a step, whether it does
     rule: str
     refresh: bool
 
@@ -99,7 +100,7 @@ class MaskedOptimizer(Optimizer):
             masking = self._masking(group, param)
             if masking is None:
                 continue
-            check_weight(self.name, f"params[{i}]", param, masking.n, masking.m, masking.dim)
+            check_weight(self.name, f"params[{i}]", param, masking.n, masking.m, masking.dim, masking.pad)
             check_own_memory(self.name, f"params[{i}]", param)
             estimator = getattr(self._parametrizations.get(param), "estimator", None)
             if group["rule"] == estimator == "sr-ste":
@@ -109,10 +110,11 @@ class MaskedOptimizer(Optimizer):
         """None for a weight without a mask."""
         of = self._parametrizations.get(param)
         if of is None:
-            return group["n"] and _Masking(group["n"], group["m"], group["dim"], True, group["rule"], True)
+            return group["n"] and _Masking(group["n"], group["m"], group["dim"], True, False, group["rule"], True)
+        ranks = (of.n, of.m, of.dim, of.magnitude, getattr(of, "pad", False))
         if not getattr(of, "enabled", True):
-            return _Masking(of.n, of.m, of.dim, of.magnitude, "dense", False)
-        return _Masking(of.n, of.m, of.dim, of.magnitude, group["rule"], not getattr(of, "frozen", False))
+            return _Masking(*ranks, "dense", False)
+        return _Masking(*ranks, group["rule"], not getattr(of, "frozen", False))
 
     def _hand_over(self, param: Tensor, masking: _Masking | None) -> None:
         """Makes the mask of a weight where it has none, and gives it to the weight's parametrization."""
@@ -126,8 +128,9 @@ class MaskedOptimizer(Optimizer):
             self._parametrizations[param].use_mask(state["mask"])
 
     def _ranked(self, param: Tensor, masking: _Masking) -> Tensor:
-        n, m, dim, magnitude = masking[:4]
-        return nm_mask(param.detach(), n, m, dim=dim, magnitude=magnitude, packed=True, backend=self.backend)
+        n, m, dim, magnitude, pad = masking[:5]
+        options: dict[str, Any] = {"dim": dim, "magnitude": magnitude, "pad": pad, "backend": self.backend}
+        return nm_mask(param.detach(), n, m, packed=True, **options)
 
     def _restore(self, group: dict[str, Any], param: Tensor) -> None:
         """The state of one parameter after its tensors were replaced."""
@@ -163,6 +166,10 @@ class MaskedOptimizer(Optimizer):
             for (masking, *_), batch in of_group.items():
                 if masking is None:
                     self._update_densely(group, batch)
+                elif masking.pad:  # the fused step ranks whole groups alone
+                    self._update(group, batch, masking._replace(n=1, m=1, refresh=False))
+                    for param in batch if masking.refresh else ():
+                        self.state[param]["mask"].copy_(self._ranked(param, masking))
                 else:
                     self._update(group, batch, masking)
         return loss
@@ -178,8 +185,9 @@ class MaskedOptimizer(Optimizer):
                 raise RuntimeError(f"{self.name} does not support sparse gradients")
             masking = self._masking(group, param)
             if masking is not None:
-                check_weight(self.name, f"params[{i}]", param, *masking[:3])
-                masking = masking._replace(refresh=masking.refresh and due)
+                n, m, dim, _, pad = masking[:5]
+                check_weight(self.name, f"params[{i}]", param, n, m, dim, pad)
+                masking = masking._replace(refresh=masking.refresh and due, pad=pad and param.shape[dim] % m != 0)
                 mask = self.state[param].get("mask")
                 if mask is None or mask.device != param.device or mask.dim() != param.dim():
                     self._hand_over(param, masking)
@@ -196,8 +204,10 @@ class MaskedOptimizer(Optimizer):
         raise NotImplementedError
 
     def _options(self, group: dict[str, Any], masking: _Masking) -> dict[str, Any]:
+        masked = masking._asdict()
+        del masked["pad"]
         return {
-            **masking._asdict(),
+            **masked,
             "strength": group["strength"],
             "lr": group["lr"],
             "weight_decay": group["weight_decay"],
@@ -230,9 +240,9 @@ class MaskedAdamW(MaskedOptimizer):
             "dense" (they move as the others). Default "hold".
         strength: of "sr-ste". Default 2e-4.
         refresh_every: masks are made anew at every so many steps. Default 1.
-        model: weights of it that are the original of a `pyrx.nn.NMSparsity` take n, m, dim and magnitude from it, at
-            every step, and it takes the mask, which the step rewrites in place: so the forward ranks nothing. While it
-            is not enabled its weight moves densely; while it is frozen its mask stays.
+        model: weights of it that are the original of a `pyrx.nn.NMSparsity` take n, m, dim, magnitude and pad from it,
+            at every step, and it takes the mask, which the step rewrites in place: so the forward ranks nothing. While
+            it is not enabled its weight moves densely; while it is frozen its mask stays.
         backend: "reference", "cpu", "cuda" or "triton". Default: the fastest that can serve.
 
     Groups may have lr, betas, eps, weight_decay, n, m, dim, rule, strength, refresh_every and maximize of their own.
