@@ -64,16 +64,19 @@ __device__ inline Vector<T, N> load(const T* from) { return *reinterpret_cast<co
 template <typename T, int N>
 __device__ inline void store(T* to, const Vector<T, N>& value) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof value % 16 == 0) {
-    uint4 words[sizeof value / 16];
+  if constexpr (sizeof value % 8 == 0) {
+    uint2 words[sizeof value / 8];
     std::memcpy(words, &value, sizeof value);
+    const size_t at = __cvta_generic_to_global(to);
+    if constexpr (sizeof value == 8)
+      asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(words[0].x), "r"(words[0].y) : "memory");
+    else
 #pragma unroll
-    for (size_t i = 0; i < sizeof value / 16; ++i) __stwb(reinterpret_cast<uint4*>(to) + i, words[i]);
+      for (size_t i = 0; i < sizeof value / 16; ++i)
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at + 16 * i), "r"(words[2 * i].x),
+                     "r"(words[2 * i].y), "r"(words[2 * i + 1].x), "r"(words[2 * i + 1].y)
+                     : "memory");
     return;
-  } else if constexpr (sizeof value == 8) {
-    uint2 words;
-    std::memcpy(&words, &value, sizeof value);
-    return __stwb(reinterpret_cast<uint2*>(to), words);
   }
 #endif
   *reinterpret_cast<Vector<T, N>*>(to) = value;
