@@ -12,32 +12,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"  // of the undefined values in GCC 12's own intrinsics
 #endif
 
-// The kernels once more for each instruction set: PYRX_ISA is 0, 2 (AVX2) or 512 (AVX-512).
-#define PYRX_ISA 0
-namespace pyrx::cpu::plain {
-#include "cpu/nm_simd.inl"
-}
-#undef PYRX_ISA
-
-#ifdef PYRX_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2")
-#define PYRX_ISA 2
-namespace pyrx::cpu::avx2 {
-#include "cpu/nm_simd.inl"
-}
-#undef PYRX_ISA
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
-#define PYRX_ISA 512
-namespace pyrx::cpu::avx512 {
-#include "cpu/nm_simd.inl"
-}
-#undef PYRX_ISA
-#pragma GCC pop_options
-#endif
+#define PYRX_KERNELS "cpu/nm_simd.inl"
+#include "cpu/each_isa.inl"
 
 namespace pyrx::cpu {
 

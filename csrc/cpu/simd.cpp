@@ -1,40 +1,15 @@
 #include "cpu/simd.h"
 
-#include "cpu/isa.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <string_view>
 
-// The kernels once more for each instruction set: PYRX_ISA is 0, 2 (AVX2) or 512 (AVX-512).
-#define PYRX_ISA 0
-namespace pyrx::cpu::plain {
-#include "cpu/simd.inl"
-}
-#undef PYRX_ISA
+#include "cpu/isa.h"
 
-#ifdef PYRX_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2")
-#define PYRX_ISA 2
-namespace pyrx::cpu::avx2 {
-#include "cpu/simd.inl"
-}
-#undef PYRX_ISA
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
-#define PYRX_ISA 512
-namespace pyrx::cpu::avx512 {
-#include "cpu/simd.inl"
-}
-#undef PYRX_ISA
-#pragma GCC pop_options
-#endif
+#define PYRX_KERNELS "cpu/simd.inl"
+#include "cpu/each_isa.inl"
 
 namespace pyrx::cpu {
 
