@@ -406,6 +406,47 @@ def test_a_weight_on_another_device_gets_another_mask():
     assert sparse[0].mask is optimizer.state[sparse.original]["mask"] and sparse[0].mask.device.type == "cpu"
 
 
+def unshared(net):
+    net.to(memory_format=torch.channels_last)
+
+
+def moved(net):
+    net[0].parametrizations.weight[0]._apply(torch.clone)
+
+
+def without_a_mask(net):
+    net.load_state_dict(convolution(2)[0].state_dict())
+
+
+def convolution(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(8, 8, 3))
+    pyrx.nn.sparsify_(net, 2, 4)
+    return net, net[0].parametrizations.weight
+
+
+@pytest.mark.parametrize("change", [unshared, moved, without_a_mask])
+@pytest.mark.parametrize("refresh", [False, True])
+def test_a_module_that_changes_its_mask_shares_it_again(change, refresh):
+    net, sparse = convolution(0)
+    optimizer = MaskedAdamW(net.parameters(), lr=0.1, rule="dense", model=net)
+    before = sparse[0].mask
+    change(net)
+    assert sparse[0].mask is not before
+    if refresh:
+        sparse.original.data.neg_().add_(1)
+        optimizer.refresh_masks()
+    else:
+        used = pyrx.nm_mask(sparse.original, 2, 4, dim=1)
+        sparse.original.grad = torch.randn_like(sparse.original)
+        optimizer.param_groups[0]["rule"] = "hold"
+        held = sparse.original.detach().clone()
+        optimizer.step()
+        assert torch.equal(sparse.original == held, ~used)
+    assert sparse[0].mask is optimizer.state[sparse.original]["mask"]
+    assert torch.equal(sparse[0].mask, pyrx.nm_mask(sparse.original, 2, 4, dim=1, packed=True))
+
+
 # Bad input.
 
 
@@ -480,6 +521,11 @@ def test_bad_weights_and_gradients():
     net[0].parametrizations.weight[0].estimator = "sr-ste"
     with pytest.raises(ValueError, match='expected rule other than "sr-ste" for weights whose estimator adds its term'):
         MaskedAdamW(net.parameters(), model=net, rule="sr-ste")
+    net = network({0: Sparse()})
+    sparse = net[0].parametrizations.weight.original
+    with pytest.raises(ValueError, match="expected rule to be one of"):
+        MaskedAdamW([{"params": [sparse]}, {"params": [net[0].bias], "rule": "no"}], model=net)
+    assert net[0].parametrizations.weight[0].mask is None, "an optimizer that is not made hands nothing over"
     with pytest.raises(RuntimeError, match="backend"):
         optimizer = MaskedAdamW([weight], n=2, m=4, backend="cuda")
         weight.grad = torch.randn(8, 16)

@@ -48,11 +48,17 @@ def _parametrizations(model: nn.Module) -> dict[Tensor, Any]:
 class MaskedOptimizer(Optimizer):
     """What MaskedAdamW and MaskedSGD have in common: which weights have masks, whose they are, when they are made."""
 
+    _constructed = True  # of a copy
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any], model: nn.Module | None, backend: str | None) -> None:
         self.name = type(self).__name__
         self.backend = backend
         self._parametrizations = {} if model is None else _parametrizations(model)
+        self._constructed = False
         super().__init__(params, {**defaults, "updates": 0})
+        self._constructed = True
+        for group in self.param_groups:
+            self._hand_over_all(group)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("name", "backend", "_parametrizations")
@@ -82,9 +88,8 @@ class MaskedOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        for param in param_group["params"]:
-            if param in self._parametrizations:
-                self._hand_over(param, self._masking(param_group, param))
+        if self._constructed:  # else once all groups are checked
+            self._hand_over_all(self.param_groups[-1])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice(self.name, "rule", group["rule"], RULES)
@@ -114,6 +119,11 @@ class MaskedOptimizer(Optimizer):
             return _Masking(of.n, of.m, of.dim, of.magnitude, "dense", False)
         return _Masking(of.n, of.m, of.dim, of.magnitude, group["rule"], not getattr(of, "frozen", False))
 
+    def _hand_over_all(self, group: dict[str, Any]) -> None:
+        for param in group["params"]:
+            if param in self._parametrizations:
+                self._hand_over(param, self._masking(group, param))
+
     def _hand_over(self, param: Tensor, masking: _Masking | None) -> None:
         """Makes the mask of a weight where it has none, and gives it to the weight's parametrization."""
         if masking is None:
@@ -124,6 +134,18 @@ class MaskedOptimizer(Optimizer):
             state["mask"] = self._ranked(param, masking)
         if param in self._parametrizations:
             self._parametrizations[param].use_mask(state["mask"])
+
+    def _used_mask(self, param: Tensor) -> Tensor | None:
+        """The mask that the forward used: a module that was moved or loaded a state may have another by now."""
+        state = self.state[param]
+        mask = state.get("mask")
+        used = getattr(self._parametrizations.get(param), "mask", mask)
+        if used is not mask:
+            state["mask"] = mask = None
+            if used is not None:
+                state["mask"] = mask = used.contiguous()
+                self._parametrizations[param].use_mask(mask)
+        return mask
 
     def _ranked(self, param: Tensor, masking: _Masking) -> Tensor:
         n, m, dim, magnitude = masking[:4]
@@ -148,7 +170,11 @@ class MaskedOptimizer(Optimizer):
             for param in group["params"]:
                 masking = self._masking(group, param)
                 if masking is not None and masking.refresh and "mask" in self.state.get(param, {}):
-                    self.state[param]["mask"].copy_(self._ranked(param, masking))
+                    mask = self._used_mask(param)
+                    if mask is None:
+                        self._hand_over(param, masking)
+                    else:
+                        mask.copy_(self._ranked(param, masking))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -180,7 +206,7 @@ class MaskedOptimizer(Optimizer):
             if masking is not None:
                 check_weight(self.name, f"params[{i}]", param, *masking[:3])
                 masking = masking._replace(refresh=masking.refresh and due)
-                mask = self.state[param].get("mask")
+                mask = self._used_mask(param)
                 if mask is None or mask.device != param.device or mask.dim() != param.dim():
                     self._hand_over(param, masking)
             batches.setdefault((masking, param.device, param.dtype), []).append(param)
