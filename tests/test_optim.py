@@ -485,6 +485,22 @@ def test_bad_options(ours, options, error, text):
         assert len(optimizer.param_groups) == 1
 
 
+def test_shards_have_no_masks():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        weight = nn.Parameter(distribute_tensor(torch.randn(8, 16), mesh, [Shard(0)]))
+        with pytest.raises(RuntimeError, match=r"expected params\[0\] to be whole or have no mask, got DTensor"):
+            MaskedAdamW([weight], n=2, m=4)
+        MaskedAdamW([weight])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_bad_options_of_each():
     weight = nn.Parameter(torch.randn(8, 16))
     for ours, options, text in [

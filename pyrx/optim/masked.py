@@ -104,6 +104,8 @@ class MaskedOptimizer(Optimizer):
             masking = self._masking(group, param)
             if masking is None:
                 continue
+            if hasattr(param, "full_tensor"):  # FSDP's shards
+                fail(self.name, f"params[{i}]", "to be whole or have no mask", type(param.data).__name__, RuntimeError)
             check_weight(self.name, f"params[{i}]", param, masking.n, masking.m, masking.dim)
             check_own_memory(self.name, f"params[{i}]", param)
             estimator = getattr(self._parametrizations.get(param), "estimator", None)
@@ -253,7 +255,8 @@ class MaskedAdamW(MaskedOptimizer):
             fused step, unless `model` gives them one.
         rule: what becomes of weights that are not kept: "hold" (they and their moments stay, against decay and
             momentum), "sr-ste" (strength * W is added to their gradient; the estimator of the forward is "ste" then) or
-            "dense" (they move as the others). Default "hold".
+            "dense" (they move as the others). Default "hold", which ignores the gradient that an estimator gives what
+            is not kept: with "mdgf", or to have "ste" revive weights, take "dense".
         strength: of "sr-ste". Default 2e-4.
         refresh_every: masks are made anew at every so many steps. Default 1.
         model: weights of it that are the original of a `pyrx.nn.NMSparsity` take n, m, dim and magnitude from it, at
@@ -277,7 +280,7 @@ class MaskedAdamW(MaskedOptimizer):
     Raises:
         ValueError: n > m, an m that does not divide, an unknown rule; the options of torch.optim.AdamW with its texts;
         a state dict with amsgrad. TypeError: masked weights that are not floating-point. RuntimeError: sparse
-        gradients, a backend that cannot serve.
+        gradients, masks of weights that FSDP shards, a backend that cannot serve.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; Zhou et al., "Learning N:M
     Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
