@@ -42,6 +42,10 @@ class NMSparsity(nn.Module):
     All but `backend` is in the state dict and comes back exactly; a mask that is there and not here, or the reverse,
     is no error. As torch has it, a parametrized layer can be copied and has a state dict, but cannot be pickled.
 
+    The mask is a buffer that comes with an optimizer's or a frozen one. `torch.optim.swa_utils.AveragedModel` pairs
+    buffers, and fails where it was made before. DistributedDataParallel writes them at each forward: two forwards
+    before their backward need `broadcast_buffers=False`, as with batch normalization.
+
     Cost: of `pyrx.nm_sparsify`, at every reading of `layer.weight`; under `parametrize.cached()` once. (torch's cache
     takes a layer and its deep copy for the same: do not run both under one.)
 

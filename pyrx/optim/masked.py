@@ -251,8 +251,8 @@ class MaskedAdamW(MaskedOptimizer):
     Args:
         params, lr, betas, eps, weight_decay, maximize: as of `torch.optim.AdamW`. lr may be a tensor of one element,
             which a CUDA graph reads anew in each replay.
-        n, m, dim: of the masks, as of `pyrx.nm_mask`. Default None: weights have no mask and `torch.optim.AdamW`'s own
-            fused step, unless `model` gives them one.
+        n, m, dim: of the masks, as of `pyrx.nm_mask`, which all of the group have: put biases into another. Default
+            None: weights have no mask and `torch.optim.AdamW`'s own fused step, unless `model` gives them one.
         rule: what becomes of weights that are not kept: "hold" (they and their moments stay, against decay and
             momentum), "sr-ste" (strength * W is added to their gradient; the estimator of the forward is "ste" then) or
             "dense" (they move as the others). Default "hold", which ignores the gradient that an estimator gives what
