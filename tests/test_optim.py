@@ -320,7 +320,7 @@ def test_a_model_s_masks(ours, options):
     optimizer = ours(nets[0].parameters(), model=nets[0], rule="dense", **options)
     first, second = (nets[0][i].parametrizations.weight for i in (0, 2))
     for each in (first, second):
-        assert each[0].mask is optimizer.state[each.original]["mask"] and each[0].mask.dtype == torch.uint8
+        assert each[0].mask is not None and not optimizer.state, "empty until the first step, as torch's"
     plain = ours(nets[1].parameters(), n=None, rule="dense", **options)
     for i in range(4):
         train(nets[0], optimizer, 1, i)
@@ -401,6 +401,7 @@ def test_a_weight_on_another_device_gets_another_mask():
     net = network({0: Sparse()})
     optimizer = MaskedAdamW(net.parameters(), model=net)
     sparse = net[0].parametrizations.weight
+    train(net, optimizer, 1)
     optimizer.state[sparse.original]["mask"] = optimizer.state[sparse.original]["mask"].to("meta")
     train(net, optimizer, 1)
     assert sparse[0].mask is optimizer.state[sparse.original]["mask"] and sparse[0].mask.device.type == "cpu"
@@ -427,24 +428,54 @@ def convolution(seed):
 
 @pytest.mark.parametrize("change", [unshared, moved, without_a_mask])
 @pytest.mark.parametrize("refresh", [False, True])
-def test_a_module_that_changes_its_mask_shares_it_again(change, refresh):
+@pytest.mark.parametrize("stepped", [0, 2])
+def test_a_module_that_changes_its_mask_shares_it_again(change, refresh, stepped):
     net, sparse = convolution(0)
-    optimizer = MaskedAdamW(net.parameters(), lr=0.1, rule="dense", model=net)
+    optimizer = MaskedAdamW(net.parameters(), lr=0.1, model=net)
+    for _ in range(stepped):
+        sparse.original.grad = torch.randn_like(sparse.original)
+        optimizer.step()
     before = sparse[0].mask
     change(net)
     assert sparse[0].mask is not before
     if refresh:
         sparse.original.data.neg_().add_(1)
         optimizer.refresh_masks()
-    else:
-        used = pyrx.nm_mask(sparse.original, 2, 4, dim=1)
-        sparse.original.grad = torch.randn_like(sparse.original)
-        optimizer.param_groups[0]["rule"] = "hold"
-        held = sparse.original.detach().clone()
-        optimizer.step()
-        assert torch.equal(sparse.original == held, ~used)
-    assert sparse[0].mask is optimizer.state[sparse.original]["mask"]
+    used = pyrx.nm_mask(sparse.original, 2, 4, dim=1)
+    assert torch.equal(net[0].weight != 0, used)
+    held = sparse.original.detach().clone()
+    sparse.original.grad = torch.randn_like(held)
+    optimizer.step()
+    assert torch.equal(sparse.original == held, ~used)
+    assert sparse[0].mask is optimizer.state[sparse.original]["mask"] and sparse[0].mask.is_contiguous()
     assert torch.equal(sparse[0].mask, pyrx.nm_mask(sparse.original, 2, 4, dim=1, packed=True))
+
+
+def test_a_copy_before_any_step_has_its_masks_too():
+    net, sparse = convolution(0)
+    copied, _ = copy.deepcopy((net, MaskedAdamW(net.parameters(), model=net)))
+    assert copied[0].parametrizations.weight[0].shared and sparse[0].shared
+
+
+def test_a_fresh_optimizer_takes_a_distributed_checkpoint():
+    """Which first makes the fresh one's state, by a step, where there is none."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def made(seed):
+        net = network(seed=seed)
+        pyrx.nn.sparsify_(net, 2, 4)
+        return net, MaskedAdamW(net.parameters(), lr=0.05, refresh_every=2, model=net)
+
+    net, optimizer = made(0)
+    train(net, optimizer, 3)
+    saved_net, saved_optimizer = copy.deepcopy(get_state_dict(net, optimizer))
+    other, resumed = made(1)
+    _, template = get_state_dict(other, resumed)
+    assert template["state"].keys() == saved_optimizer["state"].keys()
+    set_state_dict(other, resumed, model_state_dict=saved_net, optim_state_dict=saved_optimizer)
+    for each in (net, optimizer), (other, resumed):
+        train(*each, 4, 3)
+    assert_same_parameters(net, other)
 
 
 # Bad input.

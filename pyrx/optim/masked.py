@@ -58,7 +58,7 @@ class MaskedOptimizer(Optimizer):
         super().__init__(params, {**defaults, "updates": 0})
         self._constructed = True
         for group in self.param_groups:
-            self._hand_over_all(group)
+            self._offer(group)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("name", "backend", "_parametrizations")
@@ -75,6 +75,7 @@ class MaskedOptimizer(Optimizer):
                 group.setdefault(name, value)
             for param in group["params"]:
                 self._restore(group, param)
+            self._offer(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if any(group.get("amsgrad", False) for group in state_dict["param_groups"]):
@@ -89,7 +90,7 @@ class MaskedOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         if self._constructed:  # else once all groups are checked
-            self._hand_over_all(self.param_groups[-1])
+            self._offer(self.param_groups[-1])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice(self.name, "rule", group["rule"], RULES)
@@ -121,33 +122,25 @@ class MaskedOptimizer(Optimizer):
             return _Masking(of.n, of.m, of.dim, of.magnitude, "dense", False)
         return _Masking(of.n, of.m, of.dim, of.magnitude, group["rule"], not getattr(of, "frozen", False))
 
-    def _hand_over_all(self, group: dict[str, Any]) -> None:
+    def _offer(self, group: dict[str, Any]) -> None:
+        """Masks for the parametrizations, which the first step takes into the state: empty until then, as of torch."""
         for param in group["params"]:
-            if param in self._parametrizations:
-                self._hand_over(param, self._masking(group, param))
-
-    def _hand_over(self, param: Tensor, masking: _Masking | None) -> None:
-        """Makes the mask of a weight where it has none, and gives it to the weight's parametrization."""
-        if masking is None:
-            return
-        state = self.state[param]
-        mask = state.get("mask")
-        if mask is None or mask.device != param.device or list(mask.shape) != packed_shape(param.shape):
-            state["mask"] = self._ranked(param, masking)
-        if param in self._parametrizations:
-            self._parametrizations[param].use_mask(state["mask"])
+            masking = self._masking(group, param)
+            if masking is not None and param in self._parametrizations and not self.state.get(param):
+                self._parametrizations[param].use_mask(self._ranked(param, masking))
 
     def _used_mask(self, param: Tensor) -> Tensor | None:
-        """The mask that the forward used: a module that was moved or loaded a state may have another by now."""
-        state = self.state[param]
-        mask = state.get("mask")
-        used = getattr(self._parametrizations.get(param), "mask", mask)
-        if used is not mask:
-            state["mask"] = mask = None
-            if used is not None:
-                state["mask"] = mask = used.contiguous()
-                self._parametrizations[param].use_mask(mask)
-        return mask
+        """The forward's: a module that was moved or loaded a state may have another than the optimizer by now."""
+        mask = self.state.get(param, {}).get("mask")
+        return getattr(self._parametrizations.get(param), "mask", mask)
+
+    def _share(self, param: Tensor, masking: _Masking, mask: Tensor | None) -> None:
+        """Makes `mask`, or a new one where that is not the weight's, the state's and the parametrization's."""
+        if mask is None or mask.device != param.device or list(mask.shape) != packed_shape(param.shape):
+            mask = self._ranked(param, masking)
+        self.state[param]["mask"] = mask = mask.contiguous()  # else each step copies it
+        if param in self._parametrizations:
+            self._parametrizations[param].use_mask(mask)
 
     def _ranked(self, param: Tensor, masking: _Masking) -> Tensor:
         n, m, dim, magnitude = masking[:4]
@@ -162,8 +155,8 @@ class MaskedOptimizer(Optimizer):
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
         if masking is None:
             state.pop("mask", None)
-        elif state or param in self._parametrizations:
-            self._hand_over(param, masking)
+        elif state:
+            self._share(param, masking, state.get("mask"))
 
     @torch.no_grad()
     def refresh_masks(self) -> None:
@@ -171,12 +164,9 @@ class MaskedOptimizer(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 masking = self._masking(group, param)
-                if masking is not None and masking.refresh and "mask" in self.state.get(param, {}):
-                    mask = self._used_mask(param)
-                    if mask is None:
-                        self._hand_over(param, masking)
-                    else:
-                        mask.copy_(self._ranked(param, masking))
+                mask = self._used_mask(param)
+                if masking is not None and masking.refresh and mask is not None:
+                    mask.copy_(self._ranked(param, masking))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -208,9 +198,9 @@ class MaskedOptimizer(Optimizer):
             if masking is not None:
                 check_weight(self.name, f"params[{i}]", param, *masking[:3])
                 masking = masking._replace(refresh=masking.refresh and due)
-                mask = self._used_mask(param)
-                if mask is None or mask.device != param.device or mask.dim() != param.dim():
-                    self._hand_over(param, masking)
+                used = self._used_mask(param)
+                if used is None or used is not self.state[param].get("mask") or used.device != param.device:
+                    self._share(param, masking, used)
             batches.setdefault((masking, param.device, param.dtype), []).append(param)
         return batches
 
