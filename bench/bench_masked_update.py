@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, expect, graphed, run_case, set_threads
+from harness import SETTINGS, Contender, Target, expect, moved_bytes, run_case, set_threads, with_graphs
 from torch import Tensor
 
 import pyrx
@@ -53,12 +53,6 @@ class Training:
         return self.mask
 
 
-def moved_bytes(count: int) -> Contender:
-    source = torch.zeros(count // 2, dtype=torch.uint8, device=SETTINGS.device)
-    buffer = torch.empty_like(source)
-    return Contender("floor", lambda: buffer.copy_(source), "floor", note="a copy of the bytes that must move")
-
-
 @pytest.mark.parametrize(
     ("dtype", "n", "m"), CASES[: 1 if SETTINGS.quick else None], ids=lambda value: str(value).removeprefix("torch.")
 )
@@ -86,14 +80,9 @@ def test_masked_adamw(dtype: torch.dtype, n: int, m: int, benchmark: Any) -> Non
     contenders += [Contender(name, each.masked, "pyrx") for name, each in ours.items()]
     contenders.append(Contender("pyrx, mask kept", kept.masked, "pyrx", "no new mask"))
     # read weight, gradient, moments and bits, write all but the gradient
-    contenders.append(moved_bytes(int((7 * kept.weight.element_size() + 0.25) * kept.weight.numel())))
-    floors = {each.name: "floor" for each in contenders if each.kind == "pyrx"}
-    if on_gpu:
-        graphs = [each for each in contenders if each.kind in ("pyrx", "floor")]
-        contenders += [
-            Contender(f"{each.name}, CUDA graph", graphed(each.step), each.kind, "CUDA graph") for each in graphs
-        ]
-        floors |= {f"{name}, CUDA graph": "floor, CUDA graph" for name in floors}
+    contenders += moved_bytes(int((7 * kept.weight.element_size() + 0.25) * kept.weight.numel()))
+    floors = {each.name: "floor, buffers" for each in contenders if each.kind == "pyrx"}
+    contenders, floors = with_graphs(contenders, floors)
 
     def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
         found = []
@@ -136,7 +125,7 @@ def test_masked_sgd(benchmark: Any) -> None:
         Contender(f"SGD ({kind}) + compiled topk, scatter", partial(Training(dtype, make).step_and, mask))
         for kind, make in (("foreach", partial(sgd, foreach=True)), ("fused", partial(sgd, fused=True)))
     ]
-    contenders += [Contender("pyrx", ours.masked, "pyrx"), moved_bytes(int(20.25 * ours.weight.numel()))]
+    contenders += [Contender("pyrx", ours.masked, "pyrx"), *moved_bytes(int(20.25 * ours.weight.numel()))]
 
     def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
         expected = pyrx.nm_mask(ours.weight, n, m, packed=True, backend="reference")
@@ -144,4 +133,4 @@ def test_masked_sgd(benchmark: Any) -> None:
         return [expect("pyrx", "bytes of the mask unlike the reference's", wrong, 0)]
 
     params = {"op": "MaskedSGD.step", "shape": list(shape()), "dtype": "float32", "n:m": f"{n}:{m}"}
-    run_case(ROW, params, contenders, benchmark, check=check, floors={"pyrx": "floor"})
+    run_case(ROW, params, contenders, benchmark, check=check, floors={"pyrx": "floor, buffers"})

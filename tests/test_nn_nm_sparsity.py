@@ -200,14 +200,29 @@ def test_copies_are_independent(mask):
     changed(sparsity, W, mask)
     for again in (copy.deepcopy(module), copy.deepcopy(nn.Sequential(module))[0]):
         other = again.parametrizations.weight[0]
-        assert other.get_extra_state() == sparsity.get_extra_state() and repr(again) == repr(module)
-        assert_same_bits(again.weight, module.weight)
+        assert other.get_extra_state() == sparsity.get_extra_state() | {"shared": False}
+        assert repr(again) == repr(module)
+        used = {"mask": sparsity.mask} if mask == "frozen" else {}
+        other.enabled = True
+        assert_same_bits(again.weight, pyrx.nm_sparsify(W, 1, 8, estimator="mdgf", decay=0.3, **used))
         other.decay.zero_()
-        other.n, other.enabled = 2, True
+        other.n = 2
         if mask:
             other.mask.zero_()
             assert sparsity.mask.any()
         assert sparsity.decay.item() == 0.3 and sparsity.n == 1
+
+
+def test_an_averaged_copy_has_masks_of_its_own_weights():
+    """A copy that was made beside an optimizer's masks: nobody refreshes those that it has."""
+    module, sparsity = layer()
+    pyrx.optim.MaskedAdamW(module.parameters(), model=module)
+    averaged = torch.optim.swa_utils.AveragedModel(module)
+    averaged.update_parameters(module)
+    original = averaged.module.parametrizations.weight.original
+    original.data.copy_(torch.randn(6, 16))
+    assert_same_bits(averaged.module.weight, pyrx.nm_sparsify(original, 2, 4))
+    assert sparsity.shared
 
 
 def test_the_parametrization_alone_can_be_pickled():

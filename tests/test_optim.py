@@ -320,7 +320,7 @@ def test_a_model_s_masks(ours, options):
     optimizer = ours(nets[0].parameters(), model=nets[0], rule="dense", **options)
     first, second = (nets[0][i].parametrizations.weight for i in (0, 2))
     for each in (first, second):
-        assert each[0].mask is optimizer.state[each.original]["mask"] and each[0].mask.dtype == torch.uint8
+        assert each[0].mask is not None and not optimizer.state, "empty until the first step, as torch's"
     plain = ours(nets[1].parameters(), n=None, rule="dense", **options)
     for i in range(4):
         train(nets[0], optimizer, 1, i)
@@ -419,9 +419,81 @@ def test_a_weight_on_another_device_gets_another_mask():
     net = network({0: Sparse()})
     optimizer = MaskedAdamW(net.parameters(), model=net)
     sparse = net[0].parametrizations.weight
+    train(net, optimizer, 1)
     optimizer.state[sparse.original]["mask"] = optimizer.state[sparse.original]["mask"].to("meta")
     train(net, optimizer, 1)
     assert sparse[0].mask is optimizer.state[sparse.original]["mask"] and sparse[0].mask.device.type == "cpu"
+
+
+def unshared(net):
+    net.to(memory_format=torch.channels_last)
+
+
+def moved(net):
+    net[0].parametrizations.weight[0]._apply(torch.clone)
+
+
+def without_a_mask(net):
+    net.load_state_dict(convolution(2)[0].state_dict())
+
+
+def convolution(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(8, 8, 3))
+    pyrx.nn.sparsify_(net, 2, 4)
+    return net, net[0].parametrizations.weight
+
+
+@pytest.mark.parametrize("change", [unshared, moved, without_a_mask])
+@pytest.mark.parametrize("refresh", [False, True])
+@pytest.mark.parametrize("stepped", [0, 2])
+def test_a_module_that_changes_its_mask_shares_it_again(change, refresh, stepped):
+    net, sparse = convolution(0)
+    optimizer = MaskedAdamW(net.parameters(), lr=0.1, model=net)
+    for _ in range(stepped):
+        sparse.original.grad = torch.randn_like(sparse.original)
+        optimizer.step()
+    before = sparse[0].mask
+    change(net)
+    assert sparse[0].mask is not before
+    if refresh:
+        sparse.original.data.neg_().add_(1)
+        optimizer.refresh_masks()
+    used = pyrx.nm_mask(sparse.original, 2, 4, dim=1)
+    assert torch.equal(net[0].weight != 0, used)
+    held = sparse.original.detach().clone()
+    sparse.original.grad = torch.randn_like(held)
+    optimizer.step()
+    assert torch.equal(sparse.original == held, ~used)
+    assert sparse[0].mask is optimizer.state[sparse.original]["mask"] and sparse[0].mask.is_contiguous()
+    assert torch.equal(sparse[0].mask, pyrx.nm_mask(sparse.original, 2, 4, dim=1, packed=True))
+
+
+def test_a_copy_before_any_step_has_its_masks_too():
+    net, sparse = convolution(0)
+    copied, _ = copy.deepcopy((net, MaskedAdamW(net.parameters(), model=net)))
+    assert copied[0].parametrizations.weight[0].shared and sparse[0].shared
+
+
+def test_a_fresh_optimizer_takes_a_distributed_checkpoint():
+    """Which first makes the fresh one's state, by a step, where there is none."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def made(seed):
+        net = network(seed=seed)
+        pyrx.nn.sparsify_(net, 2, 4)
+        return net, MaskedAdamW(net.parameters(), lr=0.05, refresh_every=2, model=net)
+
+    net, optimizer = made(0)
+    train(net, optimizer, 3)
+    saved_net, saved_optimizer = copy.deepcopy(get_state_dict(net, optimizer))
+    other, resumed = made(1)
+    _, template = get_state_dict(other, resumed)
+    assert template["state"].keys() == saved_optimizer["state"].keys()
+    set_state_dict(other, resumed, model_state_dict=saved_net, optim_state_dict=saved_optimizer)
+    for each in (net, optimizer), (other, resumed):
+        train(*each, 4, 3)
+    assert_same_parameters(net, other)
 
 
 # Bad input.
@@ -462,6 +534,22 @@ def test_bad_options(ours, options, error, text):
         assert len(optimizer.param_groups) == 1
 
 
+def test_shards_have_no_masks():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        weight = nn.Parameter(distribute_tensor(torch.randn(8, 16), mesh, [Shard(0)]))
+        with pytest.raises(RuntimeError, match=r"expected params\[0\] to be whole or have no mask, got DTensor"):
+            MaskedAdamW([weight], n=2, m=4)
+        MaskedAdamW([weight])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_bad_options_of_each():
     weight = nn.Parameter(torch.randn(8, 16))
     for ours, options, text in [
@@ -498,6 +586,11 @@ def test_bad_weights_and_gradients():
     net[0].parametrizations.weight[0].estimator = "sr-ste"
     with pytest.raises(ValueError, match='expected rule other than "sr-ste" for weights whose estimator adds its term'):
         MaskedAdamW(net.parameters(), model=net, rule="sr-ste")
+    net = network({0: Sparse()})
+    sparse = net[0].parametrizations.weight.original
+    with pytest.raises(ValueError, match="expected rule to be one of"):
+        MaskedAdamW([{"params": [sparse]}, {"params": [net[0].bias], "rule": "no"}], model=net)
+    assert net[0].parametrizations.weight[0].mask is None, "an optimizer that is not made hands nothing over"
     with pytest.raises(RuntimeError, match="backend"):
         optimizer = MaskedAdamW([weight], n=2, m=4, backend="cuda")
         weight.grad = torch.randn(8, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -34,12 +35,16 @@ class NMSparsity(nn.Module):
         frozen: whether the mask stays as it is: set by `freeze`.
         decay: float64 tensor of no dimension, the d of "mdgf" and "mdgf-scaled": it changes in place and nothing is
             compiled anew. float64 it stays through `.half()` and the like.
-        mask: uint8 bits in place of ranking (see `pyrx.nm_mask`), or None: then each forward ranks.
+        mask: uint8 bits (see `pyrx.nm_mask`) that stand in for ranking while frozen or shared; else each forward ranks.
         shared: whether the mask is one that an optimizer handed over. Loaded without that optimizer it no longer
-            changes: `use_mask(None)` then ranks again.
+            changes: `use_mask(None)` then ranks again. A deep copy has no owner, and ranks.
 
     All but `backend` is in the state dict and comes back exactly; a mask that is there and not here, or the reverse,
     is no error. As torch has it, a parametrized layer can be copied and has a state dict, but cannot be pickled.
+
+    The mask is a buffer that comes with an optimizer's or a frozen one. `torch.optim.swa_utils.AveragedModel` pairs
+    buffers, and fails where it was made before. DistributedDataParallel writes them at each forward: two forwards
+    before their backward need `broadcast_buffers=False`, as with batch normalization.
 
     Cost: of `pyrx.nm_sparsify`, at every reading of `layer.weight`; under `parametrize.cached()` once. (torch's cache
     takes a layer and its deep copy for the same: do not run both under one.)
@@ -89,11 +94,17 @@ class NMSparsity(nn.Module):
             estimator=self.estimator,
             decay=self.decay,
             strength=self.strength,
-            mask=self.mask,
+            mask=self.mask if self.frozen or self.shared else None,
             magnitude=self.magnitude,
             pad=self.pad,
             backend=self.backend,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NMSparsity:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        copied.shared = False  # nobody refreshes its mask; an optimizer copied with it hands its own over
+        return copied
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The weight itself, so that it can be assigned; the buffers follow it to its device."""

@@ -26,6 +26,8 @@ class SparsitySchedule:
     It works on every `pyrx.nn.NMSparsity` that `model` has when it is made, towards their `target`, and sets `enabled`,
     `n`, `m`, `decay` and `frozen`. A step does not wait for a GPU. A model under torch.compile compiles anew where
     `enabled`, `n` or `m` change or a mask is frozen, not where a decay does; a CUDA graph must be captured anew there.
+    Where that is more often than `torch._dynamo.config.recompile_limit` (8; training and evaluation both count) torch
+    goes on without compiling, or raises under fullgraph=True: raise the limit.
 
     `state_dict` has the steps done and the masks that are frozen or an optimizer's; with the model's and the
     optimizer's, in any order of loading, training goes on with the same bits.

@@ -297,7 +297,8 @@ def nm_sparsify(
             Default "ste".
         decay: d, in [0, 1], of both MDGF estimators; a tensor of one element on the weight's device changes from step
             to step without recompiling or recapturing anything, and is not checked. Default 1: nothing is dropped.
-        strength: of "sr-ste". Default 2e-4.
+        strength: of "sr-ste". Default 2e-4. Every backward adds the term: of k accumulated gradients each, and what a
+            GradScaler scales the loss by divides it; `pyrx.optim.MaskedAdamW(rule="sr-ste")` adds it once a step.
         mask: use this one in place of ranking: bool of the weight's shape, or bits as `nm_mask(packed=True)` makes.
 
     Returns:

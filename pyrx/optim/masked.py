@@ -49,11 +49,17 @@ def _parametrizations(model: nn.Module) -> dict[Tensor, Any]:
 class MaskedOptimizer(Optimizer):
     """What MaskedAdamW and MaskedSGD have in common: which weights have masks, whose they are, when they are made."""
 
+    _constructed = True  # of a copy
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any], model: nn.Module | None, backend: str | None) -> None:
         self.name = type(self).__name__
         self.backend = backend
         self._parametrizations = {} if model is None else _parametrizations(model)
+        self._constructed = False
         super().__init__(params, {**defaults, "updates": 0})
+        self._constructed = True
+        for group in self.param_groups:
+            self._offer(group)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("name", "backend", "_parametrizations")
@@ -70,6 +76,7 @@ class MaskedOptimizer(Optimizer):
                 group.setdefault(name, value)
             for param in group["params"]:
                 self._restore(group, param)
+            self._offer(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if any(group.get("amsgrad", False) for group in state_dict["param_groups"]):
@@ -83,9 +90,8 @@ class MaskedOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        for param in param_group["params"]:
-            if param in self._parametrizations:
-                self._hand_over(param, self._masking(param_group, param))
+        if self._constructed:  # else once all groups are checked
+            self._offer(self.param_groups[-1])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice(self.name, "rule", group["rule"], RULES)
@@ -100,6 +106,8 @@ class MaskedOptimizer(Optimizer):
             masking = self._masking(group, param)
             if masking is None:
                 continue
+            if hasattr(param, "full_tensor"):  # FSDP's shards
+                fail(self.name, f"params[{i}]", "to be whole or have no mask", type(param.data).__name__, RuntimeError)
             check_weight(self.name, f"params[{i}]", param, masking.n, masking.m, masking.dim, masking.pad)
             check_own_memory(self.name, f"params[{i}]", param)
             estimator = getattr(self._parametrizations.get(param), "estimator", None)
@@ -116,16 +124,25 @@ class MaskedOptimizer(Optimizer):
             return _Masking(*ranks, "dense", False)
         return _Masking(*ranks, group["rule"], not getattr(of, "frozen", False))
 
-    def _hand_over(self, param: Tensor, masking: _Masking | None) -> None:
-        """Makes the mask of a weight where it has none, and gives it to the weight's parametrization."""
-        if masking is None:
-            return
-        state = self.state[param]
-        mask = state.get("mask")
+    def _offer(self, group: dict[str, Any]) -> None:
+        """Masks for the parametrizations, which the first step takes into the state: empty until then, as of torch."""
+        for param in group["params"]:
+            masking = self._masking(group, param)
+            if masking is not None and param in self._parametrizations and not self.state.get(param):
+                self._parametrizations[param].use_mask(self._ranked(param, masking))
+
+    def _used_mask(self, param: Tensor) -> Tensor | None:
+        """The forward's: a module that was moved or loaded a state may have another than the optimizer by now."""
+        mask = self.state.get(param, {}).get("mask")
+        return getattr(self._parametrizations.get(param), "mask", mask)
+
+    def _share(self, param: Tensor, masking: _Masking, mask: Tensor | None) -> None:
+        """Makes `mask`, or a new one where that is not the weight's, the state's and the parametrization's."""
         if mask is None or mask.device != param.device or list(mask.shape) != packed_shape(param.shape):
-            state["mask"] = self._ranked(param, masking)
+            mask = self._ranked(param, masking)
+        self.state[param]["mask"] = mask = mask.contiguous()  # else each step copies it
         if param in self._parametrizations:
-            self._parametrizations[param].use_mask(state["mask"])
+            self._parametrizations[param].use_mask(mask)
 
     def _ranked(self, param: Tensor, masking: _Masking) -> Tensor:
         n, m, dim, magnitude, pad = masking[:5]
@@ -141,8 +158,8 @@ class MaskedOptimizer(Optimizer):
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
         if masking is None:
             state.pop("mask", None)
-        elif state or param in self._parametrizations:
-            self._hand_over(param, masking)
+        elif state:
+            self._share(param, masking, state.get("mask"))
 
     @torch.no_grad()
     def refresh_masks(self) -> None:
@@ -150,8 +167,9 @@ class MaskedOptimizer(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 masking = self._masking(group, param)
-                if masking is not None and masking.refresh and "mask" in self.state.get(param, {}):
-                    self.state[param]["mask"].copy_(self._ranked(param, masking))
+                mask = self._used_mask(param)
+                if masking is not None and masking.refresh and mask is not None:
+                    mask.copy_(self._ranked(param, masking))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -188,9 +206,9 @@ class MaskedOptimizer(Optimizer):
                 n, m, dim, _, pad = masking[:5]
                 check_weight(self.name, f"params[{i}]", param, n, m, dim, pad)
                 masking = masking._replace(refresh=masking.refresh and due, pad=pad and param.shape[dim] % m != 0)
-                mask = self.state[param].get("mask")
-                if mask is None or mask.device != param.device or mask.dim() != param.dim():
-                    self._hand_over(param, masking)
+                used = self._used_mask(param)
+                if used is None or used is not self.state[param].get("mask") or used.device != param.device:
+                    self._share(param, masking, used)
             batches.setdefault((masking, param.device, param.dtype), []).append(param)
         return batches
 
@@ -233,11 +251,12 @@ class MaskedAdamW(MaskedOptimizer):
     Args:
         params, lr, betas, eps, weight_decay, maximize: as of `torch.optim.AdamW`. lr may be a tensor of one element,
             which a CUDA graph reads anew in each replay.
-        n, m, dim: of the masks, as of `pyrx.nm_mask`. Default None: weights have no mask and `torch.optim.AdamW`'s own
-            fused step, unless `model` gives them one.
+        n, m, dim: of the masks, as of `pyrx.nm_mask`, which all of the group have: put biases into another. Default
+            None: weights have no mask and `torch.optim.AdamW`'s own fused step, unless `model` gives them one.
         rule: what becomes of weights that are not kept: "hold" (they and their moments stay, against decay and
             momentum), "sr-ste" (strength * W is added to their gradient; the estimator of the forward is "ste" then) or
-            "dense" (they move as the others). Default "hold".
+            "dense" (they move as the others). Default "hold", which ignores the gradient that an estimator gives what
+            is not kept: with "mdgf", or to have "ste" revive weights, take "dense".
         strength: of "sr-ste". Default 2e-4.
         refresh_every: masks are made anew at every so many steps. Default 1.
         model: weights of it that are the original of a `pyrx.nn.NMSparsity` take n, m, dim, magnitude and pad from it,
@@ -261,7 +280,7 @@ class MaskedAdamW(MaskedOptimizer):
     Raises:
         ValueError: n > m, an m that does not divide, an unknown rule; the options of torch.optim.AdamW with its texts;
         a state dict with amsgrad. TypeError: masked weights that are not floating-point. RuntimeError: sparse
-        gradients, a backend that cannot serve.
+        gradients, masks of weights that FSDP shards, a backend that cannot serve.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; Zhou et al., "Learning N:M
     Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
