@@ -30,10 +30,12 @@ inline void check_groups(std::string_view op, std::string_view argument, const a
                    value.sizes());
 }
 
+inline int64_t bytes_of(int64_t bits) { return (bits + 7) / 8; }
+
 // The shape of a mask's bits, eight to a byte along the last dimension.
 inline std::vector<int64_t> packed_shape(at::IntArrayRef shape) {
   std::vector<int64_t> packed = shape.vec();
-  packed.back() = (packed.back() + 7) / 8;
+  packed.back() = bytes_of(packed.back());
   return packed;
 }
 

@@ -20,15 +20,13 @@ constexpr int64_t kTile = 4096;         // elements that are updated and then ra
 constexpr int64_t kColumnTile = 16384;  // as many in rows that are apart: longer runs of each
 constexpr int64_t kColumns = 1024;      // the most of these side by side
 constexpr int64_t kTask = 32768;        // the least that a thread is woken for
-constexpr int64_t kShortRow = 128;  // rows of bits below this, not whole bytes, are taken many at a time
+constexpr int64_t kShortRow = 128;      // rows of bits below this, not whole bytes, are taken many at a time
 
 // What one call does with the masks.
 struct MaskPlan {
   NM nm;
   bool read, refresh;
 };
-
-int64_t bytes_of(int64_t bits) { return (bits + 7) / 8; }
 
 // Rows of `length` bits, each padded to bytes, one right behind another, and back.
 void join(const uint8_t* bits, int64_t rows, int64_t length, uint8_t* flat) {

@@ -32,7 +32,6 @@ constexpr int64_t kByteAligned = 8;  // a width of bits' rows that lets runs beg
 // f(first, n, bits): elements first .. first + n - 1 as they lie in memory, and their bits from bit 0 on.
 using Sink = c10::function_ref<void(int64_t, int64_t, const uint8_t*)>;
 
-int64_t bytes_of(int64_t bits) { return (bits + 7) / 8; }
 int64_t pieces_of(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 
 // f(first, n, bits) over rows of `length` elements: runs of whole rows, or pieces of one that begin at a multiple of

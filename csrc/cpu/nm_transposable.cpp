@@ -52,7 +52,7 @@ void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
 template <typename T>
 void exact(const T* scores, const Tiles& tiles, bool magnitude, bool packed, uint8_t* out) {
   const auto& kernels = nm_transposable_kernels<T>();
-  const int64_t out_stride = packed ? (tiles.columns + 7) / 8 : tiles.columns;
+  const int64_t out_stride = packed ? bytes_of(tiles.columns) : tiles.columns;
   for_runs(tiles, kExactRun, 0, [&](int64_t row, int64_t first, int64_t count, void*) {
     uint8_t* to = out + row * tiles.m * out_stride + first * tiles.m / (packed ? 8 : 1);
     kernels.exact(scores + row * tiles.m * tiles.columns + first * tiles.m, tiles.columns, count, magnitude, packed, to,
@@ -64,7 +64,7 @@ template <typename T>
 void greedy(const T* scores, const Tiles& tiles, const NM& nm, bool packed, uint8_t* out) {
   const auto& kernels = nm_transposable_kernels<T>();
   const int64_t m = tiles.m, sorted = m > kLaneGroup ? 2 * m * m * int64_t(sizeof(T) + sizeof(uint16_t)) : 0;
-  const int64_t scratch = sorted + (packed ? kGreedyRun * m * m : 0), bits_stride = (tiles.columns + 7) / 8;
+  const int64_t scratch = sorted + (packed ? kGreedyRun * m * m : 0), bits_stride = bytes_of(tiles.columns);
   for_runs(tiles, kGreedyRun, scratch, [&](int64_t row, int64_t first, int64_t count, void* memory) {
     const int64_t at = row * m * tiles.columns + first * m, width = count * m;
     const T* from = scores + at;

@@ -48,13 +48,6 @@ void launch(void (*kernel)(UpdateTable<Update, T>), UpdateTable<Update, T> table
   }
 }
 
-// Calls f with the ratio that a fused kernel ranks by; false where none does.
-template <typename F>
-bool dispatch_fused(const NM& nm, bool columns, F f) {
-  if (columns && nm.m > 8) return false;
-  return dispatch_ratio(nm.n, nm.m, [&](auto ratio) { f(Ratio<ratio.m == 8 ? 0 : ratio.n, ratio.m>()); });
-}
-
 // A mask by the op itself, for groups that no fused kernel ranks.
 void make_mask(const at::Tensor& weight, const NM& nm, int64_t dim, const at::Tensor& bits) {
   using Signature = at::Tensor(const at::Tensor&, int64_t, int64_t, int64_t, bool, bool, bool);

@@ -285,6 +285,16 @@ __global__ void __launch_bounds__(kUpdateThreads, 2)
   }
 }
 
+// Calls f with the Ratio of the fused kernel that ranks n of m, kM never 0 for columns; false where none does.
+template <typename F>
+bool dispatch_fused(const NM& nm, bool columns, F&& f) {
+  if (columns && nm.m >= 8) {
+    if (nm.m == 8) f(Ratio<0, 8>());
+    return nm.m == 8;
+  }
+  return dispatch_ratio(nm.n, nm.m, [&](auto ratio) { f(Ratio<ratio.m == 8 ? 0 : ratio.n, ratio.m>()); });
+}
+
 constexpr int64_t kElementTile = int64_t(kUpdateThreads) * kUpdateRounds;  // elements of a block
 
 // The update alone, of rows of any length and alignment. The masks stay.

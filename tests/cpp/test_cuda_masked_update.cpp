@@ -190,6 +190,23 @@ void test_ratios() {
   for (const int n : {1, 4, 7}) test_columns<Update, T, 0, 8>(n);
 }
 
+// what is told to be ranked has a kernel that ranks it
+void test_dispatch() {
+  for (int m = 1; m <= kMostGroup; ++m)
+    for (int n = 1; n <= m; ++n)
+      for (const bool columns : {false, true}) {
+        int calls = 0;
+        const auto fits = [&](auto ratio) {
+          const bool inside = ratio.m == m && (m == 8 ? ratio.n == 0 : ratio.n == n);
+          const bool across = ratio.m == 0 && (ratio.n == 0 || ratio.n == n) && m % 8 == 0;
+          calls += inside || (across && !columns) ? 1 : 1000;
+        };
+        const bool served = dispatch_fused(NM{n, m, true}, columns, fits);
+        CHECK(calls == int(served), "dispatch of %d:%d, columns %d", n, m, int(columns));
+        if (n < m && (m == 2 || m == 4 || m == 8)) CHECK(served, "%d:%d, columns %d", n, m, int(columns));
+      }
+}
+
 // as many tensors as a launch takes
 void test_full_table() {
   std::vector<Form> forms;
@@ -212,6 +229,7 @@ void test_update() {
 }  // namespace
 
 int main() {
+  test_dispatch();
   test_full_table();
   test_update<AdamW>();
   test_update<SGD>();
