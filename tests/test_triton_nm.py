@@ -239,7 +239,7 @@ def test_apply(device, shape):
                 got = ops.nm_apply(each, bits, dropped, *arguments, 0.01)
                 expected = pyrx.reference.nm_sparsity.nm_apply(each, bits, dropped, *arguments, 0.01)
                 assert_same_but_nan(got, expected, f"{name} {dropped}")
-                assert got.stride() == expected.stride(), name
+                assert got.numel() == 0 or got.stride() == expected.stride(), name
 
 
 def test_products_and_sums_are_rounded_one_by_one(device):

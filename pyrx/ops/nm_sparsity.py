@@ -245,18 +245,23 @@ def nm_mask(
     return _library.namespace(chosen).nm_mask(scores.detach(), n, m, dim, magnitude, packed, pad)
 
 
-def decay_tensor(op: str, decay: float | Tensor, device: torch.device) -> Tensor:
-    """What MDGF multiplies dropped weights by, where a kernel reads it."""
+def _check_decay(op: str, decay: float | Tensor, device: torch.device) -> None:
     if isinstance(decay, Tensor):
         if not decay.is_floating_point():
             fail(op, "decay", "to be a float or a floating-point tensor", decay.dtype, TypeError)
-        decay = decay.detach().to(torch.float64)
-        _check_factor(op, decay, device)
-        return decay
-    if not isinstance(decay, torch.SymFloat):
+        check_device(op, "decay", decay, device)
+        if decay.numel() != 1:
+            fail(op, "decay", "of one element", list(decay.shape))
+    elif not isinstance(decay, torch.SymFloat):
         check_number(op, "decay", decay)
         if not 0 <= decay <= 1:
             fail(op, "decay", "in [0, 1]", decay)
+
+
+def _decay_tensor(decay: float | Tensor, device: torch.device) -> Tensor:
+    """What MDGF multiplies dropped weights by, where a kernel reads it."""
+    if isinstance(decay, Tensor):
+        return decay.detach().to(torch.float64)
     return torch.full((), decay, dtype=torch.float64, device=device)
 
 
@@ -326,8 +331,8 @@ def nm_sparsify(
     dim = normalized_dim(op, weight, dim) if weight.dim() else 0
     check_number(op, "strength", strength)
     way = ESTIMATORS.index(estimator)
-    given = decay_tensor(op, decay, weight.device)
-    factor = given if FORWARD[way] == FACTOR else None
+    _check_decay(op, decay, weight.device)
+    factor = _decay_tensor(decay, weight.device) if FORWARD[way] == FACTOR else None
     bits = None if mask is None else mask_bits(op, mask, weight)
     if scores is not None:
         check_tensor(op, "scores", scores)
