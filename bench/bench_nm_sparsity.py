@@ -157,7 +157,12 @@ def test_mask_of_other_dimensions(layer: str, benchmark: Any) -> None:
     def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
         expected = pyrx.nm_mask(weight, 2, 4, dim=dim, backend="reference")
         return [
-            expect(name, "elements unlike the reference", (each.step().bool() != expected).sum().item(), 0)
+            expect(
+                name,
+                "share of elements unlike the reference",
+                (each.step().bool() != expected).double().mean().item(),
+                0.0 if each.kind == "pyrx" else 1e-5,  # of ties any may stay
+            )
             for name, each in able.items()
             if each.kind != "floor"
         ]

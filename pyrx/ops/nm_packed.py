@@ -342,9 +342,9 @@ def nm_linear(x: Tensor, packed: NMPacked, bias: Tensor | None = None, *, backen
     what a few rows of x wait for. Against F.linear over the dense weight of 4096 columns (bench/bench_nm_packed.py):
     float32, with AVX-512 or AVX2: faster at 2:4 and every sparser ratio, for any number of rows.
     float64, with AVX-512: likewise, but for one row at 2:4.
-    bfloat16, of which a processor with AVX-512 BF16 does two products in the time of one: faster for up to 3 rows, and
-    at 1:8 and sparser for any number; at 2:4 and more rows slower, by up to half. There multiply with `to_dense()`,
-    made once.
+    bfloat16, of which a processor with AVX-512 BF16 does two products in the time of one: faster for up to eight rows,
+    and at 1:8 and sparser for any number; with hundreds of rows about even at 1:4, and at 2:4 up to 1.6 times the dense
+    time: there multiply with `to_dense()`, made once.
     Where the processor has neither AVX-512 nor AVX2 the dense weight is faster.
     On a GPU: without a gradient to record, 2:4 weights of float16 and bfloat16 whose sizes torch serves go through
     its semi-structured product (`to_semi_structured`, kept beside the weight until that is written); all else, and
