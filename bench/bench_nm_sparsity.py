@@ -142,7 +142,7 @@ def test_mask_of_other_dimensions(layer: str, benchmark: Any) -> None:
     weight = torch.randn(sizes, device=SETTINGS.device)
 
     def moved(form: Callable[..., Tensor]) -> Tensor:
-        last = weight.movedim(dim, -1)
+        last = weight.movedim(dim, -1).contiguous()
         return form(last.reshape(-1, last.shape[-1]), 2, 4).view(last.shape).movedim(-1, dim)
 
     contenders = [
