@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, expect, graphed, run_case, set_threads
+from harness import SETTINGS, Contender, Target, expect, on_the_gpu, run_case, set_threads
 from torch import Tensor
 
 import pyrx
@@ -65,17 +65,6 @@ def differing(name: str, got: Tensor, expected: Tensor) -> dict[str, Any]:
 
 def close(name: str, got: Tensor, expected: Tensor, slack: float) -> dict[str, Any]:
     return expect(name, "largest difference from the definition", (got - expected).abs().max().item(), slack)
-
-
-def on_the_gpu(contenders: list[Contender]) -> list[Contender]:
-    """pyrx and the floor as CUDA graphs too: the device's time."""
-    if SETTINGS.device == "cpu":
-        return []
-    return [
-        Contender(f"{each.name}, CUDA graph", graphed(each.step), each.kind, "CUDA graph", each.note)
-        for each in contenders
-        if each.kind in ("pyrx", "floor")
-    ]
 
 
 def run(
