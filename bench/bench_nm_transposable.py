@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, expect, run_case, set_threads
+from harness import SETTINGS, Contender, Target, expect, moved_bytes, run_case, set_threads
 from torch import Tensor
 
 import pyrx
@@ -62,20 +62,6 @@ def sorted_greedy(scores: Tensor, n: int, m: int) -> Tensor:
     return matrix_of(kept, len(scores), m)
 
 
-def copied(scores: Tensor, mask: Tensor) -> list[Contender]:
-    """The scores read and the mask written, and nothing else: as many bytes are copied as the two have on average."""
-    half = torch.empty((scores.nbytes + mask.nbytes) // 2, dtype=torch.uint8, device=scores.device).fill_(1)
-    into = torch.empty_like(half)
-
-    def into_buffer() -> None:
-        into.copy_(half)
-
-    return [
-        Contender("floor, new memory", half.clone, "floor", note="as many bytes copied"),
-        Contender("floor, buffer", into_buffer, "floor", note="as many bytes copied, memory there already"),
-    ]
-
-
 def mass(scores: Tensor, mask: Tensor) -> float:
     return float((scores.double().abs() * mask).sum())
 
@@ -106,10 +92,11 @@ def run(
         wrong = (ours()[:512] != expected).sum() + (bits()[:512] != packed(expected)).sum()
         return [*found, expect("pyrx", "elements unlike the reference", float(wrong), 0)]
 
+    floors = moved_bytes(scores.nbytes + ours().nbytes)  # the scores read, the mask written
     run_case(
         ROW,
         params,
-        [*contenders, Contender("pyrx", ours, "pyrx"), Contender("pyrx, bits", bits, "pyrx"), *copied(scores, ours())],
+        [*contenders, Contender("pyrx", ours, "pyrx"), Contender("pyrx, bits", bits, "pyrx"), *floors],
         benchmark,
         check=check,
         floors={"pyrx": "floor, new memory", "pyrx, bits": "floor, new memory"},
