@@ -4,6 +4,8 @@ from pyrx import _extension, nn, optim
 from pyrx._version import __version__
 from pyrx.ops.batch_mix import cutmix, mixup, resizemix
 from pyrx.ops.blend import blend
+from pyrx.ops.block_mask import BlockMask
+from pyrx.ops.block_sparse_attention import block_sparse_attention
 from pyrx.ops.dropout import dropout, dropout_mask
 from pyrx.ops.fmix import fmix
 from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
@@ -18,10 +20,12 @@ from pyrx.ops.random_erasing import cutout, random_erasing
 from pyrx.targets import MixedTarget
 
 __all__ = [
+    "BlockMask",
     "MixedTarget",
     "NMPacked",
     "__version__",
     "blend",
+    "block_sparse_attention",
     "cutmix",
     "cutout",
     "dropout",

@@ -25,7 +25,18 @@ OPS = (
     "nm_transposable",
     "nm_packed",
     "masked_update",
+    "block_mask",
+    "block_pool",
+    "block_mass",
+    "block_sparse_attention",
 )
+# backends that a row does without, by design, and what serves in their place
+ABSENT = {
+    ("block_mask", "triton"): "its GPU kernels are CUDA C++",
+    ("block_pool", "triton"): "its GPU kernels are CUDA C++",
+    ("block_mass", "cuda"): "its GPU kernels are Triton's",
+    ("block_sparse_attention", "cuda"): "its GPU kernels are Triton's",
+}
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 # Triton's interpreter runs its kernels on CPU tensors; the variable must be set before triton is imported.
@@ -45,6 +56,7 @@ _OP_OF_ROW = {
     "nm_transposable": "nm_transposable_mask",
     "nm_packed": "nm_compress",
     "masked_update": "masked_adamw",
+    "block_mask": "block_lists",
 }
 
 
@@ -67,7 +79,9 @@ def _reasons(op: str, backend: str, device_type: str, dtype: torch.dtype) -> lis
     served = ("cpu", "cuda") if backend == "triton" and TRITON_INTERPRETED else ("cpu" if backend == "cpu" else "cuda",)
     if device_type not in served:
         found.append(f"it serves device {' and '.join(served)}, not {device_type}")
-    if backend in ("cpu", "cuda"):
+    if (op, backend) in ABSENT:
+        found.append(ABSENT[op, backend])
+    elif backend in ("cpu", "cuda"):
         if _extension.error is not None:
             found.append(_extension.error)
         elif not _has_kernel(op, backend.upper()):
@@ -83,9 +97,12 @@ def _reasons(op: str, backend: str, device_type: str, dtype: torch.dtype) -> lis
 
 
 def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -> str:
-    """The backend that serves this call: the one asked for (argument, then PYRX_BACKEND) or the first that can."""
+    """The backend that serves this call: the one asked for (argument, then PYRX_BACKEND, unless the row does without
+    it) or the first that can."""
     if backend is None:
         backend = os.environ.get("PYRX_BACKEND") or None
+        if (op, backend) in ABSENT:
+            backend = None
     if backend is None or backend == "auto":
         for each in ("cpu", "cuda", "triton"):
             if not reasons(op, each, device_type, dtype):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pyrx._backends import TRITON_INTERPRETED
+from pyrx._backends import ABSENT, TRITON_INTERPRETED
 
 NATIVE = torch.library.Library("pyrx", "DEF")
 TRITON = torch.library.Library("pyrx_triton", "DEF")
@@ -83,19 +83,20 @@ def define(
     where `native_formula`. The Triton op's kernel is the function of the same name in pyrx._triton.<row>, its formula
     is `backward`. With `writes` the arguments that the schema marks are the caller's and are written.
     """
-    for library in (NATIVE, TRITON):
+    libraries = (NATIVE,) if (row, "triton") in ABSENT else (NATIVE, TRITON)
+    for library in libraries:
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"{library.ns}::{name}"
         torch.library.register_fake(qualified, fake, lib=library)
     if backward is not None and setup_context is not None:
-        for library in (TRITON,) if native_formula else (NATIVE, TRITON):
+        for library in (TRITON,) if native_formula else libraries:
             op = getattr(getattr(torch.ops, library.ns), name).default
             library.impl(name, _autograd_kernel(op, setup_context, backward), "Autograd", with_keyset=True)
-    for library in (NATIVE, TRITON) if writes else ():
+    for library in libraries if writes else ():
         op = getattr(getattr(torch.ops, library.ns), name).default
         library.impl(name, _version_kernel(op), "ADInplaceOrView", with_keyset=True)
     keys = ("CUDA", "CPU") if TRITON_INTERPRETED else ("CUDA",)
-    for key in keys:
+    for key in keys if TRITON in libraries else ():
         TRITON.impl(name, _launcher(row, name), key)
 
 

@@ -1,0 +1,37 @@
+// Row kernels of attention over tiles of logits, compiled apart from simd.h's and picked at run time. No torch headers.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd.h"
+#include "kernels/block_sparse_attention.h"
+
+namespace pyrx::cpu {
+
+// A tile of products (rows, keys) of queries q .. and keys k .. of head (b, h), and what its logits are made of.
+template <typename T>
+struct LogitTile {
+  using Acc = accumulate_t<T>;
+  int64_t b, h, q, k;        // of its first row and column
+  int64_t rows, keys;        // at most one block of each
+  Acc* logits;               // (rows, keys) in rows of `stride`
+  int64_t stride;
+  Acc scale, softcap;        // softcap 0: none
+  const Acc* query_scale;    // of row q, (rows,), or null
+  KeyBias<T> bias;           // of the whole problem
+  KeyRules rules;
+  const uint8_t* key_mask;   // of key k, (keys,) bytes of 0 or 1, or null
+};
+
+template <typename T>
+struct LogitKernels {
+  // products to logits before bias: softcap * tanh(scale * query_scale * product / softcap), or without the cap
+  void (*scale)(const LogitTile<T>& tile);
+  // logits += bias; minus infinity where a key is hidden from a query
+  void (*hide)(const LogitTile<T>& tile);
+};
+
+template <typename T>
+const LogitKernels<T>& logit_kernels();
+
+}  // namespace pyrx::cpu
