@@ -124,11 +124,12 @@ def all_times(cases: list[dict[str, Any]]) -> str:
 
 
 def memory_table(memory: dict[str, Any]) -> str:
-    samples = sorted({each["M"] for each in memory["peaks"]})
-    peaks = {(each["name"], each["M"]): each["bytes"] / 2**20 for each in memory["peaks"]}
+    over = memory.get("over", "M")  # what is varied
+    sizes = sorted({each[over] for each in memory["peaks"]})
+    peaks = {(each["name"], each[over]): each["bytes"] / 2**20 for each in memory["peaks"]}
     names = dict.fromkeys(each["name"] for each in memory["peaks"])
-    rows = [[name, *(f"{peaks[name, m]:.1f}" for m in samples)] for name in names]
-    head = [f"peak extra memory of a step, MiB ({case_name(memory['params'])})", *(f"M = {m}" for m in samples)]
+    rows = [[name, *(f"{peaks[name, size]:.1f}" for size in sizes)] for name in names]
+    head = [f"peak extra memory of a step, MiB ({case_name(memory['params'])})", *(f"{over} = {n}" for n in sizes)]
     return table(head, rows)
 
 
