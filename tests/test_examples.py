@@ -21,12 +21,12 @@ SPARSE = [
 ]
 
 
-def digits(*arguments, fails=False):
+def digits(*arguments, fails=False, script="digits.py"):
     for package in ("sklearn", "matplotlib", "scipy", "tqdm"):
         pytest.importorskip(package)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "digits.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -74,3 +74,13 @@ def test_digits(tmp_path):
 @pytest.mark.parametrize("ratio", ["4:2", "2", "2:4:8", "0:4", "1:129", "a:b"])
 def test_bad_ratios(ratio):
     assert "expected N:M with 1 <= N <= M <= 128, as 2:4" in digits("--sparsity", ratio, fails=True)
+
+
+@pytest.mark.slow
+def test_attention_on_digits(tmp_path):
+    text = digits("--quick", "--out", tmp_path / "attention.png", script="digits_attention.py")
+    found = re.findall(r"^(\S.*?)  +(\d+\.\d+) ± (\d+\.\d+) +(\d\.\d+) +(\d+\.\d+)$", text, re.M)
+    assert [each[0] for each in found] == ["dense, PyTorch", "sliding window, pyrx", "searched, pyrx"]
+    dense, window, searched = (float(each[3]) for each in found)
+    assert dense == 1 and 0.1 < window < 0.4 and 0.2 < searched < 0.4
+    assert (tmp_path / "attention.png").stat().st_size > 10_000
