@@ -70,7 +70,7 @@ gpu-here: $(call extras,test) $(call extras,bench) build
 	@failed=0; jobs=$$($(PY) -c 'import xdist' 2>/dev/null && echo '-n 8' || true); \
 	timeout 240 $(PY) -m pytest -q -m gpu $$jobs || failed=$$?; \
 	printf '\n== %s\n' 'GPU benchmarks (up to 5 minutes): results in bench/results'; \
-	timeout 290 $(PY) bench/run.py --device cuda --out bench/results || failed=$$?; \
+	timeout 290 $(PY) bench/run.py --device cuda --out bench/results --minutes 4.4 || failed=$$?; \
 	$(PY) bench/report.py || failed=$$?; \
 	exit $$failed
 

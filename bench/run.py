@@ -79,14 +79,36 @@ def header(device: str, quick: bool) -> dict[str, Any]:
 class Recorder:
     """A pytest plugin: the progress bar, the failures, and the result files."""
 
-    def __init__(self, out: Path, head: dict[str, Any]) -> None:
-        self.out, self.head = out, head
+    def __init__(self, out: Path, head: dict[str, Any], deadline: float | None = None) -> None:
+        self.out, self.head, self.deadline = out, head, deadline
+        self.cases, self.seconds = 0, SETTINGS.seconds
         self.files: dict[str, dict[str, Any]] = {}
         self.failed: list[str] = []
         self.bar: tqdm | None = None
         SETTINGS.sink, SETTINGS.say = self.keep, tqdm.write
 
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Where time is short, every row's first case, then every row's second: no row goes unmeasured."""
+        if self.deadline is not None:
+            places: dict[Path, int] = {}
+            order = {}
+            for item in items:
+                order[item] = places[item.path] = places.get(item.path, -1) + 1
+            items.sort(key=order.__getitem__)
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if self.deadline is None:
+            return
+        left = self.deadline - time.perf_counter()
+        if left <= 0:
+            self.fail(item.nodeid, "no time was left for this case")
+            pytest.skip("no time was left")
+        # half of a case's time goes to compiling and checking
+        SETTINGS.seconds = min(self.seconds, left / self.cases / 2)
+        self.cases -= 1
+
     def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.cases = len(session.items)
         self.bar = tqdm(total=len(session.items), unit="case", disable=not session.items, smoothing=0)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -125,7 +147,8 @@ class Recorder:
 def summary(result: dict[str, Any]) -> str:
     name = " ".join(str(value) for value in result["params"].values())
     if result["kind"] == "memory":
-        peaks = (f"{each['name']} M={each['M']}: {each['bytes'] / 2**20:.1f} MiB" for each in result["peaks"])
+        over = result.get("over", "M")
+        peaks = (f"{each['name']} {over}={each[over]}: {each['bytes'] / 2**20:.1f} MiB" for each in result["peaks"])
         return f"{name}: peak extra memory\n  " + "\n  ".join(peaks)
     ms = {each["name"]: each["ms"]["median"] for each in result["contenders"]}
     lines = [f"{name}: {result['rounds']} rounds"]
@@ -146,7 +169,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: bench/results, or bench/out with --quick or -k")
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds: whether it works, not how fast")
     parser.add_argument("-k", metavar="FILTER", help="only the cases whose name matches, as pytest's -k")
+    parser.add_argument("--minutes", type=float, help="share this time among the cases, a case of every row first")
     arguments = parser.parse_args()
+    started = time.perf_counter()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device (python -m pyrx.info says more)")
     partial_run = arguments.quick or arguments.k is not None
@@ -160,11 +185,11 @@ def main() -> int:
     if arguments.device == "cpu" and (load := os.getloadavg()[0]) > 0.5:
         print(f"other work is running (load average {load:.1f}): times will be too long and unsteady")
 
-    recorder = Recorder(out, header(arguments.device, arguments.quick))
+    deadline = None if arguments.minutes is None else started + 60 * arguments.minutes
+    recorder = Recorder(out, header(arguments.device, arguments.quick), deadline)
     options = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "-o", "addopts="]
     options += ["--benchmark-quiet", "--capture=no", "--rootdir", str(HERE)]
     options += ["-k", arguments.k] if arguments.k else []
-    started = time.perf_counter()
     # the head first, so that a run that a time limit cuts short has measured it
     files = sorted(HERE.glob("bench_*.py"), key=lambda path: (path.stem != "bench_multi_sample_dropout", path.name))
     status = pytest.main([*options, *map(str, files)], plugins=[recorder])
