@@ -57,29 +57,35 @@ class Forward {
                             problem.value.token == values_),
         queries_as_they_are_(std::is_same_v<T, G> && depth_ == shape_.size && problem.query.token == depth_) {}
 
-  // A head of keys is packed one head before it is needed, so that it is still in cache then and nobody waits long.
+  // A head of keys is packed one head before it is needed, so that it is still in cache then and nobody waits long, into
+  // the place of one that is done with.
   void run() {
-    reserve();
     const int64_t heads = shape_.batch * shape_.kv_heads, packs = (panels_ + kPackPanels - 1) / kPackPanels;
     const int64_t together = std::max<int64_t>(1, kTaskRows / shape_.q_block), blocks = shape_.q_blocks();
     const int64_t runs = (blocks + together - 1) / together, attends = shape_.group() * runs;
-    std::vector<std::atomic<int64_t>> packed(heads);
+    reserve(std::min(heads, 2 + 2 * at::get_num_threads() / attends + 1));
+    std::vector<std::atomic<int64_t>> packed(heads), attended(heads);
+    const auto wait = [](const std::atomic<int64_t>& done, int64_t count) {
+      while (done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+    };
     run_tasks<G>(
         heads * (packs + attends), [&] { return Scratch(*this); },
         [&](int64_t task, Scratch& scratch) {
           const int64_t since = task - packs, head = since < 0 ? -1 : since / (packs + attends);
           const int64_t own = since < 0 ? task : since % (packs + attends), first = head + 1 < heads ? packs : 0;
           if (own < first) {
+            if (head + 1 >= places_) wait(attended[head + 1 - places_], attends);
             pack(head + 1, own, scratch);
             packed[head + 1].fetch_add(1, std::memory_order_release);
             return;
           }
-          while (packed[head].load(std::memory_order_acquire) < packs) std::this_thread::yield();
+          wait(packed[head], packs);
           const int64_t part = own - first, b = head / shape_.kv_heads;
           const int64_t h = head % shape_.kv_heads * shape_.group() + part / runs;
           // the last blocks first: they see most where attention is causal
           const int64_t begin = (runs - 1 - part % runs) * together;
           for (int64_t i = begin; i < std::min(begin + together, blocks); ++i) attend(b, h, i, scratch);
+          attended[head].fetch_add(1, std::memory_order_release);
         });
   }
 
@@ -109,13 +115,24 @@ class Forward {
     }
   };
 
+  // Towards the second-level cache, all at once: lists and rows of a few lines defeat the processor's own guesses.
+  template <typename U>
+  static void fetch(const U* from, int64_t n) {
+    const char* line = reinterpret_cast<const char*>(from);
+    for (int64_t i = 0; i < n * int64_t(sizeof(U)); i += 64) __builtin_prefetch(line + i, 0, 2);
+  }
+  template <typename U>
+  static void fetch_rows(const TokenRows<U>& from, int64_t b, int64_t h, int64_t first, int64_t n, int64_t size) {
+    for (int64_t i = 0; i < n; ++i) fetch(from.at(b, h, first + i), size);
+  }
+
   int64_t kv_head(int64_t b, int64_t h) const { return b * shape_.kv_heads + h / shape_.group(); }
   int64_t tokens_of(int64_t panel) const { return std::min(width_, shape_.keys - panel * width_); }
-  G* keys_of(int64_t head, int64_t panel) const { return keys_ + (head * panels_ + panel) * depth_ * width_; }
+  G* keys_of(int64_t head, int64_t panel) const { return keys_ + (head % places_ * panels_ + panel) * depth_ * width_; }
   const G* values_of(int64_t head, int64_t panel) const {
     if (values_as_they_are_)
       return reinterpret_cast<const G*>(in_.value.at(head / shape_.kv_heads, head % shape_.kv_heads, panel * width_));
-    return packed_values_ + (head * panels_ + panel) * width_ * values_;
+    return packed_values_ + (head % places_ * panels_ + panel) * width_ * values_;
   }
 
   static at::Tensor operands(int64_t n) {
@@ -124,12 +141,12 @@ class Forward {
     return memory;
   }
 
-  void reserve() {
-    const int64_t heads = shape_.batch * shape_.kv_heads;
-    key_memory_ = operands(heads * panels_ * width_ * depth_);
+  void reserve(int64_t places) {
+    places_ = places;
+    key_memory_ = operands(places * panels_ * width_ * depth_);
     keys_ = static_cast<G*>(key_memory_.mutable_data_ptr());
     if (values_as_they_are_) return;
-    value_memory_ = operands(heads * panels_ * width_ * values_);
+    value_memory_ = operands(places * panels_ * width_ * values_);
     packed_values_ = static_cast<G*>(value_memory_.mutable_data_ptr());
   }
 
@@ -137,11 +154,13 @@ class Forward {
     const int64_t b = head / shape_.kv_heads, h = head % shape_.kv_heads, first = run * kPackPanels;
     for (int64_t panel = first; panel < std::min(first + kPackPanels, panels_); ++panel) {
       const int64_t token = panel * width_, n = tokens_of(panel);
+      fetch_rows(in_.key, b, h, token, n, shape_.size);
+      if (!values_as_they_are_) fetch_rows(in_.value, b, h, token, n, shape_.value_size);
       pack_transposed<T, G>(in_.key.at(b, h, token), in_.key.token, n, shape_.size, width_, scratch.keys,
                             keys_of(head, panel));
       if (!values_as_they_are_)
         pack_rows<T, G>(in_.value.at(b, h, token), in_.value.token, n, shape_.value_size, values_,
-                        packed_values_ + (head * panels_ + panel) * width_ * values_);
+                        packed_values_ + (head % places_ * panels_ + panel) * width_ * values_);
     }
   }
 
@@ -173,14 +192,28 @@ class Forward {
     std::fill_n(scratch.most, rows, -std::numeric_limits<Acc>::infinity());
     std::fill_n(scratch.total, rows, Acc(0));
     std::fill_n(scratch.weighted, rows, Acc(0));
+    fetch_rows(in_.query, b, h, q, rows, shape_.size);
     const G* queries = queries_of(b, h, q, rows, scratch);
     const int64_t together = kLogitKeys / shape_.k_block, blocks = static_cast<int64_t>(listed.size());
+    const auto fetch_tile = [&](int64_t first) {
+      for (int64_t i = first; i < std::min(first + together, blocks); ++i)
+        if (i == 0 || listed[i] != listed[i - 1] + 1) fetch_block(kv_head(b, h), listed[i]);
+    };
+    fetch_tile(0);
     for (int64_t i = 0; i < blocks; i += together) {
+      fetch_tile(i + together);
       const int64_t count = std::min(together, blocks - i);
       const Tile tile{listed.data() + i, count, (count - 1) * shape_.k_block + keys_in(listed[i + count - 1])};
       step(b, h, q, rows, queries, tile, seen, i == 0, scratch);
     }
     finish(b, h, q, rows, blocks == 0, scratch);
+  }
+
+  // One that follows another is found by the processor.
+  void fetch_block(int64_t head, int64_t block) const {
+    const int64_t panel = block * (shape_.k_block / width_), keys = keys_in(block);
+    fetch(keys_of(head, panel), round_up(keys, width_) * depth_);
+    fetch(values_of(head, panel), keys * values_);
   }
 
   int64_t keys_in(int64_t block) const { return std::min(shape_.k_block, shape_.keys - block * shape_.k_block); }
@@ -280,6 +313,7 @@ class Forward {
   const int64_t width_, panels_;
   const bool folded_;  // logits are products times a scale that goes into the softmax's base
   const bool values_as_they_are_, queries_as_they_are_;
+  int64_t places_ = 0;  // heads whose packed operands are kept
   at::Tensor key_memory_, value_memory_;
   G *keys_ = nullptr, *packed_values_ = nullptr;
 };
