@@ -52,6 +52,9 @@ class Forward {
         values_(round_up(shape_.value_size, kRound)),
         width_(std::min(shape_.k_block, kPanel)),
         panels_((shape_.keys + width_ - 1) / width_),
+        together_(std::max<int64_t>(1, kTaskRows / shape_.q_block)),
+        packs_((panels_ + kPackPanels - 1) / kPackPanels),
+        attends_(shape_.group() * ((shape_.q_blocks() + together_ - 1) / together_)),
         folded_(problem.plain() && problem.scale > 0),
         values_as_they_are_(std::is_same_v<T, G> && sizeof(G) != 2 && shape_.value_size == values_ &&
                             problem.value.token == values_),
@@ -60,36 +63,56 @@ class Forward {
   // A head of keys is packed one head before it is needed, so that it is still in cache then and nobody waits long, into
   // the place of one that is done with.
   void run() {
-    const int64_t heads = shape_.batch * shape_.kv_heads, packs = (panels_ + kPackPanels - 1) / kPackPanels;
-    const int64_t together = std::max<int64_t>(1, kTaskRows / shape_.q_block), blocks = shape_.q_blocks();
-    const int64_t runs = (blocks + together - 1) / together, attends = shape_.group() * runs;
-    reserve(std::min(heads, 2 + 2 * at::get_num_threads() / attends + 1));
+    const int64_t heads = shape_.batch * shape_.kv_heads;
+    reserve(std::min(heads, 3 + 2 * at::get_num_threads() / attends_));
     std::vector<std::atomic<int64_t>> packed(heads), attended(heads);
     const auto wait = [](const std::atomic<int64_t>& done, int64_t count) {
       while (done.load(std::memory_order_acquire) < count) std::this_thread::yield();
     };
     run_tasks<G>(
-        heads * (packs + attends), [&] { return Scratch(*this); },
-        [&](int64_t task, Scratch& scratch) {
-          const int64_t since = task - packs, head = since < 0 ? -1 : since / (packs + attends);
-          const int64_t own = since < 0 ? task : since % (packs + attends), first = head + 1 < heads ? packs : 0;
-          if (own < first) {
-            if (head + 1 >= places_) wait(attended[head + 1 - places_], attends);
-            pack(head + 1, own, scratch);
-            packed[head + 1].fetch_add(1, std::memory_order_release);
+        heads * (packs_ + attends_), [&] { return Scratch(*this); },
+        [&](int64_t number, Scratch& scratch, const std::atomic<int64_t>& next) {
+          const Task task = task_of(number);
+          if (task.pack) {
+            if (task.head >= places_) wait(attended[task.head - places_], attends_);
+            pack(task.head, task.part, scratch);
+            packed[task.head].fetch_add(1, std::memory_order_release);
             return;
           }
-          wait(packed[head], packs);
-          const int64_t part = own - first, b = head / shape_.kv_heads;
-          const int64_t h = head % shape_.kv_heads * shape_.group() + part / runs;
-          // the last blocks first: they see most where attention is causal
-          const int64_t begin = (runs - 1 - part % runs) * together;
-          for (int64_t i = begin; i < std::min(begin + together, blocks); ++i) attend(b, h, i, scratch);
-          attended[head].fetch_add(1, std::memory_order_release);
+          wait(packed[task.head], packs_);
+          const Queries own = queries_of(task);
+          for (int64_t i = own.first; i < own.last; ++i) {
+            if (i + 1 < own.last) attend(own.b, own.h, i, scratch, [&] { fetch_queries(own.b, own.h, i + 1); });
+            else attend(own.b, own.h, i, scratch, [&] { fetch_task(next.load(std::memory_order_relaxed)); });
+          }
+          attended[task.head].fetch_add(1, std::memory_order_release);
         });
   }
 
  private:
+  // Tasks follow each other as: packs of head 0, and for every head packs of the next one and attends of this one. A task
+  // waits for earlier ones alone.
+  struct Task {
+    bool pack;
+    int64_t head, part;
+  };
+  Task task_of(int64_t number) const {
+    if (number < packs_) return {true, 0, number};
+    const int64_t head = (number - packs_) / (packs_ + attends_), own = (number - packs_) % (packs_ + attends_);
+    const int64_t first = head + 1 < shape_.batch * shape_.kv_heads ? packs_ : 0;
+    return own < first ? Task{true, head + 1, own} : Task{false, head, own - first};
+  }
+
+  // Blocks of queries first .. last - 1. The last blocks of a head come first: they see most where attention is causal.
+  struct Queries {
+    int64_t b, h, first, last;
+  };
+  Queries queries_of(const Task& task) const {
+    const int64_t runs = attends_ / shape_.group(), first = (runs - 1 - task.part % runs) * together_;
+    return {task.head / shape_.kv_heads, task.head % shape_.kv_heads * shape_.group() + task.part / runs, first,
+            std::min(first + together_, shape_.q_blocks())};
+  }
+
   // A thread's own, for one block of queries and a tile of keys.
   struct Scratch {
     Workspace memory;
@@ -181,7 +204,9 @@ class Forward {
     int64_t count, keys;
   };
 
-  void attend(int64_t b, int64_t h, int64_t block, Scratch& scratch) const {
+  // `ahead()` fetches what comes after this block.
+  template <typename F>
+  void attend(int64_t b, int64_t h, int64_t block, Scratch& scratch, F ahead) const {
     const int64_t q = block * shape_.q_block, rows = std::min(shape_.q_block, shape_.queries - q);
     const Reach seen = reach(in_.rules, b, q, rows);
     std::vector<int64_t>& listed = scratch.listed;
@@ -192,7 +217,6 @@ class Forward {
     std::fill_n(scratch.most, rows, -std::numeric_limits<Acc>::infinity());
     std::fill_n(scratch.total, rows, Acc(0));
     std::fill_n(scratch.weighted, rows, Acc(0));
-    fetch_rows(in_.query, b, h, q, rows, shape_.size);
     const G* queries = queries_of(b, h, q, rows, scratch);
     const int64_t together = kLogitKeys / shape_.k_block, blocks = static_cast<int64_t>(listed.size());
     const auto fetch_tile = [&](int64_t first) {
@@ -201,12 +225,26 @@ class Forward {
     };
     fetch_tile(0);
     for (int64_t i = 0; i < blocks; i += together) {
-      fetch_tile(i + together);
+      i + together < blocks ? fetch_tile(i + together) : ahead();
       const int64_t count = std::min(together, blocks - i);
       const Tile tile{listed.data() + i, count, (count - 1) * shape_.k_block + keys_in(listed[i + count - 1])};
       step(b, h, q, rows, queries, tile, seen, i == 0, scratch);
     }
     finish(b, h, q, rows, blocks == 0, scratch);
+  }
+
+  void fetch_queries(int64_t b, int64_t h, int64_t block) const {
+    const int64_t q = block * shape_.q_block;
+    fetch_rows(in_.query, b, h, q, std::min(shape_.q_block, shape_.queries - q), shape_.size);
+  }
+  void fetch_task(int64_t number) const {
+    if (number >= shape_.batch * shape_.kv_heads * (packs_ + attends_)) return;
+    const Task task = task_of(number);
+    if (task.pack) return;
+    const Queries own = queries_of(task);
+    fetch_queries(own.b, own.h, own.first);
+    const int64_t block = in_.kv.any(own.b, own.h, own.first);
+    if (block >= 0) fetch_block(task.head, block);
   }
 
   // One that follows another is found by the processor.
@@ -290,14 +328,14 @@ class Forward {
 
   void finish(int64_t b, int64_t h, int64_t q, int64_t rows, bool empty, const Scratch& scratch) const {
     if (empty) std::fill_n(scratch.out, rows * values_, Acc(0));
+    const auto store = element_kernels<T>().store;
     const Acc kept = in_.threshold > 0 ? keep_scale<Acc>(in_.threshold) : Acc(1);
     const int64_t at = (b * shape_.heads + h) * shape_.queries + q;
     T* out = out_.out + b * out_.batch + h * out_.head + q * out_.token;
     for (int64_t r = 0; r < rows; ++r) {
       const Acc total = scratch.total[r];
       const bool nothing = total == 0;
-      element_kernels<T>().store(scratch.out + r * values_, shape_.value_size, nothing ? Acc(0) : kept / total,
-                                 out + r * out_.token);
+      store(scratch.out + r * values_, shape_.value_size, nothing ? Acc(0) : kept / total, out + r * out_.token);
       out_.lse[at + r] = nothing ? -std::numeric_limits<Acc>::infinity()
                                  : scratch.most[r] * std::numbers::ln2_v<Acc> + std::log(total);
       if (out_.entropy)
@@ -311,6 +349,7 @@ class Forward {
   const AttentionShape shape_;
   const int64_t depth_, values_;  // of a head of keys and of values, padded
   const int64_t width_, panels_;
+  const int64_t together_, packs_, attends_;  // blocks of queries of a task, and tasks of a head of keys
   const bool folded_;  // logits are products times a scale that goes into the softmax's base
   const bool values_as_they_are_, queries_as_they_are_;
   int64_t places_ = 0;  // heads whose packed operands are kept
