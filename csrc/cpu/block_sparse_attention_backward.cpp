@@ -77,9 +77,9 @@ class Backward {
 
  public:
   explicit Backward(const BackwardProblem<T>& problem) : in_(problem) {
-    if (!in_.needs.any_query()) return;
-    use_huge_pages(query_buffers_.memory());
-    std::memset(touched_, 0, chunks_ * panels());
+    if (in_.needs.any_query()) std::memset(touched_, 0, chunks_ * panels());
+    for (const at::Tensor& each : {query_buffers_.memory(), query_columns_.memory(), grad_columns_.memory()})
+      use_huge_pages(each);
   }
 
   void run() {
