@@ -20,6 +20,14 @@
 
 namespace pyrx::cpu {
 
+// Empty (B, H, S, `size`) laid out (B, S, H, D) where the tensor is, else contiguous: pyrx/ops.
+inline at::Tensor empty_like_tokens(const at::Tensor& tensor, int64_t size) {
+  const int64_t batch = tensor.size(0), heads = tensor.size(1), tokens = tensor.size(2);
+  if (tensor.transpose(1, 2).is_contiguous() && !tensor.is_contiguous())
+    return at::empty({batch, tokens, heads, size}, tensor.options()).transpose(1, 2);
+  return at::empty({batch, heads, tokens, size}, tensor.options());
+}
+
 // (B, H, S, D), the last dimension contiguous, rows at least D apart.
 template <typename T>
 struct TokenRows {
@@ -172,13 +180,17 @@ AttentionProblem<T> attention_problem(const at::Tensor& query, const at::Tensor&
 
 // Of queries q .. q + rows - 1, key_mask aside.
 struct Reach {
-  KeyRange every, any;  // the keys that each of them sees, and the least range that holds all that one of them sees
+  KeyRange every, any;  // the keys that each of them sees, and a range that holds all that one of them sees
 
   bool hides(int64_t k, int64_t keys) const { return k < every.first || k + keys > every.last; }
   bool misses(int64_t k, int64_t keys) const { return k >= any.last || k + keys <= any.first; }
 };
 
 inline Reach reach(const KeyRules& rules, int64_t b, int64_t q, int64_t rows) {
+  if (rules.range == nullptr) {  // a window's ends go up with the query
+    const KeyRange first = rules.of(b, q), last = rules.of(b, q + rows - 1);
+    return {first & last, {first.first, last.last}};
+  }
   Reach found{{0, rules.keys}, {rules.keys, 0}};
   for (int64_t i = q; i < q + rows; ++i) {
     const KeyRange own = rules.of(b, i);

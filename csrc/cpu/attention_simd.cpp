@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numbers>
 
 #include "cpu/isa.h"
 
@@ -33,5 +34,14 @@ template const GradientKernels<float>& gradient_kernels<float>();
 template const GradientKernels<double>& gradient_kernels<double>();
 template const GradientKernels<bfloat16>& gradient_kernels<bfloat16>();
 template const GradientKernels<float16>& gradient_kernels<float16>();
+
+template <typename G>
+const SoftmaxKernels<G>& softmax_kernels() {
+  PYRX_PICK(softmax_table<G>())
+}
+template const SoftmaxKernels<float>& softmax_kernels<float>();
+template const SoftmaxKernels<double>& softmax_kernels<double>();
+template const SoftmaxKernels<bfloat16>& softmax_kernels<bfloat16>();
+template const SoftmaxKernels<float16>& softmax_kernels<float16>();
 
 }  // namespace pyrx::cpu
