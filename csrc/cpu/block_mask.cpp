@@ -36,22 +36,25 @@ namespace {
 
 const SelectKernels& select_kernels() { PYRX_PICK(select_table()) }
 
-constexpr int64_t kWord = 8;     // blocks, a byte each, that are looked at together
-constexpr int64_t kPanel = 64;   // columns that a task takes
+constexpr int64_t kPanel = 64;    // columns, a byte each, that are looked at together
 constexpr int64_t kTask = 32768;  // blocks
 
-// Bit i of the result: whether byte i of the first n <= 8 is set.
-inline uint32_t bits_of_bytes(const uint8_t* bytes, int64_t n) {
-  uint64_t word = 0;
-  n == kWord ? std::memcpy(&word, bytes, kWord) : std::memcpy(&word, bytes, static_cast<size_t>(n));
-  return static_cast<uint32_t>((word & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+// Bit i of the result: whether byte i of the first n <= 64 is set.
+inline uint64_t bits_of_bytes(const uint8_t* bytes, int64_t n) {
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t word = 0;
+    n - i >= 8 ? std::memcpy(&word, bytes + i, 8) : std::memcpy(&word, bytes + i, static_cast<size_t>(n - i));
+    bits |= ((word & 0x0101010101010101u) * 0x0102040810204080u >> 56) << i;
+  }
+  return bits;
 }
 
 // f(i) for the bytes i of n that are set, in ascending order.
 template <typename F>
 inline void each_set(const uint8_t* bytes, int64_t n, F f) {
-  for (int64_t i = 0; i < n; i += kWord)
-    for (uint32_t bits = bits_of_bytes(bytes + i, std::min(kWord, n - i)); bits != 0; bits &= bits - 1)
+  for (int64_t i = 0; i < n; i += kPanel)
+    for (uint64_t bits = bits_of_bytes(bytes + i, std::min(kPanel, n - i)); bits != 0; bits &= bits - 1)
       f(i + std::countr_zero(bits));
 }
 
