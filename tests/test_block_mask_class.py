@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import pyrx
 from pyrx import BlockMask
+from pyrx.ops import block_sparse_attention as attention
 from pyrx.reference import block_mask as reference
 from pyrx.reference.block_sparse_attention import expand_blocks, visible_keys
 
@@ -424,3 +425,163 @@ def test_a_mask_goes_through_a_compiled_function(fresh_dynamo):
         same_mask(got_mask, mask)
         torch.testing.assert_close(got, expected)
         assert density == expected_density
+
+
+# What attention gets where it has no mask.
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [None, 40, (10, -1), (-1, 200), (30, 5)], ids=str)
+def test_the_default_mask_of_attention_covers_its_rule(is_causal, window):
+    q, k, v = (torch.randn(1, 2, length, 8, dtype=torch.float64) for length in (300, 400, 400))
+    mask = attention.default_mask("test", q, k, is_causal, window)
+    left, right = window if isinstance(window, tuple) else (-1 if window is None else window,) * 2
+    allowed = visible_keys(300, 400, left, 0 if is_causal else right, None, None, torch.device("cpu"))
+    assert torch.equal(mask.to_dense(), covered(allowed, (128, 128)))
+    got = pyrx.block_sparse_attention(q, k, v, is_causal=is_causal, window=window, backend="reference")
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    torch.testing.assert_close(got, expected)
+
+
+# Errors.
+
+SIZE_ERROR = "block_size to be one of 16, 32, 64, 128, got"
+FLAGS, RANGE = torch.ones(40, dtype=torch.bool), torch.zeros(1, 40, 2, dtype=torch.int32)
+COUNTS, INDICES = torch.ones(3, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int32)
+OTHER_DEVICE = torch.zeros(1, 40, 2, dtype=torch.int32, device="meta")
+GIVEN = {
+    "from_dense": {"blocks": torch.ones(3, 3, dtype=torch.bool), "seq_lengths": 40, "block_size": 16},
+    "from_lists": {"kv_counts": COUNTS, "kv_indices": INDICES, "seq_lengths": 40, "block_size": 16},
+    "from_key_range": {"key_range": RANGE, "seq_lengths": (40, 50)},
+    "causal": {"seq_lengths": 40},
+    "sliding_window": {"seq_lengths": 40, "window": 3},
+    "global_tokens": {"tokens": 2, "seq_lengths": 40},
+    "strided": {"seq_lengths": 40, "stride": 2},
+    "document": {"lengths": [30, 10]},
+    "key_blocks": {"regions": FLAGS},
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_bad_sizes_and_lengths(name):
+    make = getattr(BlockMask, name)
+    make(**GIVEN[name])
+    for bad in (8, 24, 256, (16, 8), (0, 16)):
+        with pytest.raises(ValueError, match=f"^pyrx::BlockMask.{name}: expected {SIZE_ERROR}"):
+            make(**GIVEN[name] | {"block_size": bad})
+    for bad in ("16", (16,), (16, 16, 16), None, 16.0):
+        with pytest.raises(TypeError, match=f"^pyrx::BlockMask.{name}: expected block_size to be an int or a pair"):
+            make(**GIVEN[name] | {"block_size": bad})
+    for bad in (-1, (40, -1), (2**31, 40)):
+        with pytest.raises(ValueError, match=rf"^pyrx::BlockMask.{name}: expected seq_lengths in \[0, 2147483647\]"):
+            make(**GIVEN[name] | {"seq_lengths": bad})
+    for bad in ("40", (40,), 40.0, (40.0, 40), (True, 40)):
+        with pytest.raises(TypeError, match=f"^pyrx::BlockMask.{name}: expected seq_lengths to be an int"):
+            make(**GIVEN[name] | {"seq_lengths": bad})
+
+
+BAD = [
+    ("from_dense", {"blocks": torch.ones(3, 3)}, TypeError, "blocks of dtype torch.bool, got torch.float32"),
+    ("from_dense", {"blocks": FLAGS}, ValueError, "blocks of shape [NQ, NK], [H, NQ, NK] or"),
+    ("from_dense", {"seq_lengths": 49}, ValueError, "= [1, 1, 4, 4], got [1, 1, 3, 3]"),
+    ("from_dense", {"key_range": RANGE.long()}, TypeError, "key_range of dtype torch.int32, got torch.int64"),
+    ("from_dense", {"key_range": RANGE[:, 1:]}, ValueError, "= [B or 1, 40, 2], got [1, 39, 2]"),
+    ("from_dense", {"key_range": OTHER_DEVICE}, RuntimeError, "key_range on device cpu, got meta"),
+    (
+        "from_dense",
+        {"key_range": RANGE.repeat(3, 1, 1), "blocks": torch.ones(2, 1, 3, 3, dtype=torch.bool)},
+        ValueError,
+        "key_range of shape [B or 1, Sq, 2] = [2, 40, 2], got [3, 40, 2]",
+    ),
+    ("from_lists", {"kv_counts": COUNTS.long()}, TypeError, "kv_counts of dtype torch.int32, got torch.int64"),
+    ("from_lists", {"kv_counts": COUNTS[1:]}, ValueError, "kv_counts of shape [..., NQ] = [..., 3] and 1 to 3"),
+    ("from_lists", {"kv_indices": COUNTS}, ValueError, "kv_indices of shape [3, 'W'], got [3]"),
+    ("from_lists", {"kv_indices": INDICES[1:]}, ValueError, "kv_indices of shape [..., NQ, W] = [3, 2], got [2, 2]"),
+    ("from_lists", {"kv_indices": INDICES.to("meta")}, RuntimeError, "kv_indices on device cpu, got meta"),
+    ("from_lists", {"kv_counts": COUNTS * 3}, ValueError, "kv_counts in [0, 2], got [3, 3, 3]"),
+    ("from_lists", {"kv_counts": -COUNTS}, ValueError, "kv_counts in [0, 2], got [-1, -1, -1]"),
+    ("from_lists", {"kv_indices": INDICES + 3}, ValueError, "kv_indices in [0, 3) where they are listed, got [[3, 3]"),
+    (
+        "from_lists",
+        {"kv_indices": INDICES - 1},
+        ValueError,
+        "kv_indices in [0, 3) where they are listed, got [[-1, -1]",
+    ),
+    ("from_key_range", {"key_range": RANGE.float()}, TypeError, "key_range of dtype torch.int32, got torch.float32"),
+    ("from_key_range", {"key_range": RANGE[0]}, ValueError, "key_range of shape [B or 1, Sq, 2]"),
+    ("sliding_window", {"window": "3"}, TypeError, "window to be an int or a pair (left, right), got '3'"),
+    ("sliding_window", {"window": (3, -2)}, ValueError, "window in [-1, 2147483647], got -2"),
+    ("global_tokens", {"tokens": 2.0}, TypeError, "tokens to be an int, got float"),
+    ("global_tokens", {"tokens": -1}, ValueError, "tokens in [0, 2147483647], got -1"),
+    ("global_tokens", {"tokens": 3, "seq_lengths": None}, TypeError, "seq_lengths to be an int or a pair"),
+    ("global_tokens", {"tokens": FLAGS.int()}, TypeError, "tokens of dtype torch.bool, got torch.int32"),
+    ("global_tokens", {"tokens": FLAGS[None, None]}, ValueError, "tokens of shape [S] or [B, S], got [1, 1, 40]"),
+    ("global_tokens", {"tokens": FLAGS, "seq_lengths": (40, 50)}, ValueError, "seq_lengths of tokens of shape [40]"),
+    ("strided", {"stride": 0}, ValueError, "stride in [1, 2147483647], got 0"),
+    ("strided", {"local": -1}, ValueError, "local in [0, 2147483647], got -1"),
+    ("strided", {"summary": 3}, ValueError, "summary in [0, 2], got 3"),
+    ("document", {"lengths": 40}, TypeError, "lengths to be a list of ints or a Tensor, got int"),
+    ("document", {"lengths": [30.0]}, TypeError, "lengths to be an int, got float"),
+    ("document", {"lengths": [30, -1]}, ValueError, "lengths in [0, 2147483647], got -1"),
+    ("document", {"lengths": torch.tensor([30, -1])}, ValueError, "lengths of at least 0, got [[30, -1]]"),
+    (
+        "document",
+        {"lengths": torch.tensor([30.0])},
+        TypeError,
+        "lengths of dtype torch.int32 or torch.int64, got torch",
+    ),
+    ("document", {"lengths": torch.tensor(30)}, ValueError, "lengths of shape [N] or [B, N], got []"),
+    ("document", {"seq_lengths": 41}, ValueError, "lengths that sum to 41, got [40]"),
+    ("document", {"key_lengths": [3, 4], "seq_lengths": (40, 8)}, ValueError, "key_lengths that sum to 8, got [7]"),
+    ("document", {"key_lengths": [3]}, ValueError, "key_lengths of shape [B or 1, N] = [1, 2], got [1, 1]"),
+    ("document", {"lengths": torch.tensor([[30], [31]])}, ValueError, "lengths that sum to 31, got [30, 31]"),
+    (
+        "document",
+        {"lengths": torch.ones(3, device="meta").int()},
+        ValueError,
+        "seq_lengths of lengths that are on a GPU",
+    ),
+    ("key_blocks", {"regions": FLAGS.float()}, TypeError, "regions of dtype torch.bool, got torch.float32"),
+    ("key_blocks", {"seq_lengths": (40, 41)}, ValueError, "seq_lengths of regions of 40 keys, got [40, 41]"),
+    ("causal", {"backend": "gpu"}, ValueError, "backend to be one of 'reference', 'cpu', 'cuda', 'triton', got 'gpu'"),
+    ("causal", {"backend": "triton"}, RuntimeError, "its GPU kernels are CUDA C++"),
+]
+
+
+@pytest.mark.parametrize("name, changes, error, text", BAD, ids=[f"{each[0]}-{each[3][:40]}" for each in BAD])
+def test_bad_arguments(name, changes, error, text):
+    with pytest.raises(error) as caught:
+        getattr(BlockMask, name)(**GIVEN[name] | changes)
+    assert type(caught.value) is error
+    op = "block_mask" if "backend" in changes else f"BlockMask.{name}"
+    assert str(caught.value).startswith(f"pyrx::{op}: expected ") and text in str(caught.value)
+
+
+def test_bad_combinations():
+    mask = BlockMask.from_dense(random_blocks(2, 3, 4, 4), 64, 16)
+    for other, text in (
+        (
+            BlockMask.from_dense(random_blocks(2, 3, 4, 4), 63, 16),
+            r"& *: expected other of seq_lengths \[64, 64\], got",
+        ),
+        (BlockMask.causal(64, (16, 32)), r"& *: expected other of block_size \[16, 16\], got \[16, 32\]"),
+        (BlockMask.from_dense(random_blocks(3, 3, 4, 4), 64, 16), r"that broadcast to \[2, 3\], got \[3, 3\]"),
+        (BlockMask.from_dense(random_blocks(2, 2, 4, 4), 64, 16), r"that broadcast to \[2, 3\], got \[2, 2\]"),
+        (BlockMask.document(torch.tensor([[64], [64], [64]]), 16), r"that broadcast to \[2, 3\], got \[3, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            mask & other
+    with pytest.raises(RuntimeError, match="expected other on device cpu, got meta"):
+        mask & mask.to("meta")
+    for combine in (lambda: mask & 3, lambda: mask | None):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            combine()
+    for keep, error, text in (
+        (torch.ones(3), TypeError, "keep of dtype torch.bool, got torch.float32"),
+        (torch.ones(2, dtype=torch.bool), ValueError, r"keep of shape \[B or 1, H\] of a mask of \[2, 3\], got \[2\]"),
+        (torch.ones(3, 3, dtype=torch.bool), ValueError, r"of a mask of \[2, 3\], got \[3, 3\]"),
+        (torch.ones(1, 1, 3, dtype=torch.bool), ValueError, r"of a mask of \[2, 3\], got \[1, 1, 3\]"),
+        (torch.ones(3, dtype=torch.bool, device="meta"), RuntimeError, "keep on device cpu, got meta"),
+    ):
+        with pytest.raises(error, match=f"BlockMask.keep_heads: expected {text}" if error is TypeError else text):
+            mask.keep_heads(keep)
