@@ -5,6 +5,7 @@ import torch
 from helpers import name_of, threads
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyrx.ops import block_mask as op
 from pyrx.reference import block_mask as reference
@@ -203,3 +204,102 @@ def test_opcheck(cpu):
             ops.select_blocks.default, (scores, torch.full((1, 3, 1), 2, dtype=torch.int32), 1.0, always)
         )
         torch.library.opcheck(ops.select_blocks.default, (scores, None, 0.5, always))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_instruction_sets_agree(cpu, python, capability, tmp_path):
+    rows = {(kind, shape): scores_of(kind, shape) for kind in KINDS for shape in ROWS}
+    torch.save(rows, tmp_path / "in.pt")
+    script = """
+import sys, torch
+from pathlib import Path
+from pyrx.ops import block_mask as op
+folder, found = Path(sys.argv[1]), {}
+for name, scores in torch.load(folder / "in.pt").items():
+    count = torch.full((1, 1, 1), scores.shape[-1] // 3, dtype=torch.int32)
+    found[name] = [op.select_blocks(scores, count, 1.0, None, "cpu"), op.select_blocks(scores, None, 0.7, None, "cpu")]
+torch.save(found, folder / "out.pt")
+"""
+    python(script, tmp_path, ATEN_CPU_CAPABILITY=capability)
+    for name, (by_count, by_mass) in torch.load(tmp_path / "out.pt").items():
+        scores = rows[name]
+        count = torch.full((1, 1, 1), scores.shape[-1] // 3, dtype=torch.int32)
+        assert torch.equal(by_count, reference.select_blocks(scores, count, 1.0, None)), name
+        assert torch.equal(by_mass, reference.select_blocks(scores, None, 0.7, None)), name
+
+
+# Errors: the same from the public function, the kernels' own entry and the fake.
+
+BLOCKS, SCORES = torch.ones(2, 3, 4, 5, dtype=torch.bool), torch.ones(2, 3, 4, 5)
+COUNT, ALWAYS = torch.ones(1, 3, 1, dtype=torch.int32), torch.ones(1, 1, 4, 5, dtype=torch.bool)
+BAD_LISTS = [
+    ({"blocks": SCORES}, TypeError, "blocks of dtype torch.bool, got torch.float32"),
+    ({"blocks": BLOCKS[0]}, ValueError, "blocks of shape [B or 1, H or 1, NQ, NK], got [3, 4, 5]"),
+    ({"kv_width": 6}, ValueError, "kv_width in [0, 5], got 6"),
+    ({"kv_width": -1}, ValueError, "kv_width in [0, 5], got -1"),
+    ({"q_width": 5}, ValueError, "q_width in [0, 4], got 5"),
+]
+BAD_SELECTION = [
+    ({"scores": SCORES.double()}, TypeError, "scores of dtype torch.float32, got torch.float64"),
+    ({"scores": SCORES[0]}, ValueError, "scores of shape [B, H, NQ, NK], got [3, 4, 5]"),
+    ({"count": COUNT.long()}, TypeError, "count of dtype torch.int32, got torch.int64"),
+    (
+        {"count": COUNT[0]},
+        ValueError,
+        "count of shape [B or 1, H or 1, NQ or 1] of scores of [2, 3, 4, 5], got [3, 1]",
+    ),
+    (
+        {"count": COUNT.repeat(1, 1, 3)},
+        ValueError,
+        "count of shape [B or 1, H or 1, NQ or 1] of scores of [2, 3, 4, 5], got [1, 3, 3]",
+    ),
+    ({"count": COUNT.to("meta")}, RuntimeError, "count on device cpu, got meta"),
+    ({"count": None, "mass": 1.5}, ValueError, "mass in [0, 1], got 1.5"),
+    ({"count": None, "mass": -0.5}, ValueError, "mass in [0, 1], got -0.5"),
+    ({"count": None, "mass": float("nan")}, ValueError, "mass in [0, 1], got nan"),
+    ({"always": SCORES}, TypeError, "always of dtype torch.bool, got torch.float32"),
+    (
+        {"always": BLOCKS[:, :, :3]},
+        ValueError,
+        "always of a shape that broadcasts to the scores' [2, 3, 4, 5], got [2, 3, 3, 5]",
+    ),
+    (
+        {"always": BLOCKS[0]},
+        ValueError,
+        "always of a shape that broadcasts to the scores' [2, 3, 4, 5], got [3, 4, 5]",
+    ),
+    ({"always": ALWAYS.to("meta")}, RuntimeError, "always on device cpu, got meta"),
+]
+
+
+def each_way(name, arguments, backend):
+    """The op by its Python function, by its own entry, and by its fake."""
+    yield lambda: getattr(op, name)(*arguments, backend=backend)
+    if backend == "cpu":
+        yield lambda: getattr(torch.ops.pyrx, name)(*arguments)
+
+    def fake():
+        with FakeTensorMode() as mode:
+            getattr(torch.ops.pyrx, name)(
+                *(mode.from_tensor(each) if isinstance(each, torch.Tensor) else each for each in arguments)
+            )
+
+    yield fake
+
+
+@pytest.mark.parametrize(
+    "name, given_, changes, error, text",
+    [
+        *(("block_lists", {"blocks": BLOCKS, "kv_width": 5, "q_width": 4}, *each) for each in BAD_LISTS),
+        *(
+            ("select_blocks", {"scores": SCORES, "count": COUNT, "mass": 1.0, "always": ALWAYS}, *each)
+            for each in BAD_SELECTION
+        ),
+    ],
+)
+def test_bad_arguments(backend, name, given_, changes, error, text):
+    for call in each_way(name, list((given_ | changes).values()), backend):
+        with pytest.raises(error) as caught:
+            call()
+        assert type(caught.value) is error
+        assert str(caught.value) == f"pyrx::{name}: expected {text}"
