@@ -427,6 +427,27 @@ def test_a_mask_goes_through_a_compiled_function(fresh_dynamo):
         assert density == expected_density
 
 
+@pytest.mark.parametrize("build", ["causal", "sliding_window", "strided", "first_tokens", "document"])
+def test_compiled_masks_of_any_length(fresh_dynamo, build):
+    def density(tokens, documents):
+        return builders(tokens.shape[-1])[build]({"documents": documents}).density()
+
+    compiled = torch.compile(density, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (150, 200, 333):
+        tokens, documents = torch.ones(2, length, dtype=torch.bool), torch.tensor([length - 30, 30])
+        assert compiled(tokens, documents) == density(tokens, documents)
+
+
+def test_compiled_attention_without_a_mask(fresh_dynamo):
+    def attend(q):
+        return pyrx.block_sparse_attention(q, q, q, is_causal=True, window=40, backend="reference")
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (100, 200, 333):
+        q = torch.randn(1, 2, tokens, 16)
+        torch.testing.assert_close(compiled(q), attend(q))
+
+
 # What attention gets where it has no mask.
 
 
