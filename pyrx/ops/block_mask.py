@@ -92,6 +92,8 @@ _library.define(
 def block_lists(
     blocks: Tensor, kv_width: int, q_width: int, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(kv_counts, kv_indices, q_counts, q_indices) of bool blocks (B or 1, H or 1, NQ, NK): at most `kv_width` of a row
+    and `q_width` of a column are listed, the first ones, in ascending order, then zeros."""
     chosen = select(ROW, blocks.device.type, torch.float32, backend)
     if chosen == "reference":
         _check_block_lists(blocks, kv_width, q_width)
@@ -106,6 +108,12 @@ def select_blocks(
     always: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
+    """bool of the scores' shape (B, H, NQ, NK): what each row keeps of its blocks, ranked by float32 score.
+
+    The `count` first ones, int32 (B or 1, H or 1, NQ or 1); or, without it, the longest run of first ones whose scores,
+    each taken as in [0, 1024] and in units of 2**-36, sum to at most `mass` of the row's, at least one. NaN ranks
+    first, equal scores by index. Minus infinity is kept only by `always`, bool that broadcasts to the scores.
+    """
     chosen = select(ROW, scores.device.type, torch.float32, backend)
     if chosen == "reference":
         _check_select(scores, count, mass, always)
