@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pyrx import _block_patterns as patterns
 from pyrx import _library
-from pyrx._attention import BLOCK_SIZES
+from pyrx._attention import UNLIMITED, window_of
 from pyrx._backends import select
+from pyrx._block_checks import (
+    MOST_TOKENS,
+    check_block_size,
+    check_documents,
+    check_key_range,
+    check_lengths,
+    check_tokens,
+    check_values,
+    is_read,
+)
 from pyrx._checks import check_device, check_dtype, check_integer, check_shape, check_tensor, fail
 from pyrx.reference import block_mask as reference
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 ROW = "block_mask"
 
@@ -74,7 +89,11 @@ _library.define(
 )
 
 
-def block_lists(blocks: Tensor, kv_width: int, q_width: int, backend: str | None = None) -> tuple[Tensor, ...]:
+def block_lists(
+    blocks: Tensor, kv_width: int, q_width: int, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(kv_counts, kv_indices, q_counts, q_indices) of bool blocks (B or 1, H or 1, NQ, NK): at most `kv_width` of a row
+    and `q_width` of a column are listed, the first ones, in ascending order, then zeros."""
     chosen = select(ROW, blocks.device.type, torch.float32, backend)
     if chosen == "reference":
         _check_block_lists(blocks, kv_width, q_width)
@@ -89,6 +108,12 @@ def select_blocks(
     always: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
+    """bool of the scores' shape (B, H, NQ, NK): what each row keeps of its blocks, ranked by float32 score.
+
+    The `count` first ones, int32 (B or 1, H or 1, NQ or 1); or, without it, the longest run of first ones whose scores,
+    each taken as in [0, 1024] and in units of 2**-36, sum to at most `mass` of the row's, at least one. NaN ranks
+    first, equal scores by index. Minus infinity is kept only by `always`, bool that broadcasts to the scores.
+    """
     chosen = select(ROW, scores.device.type, torch.float32, backend)
     if chosen == "reference":
         _check_select(scores, count, mass, always)
@@ -106,6 +131,18 @@ class BlockMask:
         block_size: (queries, keys) of a block, each 16, 32, 64 or 128.
         seq_lengths: (Sq, Sk); the last blocks may be partly outside.
         key_range: int32 (B or 1, Sq, 2) or None: the first key that a query may see and the one after the last.
+
+    Its static methods build it on the device, without a tensor of (Sq, Sk) and without waiting for a GPU. They take
+    `seq_lengths` as (Sq, Sk), or an int for both, and `block_size` as (queries, keys), or an int for both, default
+    128. Where blocks cover a rule of elements they are those with a pair of positions that it allows: the attention
+    gets the rule itself by is_causal=, window= or key_mask=, but for key_range, which the mask brings.
+
+    Masks combine by &, | and ~, of the same seq_lengths and block_size, broadcast over batch and heads: & meets
+    key_ranges, | and ~ take none. They are pytrees, and go through torch.compile (which needs ~mask spelled
+    mask.__invert__()), pickle, deepcopy and torch.save.
+
+    Raises, from every method: ValueError: shapes, block sizes, values out of range. TypeError: types and dtypes.
+    RuntimeError: devices, or a backend that cannot serve.
     """
 
     def __init__(
@@ -131,10 +168,23 @@ class BlockMask:
     def device(self) -> torch.device:
         return self.kv_counts.device
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B or 1, H or 1, NQ, NK), in blocks."""
+        batch, heads, rows = self.kv_counts.shape
+        return batch, heads, rows, self.q_counts.shape[-1]
+
+    def __repr__(self) -> str:
+        ranges = "" if self.key_range is None else ", key_range"
+        return (
+            f"BlockMask({list(self.shape)} blocks of {self.block_size[0]} x {self.block_size[1]}, "
+            f"seq_lengths={self.seq_lengths}{ranges}, device={self.device})"
+        )
+
     @staticmethod
     def from_dense(
         blocks: Tensor,
-        seq_lengths: tuple[int, int] | None = None,
+        seq_lengths: int | tuple[int, int] | None = None,
         block_size: int | tuple[int, int] = 128,
         *,
         key_range: Tensor | None = None,
@@ -142,7 +192,8 @@ class BlockMask:
     ) -> BlockMask:
         """Of bool blocks (NQ, NK), (H, NQ, NK) or (B or 1, H or 1, NQ, NK), True where they attend.
 
-        `seq_lengths` (Sq, Sk) default to whole blocks.
+        `seq_lengths` default to whole blocks. `key_range`: int32 (B or 1, Sq, 2), the first key that a query may see
+        and the one after the last.
         """
         op = "BlockMask.from_dense"
         check_dtype(op, "blocks", blocks, torch.bool)
@@ -150,45 +201,373 @@ class BlockMask:
             fail(op, "blocks", "of shape [NQ, NK], [H, NQ, NK] or [B or 1, H or 1, NQ, NK]", list(blocks.shape))
         blocks = blocks[(None,) * (4 - blocks.dim())]
         size = check_block_size(op, block_size)
-        count = blocks.shape[2], blocks.shape[3]
-        lengths = seq_lengths or (count[0] * size[0], count[1] * size[1])
-        expected = [-(-length // each) for length, each in zip(lengths, size, strict=True)]
-        check_shape(op, "blocks", blocks, "[B or 1, H or 1, NQ, NK]", [*blocks.shape[:2], *expected])
-        kv_counts, kv_indices, q_counts, q_indices = block_lists(blocks, count[1], count[0], backend)
-        return BlockMask(kv_counts, kv_indices, q_counts, q_indices, size, lengths, key_range)
+        if seq_lengths is None:
+            seq_lengths = blocks.shape[2] * size[0], blocks.shape[3] * size[1]
+        lengths = check_lengths(op, seq_lengths)
+        expected = [*blocks.shape[:2], *patterns.blocks_of(lengths, size)]
+        check_shape(op, "blocks", blocks, "[B or 1, H or 1, NQ, NK]", expected)
+        if key_range is not None:
+            check_key_range(op, key_range, lengths[0])
+            check_device(op, "key_range", key_range, blocks.device)
+            if 1 not in (key_range.shape[0], blocks.shape[0]):
+                check_shape(op, "key_range", key_range, "[B or 1, Sq, 2]", [blocks.shape[0], lengths[0], 2])
+        return _of(blocks, lengths, size, key_range, backend)
+
+    @staticmethod
+    def from_lists(
+        kv_counts: Tensor,
+        kv_indices: Tensor,
+        seq_lengths: int | tuple[int, int],
+        block_size: int | tuple[int, int] = 128,
+        *,
+        key_range: Tensor | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """Of int32 counts ([[B,] H,] NQ) and indices of blocks of keys ([[B,] H,] NQ, W), in any order.
+
+        A block that a row lists twice counts once; what lies past a row's count is not read. Counts above W and
+        listed indices outside [0, NK) raise ValueError on the CPU; on a GPU, and in torch.compile, they fail an
+        assertion when the device sees them.
+        """
+        op = "BlockMask.from_lists"
+        size, lengths = check_block_size(op, block_size), check_lengths(op, seq_lengths)
+        rows, columns = patterns.blocks_of(lengths, size)
+        check_dtype(op, "kv_counts", kv_counts, torch.int32)
+        if not 1 <= kv_counts.dim() <= 3 or kv_counts.shape[-1] != rows:
+            fail(op, "kv_counts", f"of shape [..., NQ] = [..., {rows}] and 1 to 3 dimensions", list(kv_counts.shape))
+        check_dtype(op, "kv_indices", kv_indices, torch.int32)
+        check_device(op, "kv_indices", kv_indices, kv_counts.device)
+        if kv_indices.dim() != kv_counts.dim() + 1:
+            fail(op, "kv_indices", f"of shape {[*kv_counts.shape, 'W']}", list(kv_indices.shape))
+        width = kv_indices.shape[-1]
+        check_shape(op, "kv_indices", kv_indices, "[..., NQ, W]", [*kv_counts.shape, width])
+        check_values(op, "kv_counts", f"in [0, {width}]", ((kv_counts >= 0) & (kv_counts <= width)).all(), kv_counts)
+        listed = torch.arange(width, device=kv_indices.device) < kv_counts[..., None]
+        inside = (((kv_indices >= 0) & (kv_indices < columns)) | ~listed).all()
+        check_values(op, "kv_indices", f"in [0, {columns}) where they are listed", inside, kv_indices)
+        blocks = reference.dense_blocks(kv_counts, kv_indices, columns)
+        return BlockMask.from_dense(blocks, lengths, size, key_range=key_range, backend=backend)
+
+    @staticmethod
+    def from_key_range(
+        key_range: Tensor,
+        seq_lengths: int | tuple[int, int],
+        block_size: int | tuple[int, int] = 128,
+        *,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """Of int32 (B or 1, Sq, 2): the first key that each query sees and the one after its last. Exact.
+
+        The blocks are those with a pair of positions that see each other, and the range goes with them into the
+        attention. An empty range (first >= last) sees nothing.
+        """
+        op = "BlockMask.from_key_range"
+        size, lengths = check_block_size(op, block_size), check_lengths(op, seq_lengths)
+        check_key_range(op, key_range, lengths[0])
+        return _of(patterns.range_blocks(key_range, lengths, size), lengths, size, key_range, backend)
+
+    @staticmethod
+    def causal(
+        seq_lengths: int | tuple[int, int],
+        block_size: int | tuple[int, int] = 128,
+        *,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """The blocks with a key at or before a query: what is_causal=True reaches, which is to be passed as well."""
+        size, lengths = check_block_size("BlockMask.causal", block_size), check_lengths("BlockMask.causal", seq_lengths)
+        return _of(patterns.window_blocks(lengths, size, UNLIMITED, 0, device), lengths, size, None, backend)
+
+    @staticmethod
+    def sliding_window(
+        seq_lengths: int | tuple[int, int],
+        window: int | tuple[int, int],
+        block_size: int | tuple[int, int] = 128,
+        *,
+        is_causal: bool = False,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """The blocks that the attention's window= (and is_causal=) reaches, which is to be passed as well.
+
+        `window`: this many keys on each side of a query's position, or (left, right) of them, -1 without limit.
+        """
+        op = "BlockMask.sliding_window"
+        size, lengths = check_block_size(op, block_size), check_lengths(op, seq_lengths)
+        left, right = window_of(op, window, is_causal)
+        return _of(patterns.window_blocks(lengths, size, left, right, device), lengths, size, None, backend)
+
+    @staticmethod
+    def global_tokens(
+        tokens: int | Tensor,
+        seq_lengths: int | tuple[int, int] | None = None,
+        block_size: int | tuple[int, int] = 128,
+        *,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """The blocks with a global token among their queries or their keys, whole (Longformer).
+
+        `tokens`: how many of the first tokens are global, or bool (S,) or (B, S), True where global, of queries and
+        keys of the same length, which `seq_lengths` default to.
+
+        Source: Beltagy et al., "Longformer: The Long-Document Transformer" (2020).
+        """
+        op = "BlockMask.global_tokens"
+        size = check_block_size(op, block_size)
+        if isinstance(tokens, Tensor):
+            flags = check_tokens(op, "tokens", tokens)
+            lengths = check_lengths(op, tokens.shape[-1] if seq_lengths is None else seq_lengths)
+            if lengths != (flags.shape[-1], flags.shape[-1]):
+                fail(op, "seq_lengths", f"of tokens of shape {list(tokens.shape)}, the same twice", list(lengths))
+            rows, columns = (patterns.touched_blocks(flags, each) for each in size)
+            return _of((rows[:, :, None] | columns[:, None])[:, None], lengths, size, None, backend)
+        check_integer(op, "tokens", tokens, 0, MOST_TOKENS)
+        lengths = check_lengths(op, seq_lengths)
+        query, key = patterns.first_tokens(lengths, size, device)
+        return _of(((query < tokens) | (key < tokens))[None, None], lengths, size, None, backend)
+
+    @staticmethod
+    def strided(
+        seq_lengths: int | tuple[int, int],
+        stride: int,
+        block_size: int | tuple[int, int] = 128,
+        *,
+        local: int = 1,
+        summary: int = 0,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """The patterns of Sparse Transformers, in blocks of the larger of the two sizes.
+
+        A block of queries i attends to the blocks of keys j with |i - j| < `local`, and to those at every `stride`-th
+        distance, (i - j) % stride == 0; or, with `summary` c > 0, to the last c of every `stride` blocks of keys,
+        j % stride >= stride - c ("fixed"). Both directions: causal models pass is_causal=True, and `& causal` drops
+        the blocks that it hides.
+
+        Source: Child et al., "Generating Long Sequences with Sparse Transformers" (2019).
+        """
+        op = "BlockMask.strided"
+        size, lengths = check_block_size(op, block_size), check_lengths(op, seq_lengths)
+        check_integer(op, "stride", stride, 1, MOST_TOKENS)
+        check_integer(op, "local", local, 0, MOST_TOKENS)
+        check_integer(op, "summary", summary, 0, stride)
+        blocks = patterns.strided_blocks(lengths, size, stride, local, summary, device)
+        return _of(blocks, lengths, size, None, backend)
+
+    @staticmethod
+    def document(
+        lengths: Sequence[int] | Tensor,
+        block_size: int | tuple[int, int] = 128,
+        *,
+        key_lengths: Sequence[int] | Tensor | None = None,
+        seq_lengths: int | tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """Documents packed one after another, each attending to itself alone. Exact: by key_range.
+
+        Args:
+            lengths: of the documents in tokens, ints or an integer tensor (N,), or (B, N) where sequences are packed
+                each in its own way (length 0: none). With cu_seqlens: `cu_seqlens.diff()`.
+            key_lengths: of the documents' keys, where they are others (cross-attention). Default: `lengths`.
+            seq_lengths: the lengths' sums. Default: the sums, which a tensor on a GPU does not tell without waiting
+                for it: there, and in torch.compile, they must be given, and an assertion on the device checks them.
+            device: of ints; a tensor's own is kept. Default: torch's.
+        """
+        op = "BlockMask.document"
+        size = check_block_size(op, block_size)
+        packed = check_documents(op, "lengths", lengths, device)
+        keys = packed if key_lengths is None else check_documents(op, "key_lengths", key_lengths, packed.device)
+        check_device(op, "key_lengths", keys, packed.device)
+        check_shape(op, "key_lengths", keys, "[B or 1, N]", packed.shape)
+        sums = packed.sum(-1), keys.sum(-1)
+        if seq_lengths is None:
+            if not is_read(packed):
+                fail(op, "seq_lengths", "of lengths that are on a GPU or compiled", None)
+            seq_lengths = int(sums[0].amax()), int(sums[1].amax())
+        both = check_lengths(op, seq_lengths)
+        for name, each, total, expected in zip(("lengths", "key_lengths"), (packed, keys), sums, both, strict=True):
+            check_values(op, name, "of at least 0", (each >= 0).all(), each)
+            check_values(op, name, f"that sum to {expected}", (total == expected).all(), total)
+        if packed.shape[1] == 0:
+            packed = keys = packed.new_zeros(packed.shape[0], 1)
+        key_range = patterns.document_ranges(packed, keys, both[0])
+        return _of(patterns.range_blocks(key_range, both, size), both, size, key_range, backend)
+
+    @staticmethod
+    def key_blocks(
+        regions: Tensor,
+        seq_lengths: int | tuple[int, int] | None = None,
+        block_size: int | tuple[int, int] = 128,
+        *,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """Every query attends to the blocks of keys that a region touches.
+
+        `regions`: bool (Sk,) or (B, Sk), True inside; key_mask= hides the other keys of those blocks. `seq_lengths`
+        default to as many queries as keys.
+        """
+        op = "BlockMask.key_blocks"
+        size = check_block_size(op, block_size)
+        flags = check_tokens(op, "regions", regions)
+        lengths = check_lengths(op, regions.shape[-1] if seq_lengths is None else seq_lengths)
+        if lengths[1] != flags.shape[-1]:
+            fail(op, "seq_lengths", f"of regions of {flags.shape[-1]} keys", list(lengths))
+        rows, columns = patterns.blocks_of(lengths, size)
+        blocks = patterns.touched_blocks(flags, size[1])[:, None, None].expand(flags.shape[0], 1, rows, columns)
+        return _of(blocks, lengths, size, None, backend)
+
+    @staticmethod
+    def from_flex(mask: FlexBlockMask, *, partial: str | None = None, backend: str | None = None) -> BlockMask:
+        """Of FlexAttention's, its partial and full blocks.
+
+        What its mask_mod does inside partial blocks does not come along. A mask that has one other than noop_mask is
+        refused unless `partial="whole"`: its partial blocks then become whole ones, and is_causal=, window=,
+        key_mask= or `& BlockMask.from_key_range(...)` bring the rule back.
+        """
+        from pyrx import _block_flex  # here, as it loads FlexAttention
+
+        blocks = _block_flex.blocks_of_flex("BlockMask.from_flex", mask, partial)
+        lengths, size = tuple(mask.seq_lengths), tuple(mask.BLOCK_SIZE)
+        return BlockMask.from_dense(blocks, lengths, size, backend=backend)  # type: ignore[arg-type]
+
+    def to_flex(self) -> FlexBlockMask:
+        """FlexAttention's, with a mask_mod that knows blocks, key_range and lengths, in eager mode too."""
+        from pyrx import _block_flex
+
+        return _block_flex.flex_of_blocks(self.to_dense(), self.block_size, self.seq_lengths, self.key_range)
+
+    def plot(self, batch: int = 0, most_heads: int = 16) -> Figure:
+        """A matplotlib Figure: a panel a head, dark where blocks are listed. Waits for the GPU."""
+        from matplotlib.figure import Figure
+
+        check_integer("BlockMask.plot", "batch", batch, 0, self.shape[0] - 1)
+        check_integer("BlockMask.plot", "most_heads", most_heads, 1, MOST_TOKENS)
+        heads = self.to_dense()[batch, :most_heads].cpu()
+        across = min(4, max(1, len(heads)))
+        down = -(-len(heads) // across)
+        figure = Figure(figsize=(3 * across, 3 * max(1, down)), layout="constrained")
+        for i, blocks in enumerate(heads):
+            axes = figure.add_subplot(down, across, i + 1)
+            extent = (0, self.shape[3] * self.block_size[1], self.shape[2] * self.block_size[0], 0)
+            axes.imshow(
+                blocks.numpy(), cmap="Greys", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest"
+            )
+            axes.set(title=f"head {i}: {blocks.float().mean():.0%}", xlabel="key", ylabel="query")
+        return figure
 
     def to_dense(self) -> Tensor:
         """bool (B or 1, H or 1, NQ, NK)."""
-        return reference.dense_blocks(self.kv_counts, self.kv_indices, self.q_counts.shape[-1])
+        return reference.dense_blocks(self.kv_counts, self.kv_indices, self.shape[3])
 
     def density(self) -> Tensor:
-        """The share of blocks that attend, a float32 scalar on the device."""
-        blocks = self.kv_counts.numel() * self.q_counts.shape[-1]
+        """The share of blocks that are listed, a float32 scalar on the device."""
+        blocks = self.kv_counts.numel() * self.shape[3]
         return self.kv_counts.sum(dtype=torch.int64).float() / max(blocks, 1)
 
+    def to(self, device: torch.device | str) -> BlockMask:
+        """On another device."""
+        return pytree.tree_map_only(Tensor, lambda each: each.to(device), self)
 
-def check_block_size(op: str, block_size: object) -> tuple[int, int]:
-    pair = (block_size, block_size) if isinstance(block_size, int) else block_size
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        fail(op, "block_size", "to be an int or a pair (queries, keys)", repr(block_size), TypeError)
-    for each in pair:
-        if each not in BLOCK_SIZES:
-            fail(op, "block_size", "to be one of " + ", ".join(map(str, BLOCK_SIZES)), each)
-    return pair[0], pair[1]
+    def keep_heads(self, keep: Tensor) -> BlockMask:
+        """Of bool (H,) or (B or 1, H): heads that are not kept have no blocks."""
+        op = "BlockMask.keep_heads"
+        check_dtype(op, "keep", keep, torch.bool)
+        check_device(op, "keep", keep, self.device)
+        batch, heads, rows, columns = self.shape
+        shape = [1, *keep.shape] if keep.dim() == 1 else list(keep.shape)
+        if len(shape) != 2 or shape[0] not in (1, batch) and batch != 1 or shape[1] != heads and heads != 1:
+            fail(op, "keep", f"of shape [B or 1, H] of a mask of {[batch, heads]}", list(keep.shape))
+        keep = keep.reshape(shape)[..., None]
+        lead = max(batch, shape[0]), max(heads, shape[1])
+
+        def listed(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+            counts = torch.where(keep, counts, 0)
+            return counts, indices.expand(*lead, *indices.shape[2:]).contiguous()
+
+        kv, q = listed(self.kv_counts, self.kv_indices), listed(self.q_counts, self.q_indices)
+        return BlockMask(*kv, *q, self.block_size, self.seq_lengths, self.key_range)
+
+    def __and__(self, other: BlockMask) -> BlockMask:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        self._check_like("BlockMask &", other)
+        first, second = self.key_range, other.key_range
+        both = second if first is None else first
+        if first is not None and second is not None:
+            first, second = torch.broadcast_tensors(first, second)
+            both = torch.stack([torch.maximum(first, second)[..., 0], torch.minimum(first, second)[..., 1]], -1)
+        return _of(self.to_dense() & other.to_dense(), self.seq_lengths, self.block_size, both)
+
+    def __or__(self, other: BlockMask) -> BlockMask:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        self._check_like("BlockMask |", other)
+        for each in (self, other):
+            each._check_no_range("BlockMask |")
+        return _of(self.to_dense() | other.to_dense(), self.seq_lengths, self.block_size)
+
+    def __invert__(self) -> BlockMask:
+        self._check_no_range("BlockMask ~")
+        return _of(~self.to_dense(), self.seq_lengths, self.block_size)
+
+    def _check_like(self, op: str, other: BlockMask) -> None:
+        check_device(op, "other", other.kv_counts, self.device)
+        for name in ("seq_lengths", "block_size"):
+            own, its = tuple(getattr(self, name)), tuple(getattr(other, name))
+            if own != its:
+                fail(op, "other", f"of {name} {list(own)}", list(its))
+        own_range, its_range = (None if each.key_range is None else each.key_range.shape[0] for each in (self, other))
+        batches = {self.shape[0], other.shape[0], own_range, its_range} - {1, None}
+        heads = {self.shape[1], other.shape[1]} - {1}
+        if len(batches) > 1 or len(heads) > 1:
+            fail(op, "other", f"of a batch and heads that broadcast to {list(self.shape[:2])}", list(other.shape[:2]))
+
+    def _check_no_range(self, op: str) -> None:
+        if self.key_range is not None:
+            fail(op, "masks", "without a key_range, whose rule for elements it cannot keep", "one that has it")
+
+
+def _of(
+    blocks: Tensor,
+    lengths: tuple[int, int],
+    size: tuple[int, int],
+    key_range: Tensor | None = None,
+    backend: str | None = None,
+) -> BlockMask:
+    """Of checked bool blocks ([B or 1, H or 1,] NQ, NK)."""
+    blocks = blocks[(None,) * (4 - blocks.dim())]
+    return BlockMask(*block_lists(blocks, blocks.shape[3], blocks.shape[2], backend), size, lengths, key_range)
+
+
+_TENSORS = ("kv_counts", "kv_indices", "q_counts", "q_indices", "key_range")
+
+
+def _flatten(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
+    ranges = [] if mask.key_range is None else [mask.key_range]
+    return [*mask.lists, *ranges], (mask.block_size, mask.seq_lengths)
+
+
+def _flatten_with_keys(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
+    tensors, context = _flatten(mask)
+    return [(pytree.GetAttrKey(name), each) for name, each in zip(_TENSORS, tensors, strict=False)], context
 
 
 def _unflatten(tensors: Iterable[Any], context: tuple[Any, ...]) -> BlockMask:
     # no checks: trees hold anything in a tensor's place
-    kv_counts, kv_indices, q_counts, q_indices, key_range = tensors
-    block_size, seq_lengths = context
-    return BlockMask(kv_counts, kv_indices, q_counts, q_indices, block_size, seq_lengths, key_range)
+    kv_counts, kv_indices, q_counts, q_indices, *ranges = tensors
+    return BlockMask(kv_counts, kv_indices, q_counts, q_indices, *context, *ranges)
 
 
 pytree.register_pytree_node(
     BlockMask,
-    lambda mask: ([*mask.lists, mask.key_range], (mask.block_size, mask.seq_lengths)),
+    _flatten,
     _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="pyrx.BlockMask",
+    to_dumpable_context=list,
+    from_dumpable_context=lambda context: tuple(map(tuple, context)),
 )
 torch.serialization.add_safe_globals([BlockMask])
 
