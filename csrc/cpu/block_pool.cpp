@@ -16,9 +16,7 @@ std::tuple<at::Tensor, at::Tensor> block_pool(const at::Tensor& x, const std::op
   const PoolCall call = pool_call(x, mean, block);
   const PoolShape& shape = call.shape;
   if (shape.items() == 0) return {call.means, call.similarity};
-  const int64_t heads = shape.batch * shape.heads, blocks = shape.blocks();
-  // heads whose tokens lie side by side are taken together, block by block
-  const bool interleaved = shape.heads > 1 && shape.head_stride < shape.token_stride;
+  const int64_t blocks = shape.blocks();
   dispatch_storage(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using Acc = accumulate_t<T>;
@@ -30,12 +28,10 @@ std::tuple<at::Tensor, at::Tensor> block_pool(const at::Tensor& x, const std::op
     at::parallel_for(0, shape.items(), grain, [&](int64_t begin, int64_t end) {
       alignas(64) Acc directions[kMostHeadSize];
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t head = interleaved ? i / (shape.heads * blocks) * shape.heads + i % shape.heads : i / blocks;
-        const int64_t at = interleaved ? i / shape.heads % blocks : i % blocks;
-        const PoolItem item = pool_item(shape, head, at);
-        const int64_t to = head * blocks + at;
-        similarity[to] = kernels.pool(data + item.x, shape.token_stride, item.tokens, shape.size,
-                                      centre ? centre + head * shape.size : nullptr, means + to * shape.size, directions);
+        const int64_t head = i / blocks;
+        const PoolItem item = pool_item(shape, head, i % blocks);
+        similarity[i] = kernels.pool(data + item.x, shape.token_stride, item.tokens, shape.size,
+                                     centre ? centre + head * shape.size : nullptr, means + i * shape.size, directions);
       }
     });
   });

@@ -26,11 +26,11 @@ inline int pool_threads(const PoolShape& shape) {
 // Bytes: x once, over 3.3 TB/s (H100). Operations: six an element, and a square root a token.
 // mean (B, H, D) may be null; means (B, H, N, D), similarity (B, H, N). `aligned`: every eight elements, to 16 bytes.
 template <typename T>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, sizeof(T) == 8 ? 2 : 4)
     block_pool_kernel(const T* __restrict__ x, const Acc<T>* __restrict__ mean, PoolShape shape, int lanes, bool aligned,
                       Acc<T>* __restrict__ means, Acc<T>* __restrict__ similarity) {
   using A = Acc<T>;
-  constexpr int kAhead = sizeof(T) == 8 ? 1 : 4;  // tokens whose loads a thread has under way at once
+  constexpr int kAhead = sizeof(T) == 8 ? 1 : 2;  // tokens whose loads a thread has under way at once
   __shared__ A parts[2][kPoolWarps][kPoolSize];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int first = lane % lanes * kGroup, slots = blockDim.x / lanes, slot = threadIdx.x / lanes;
@@ -76,8 +76,7 @@ __global__ void __launch_bounds__(kPoolThreads)
         direction[j] += __shfl_xor_sync(kAllLanes, direction[j], offset);
       }
     }
-    __syncthreads();  // the item before may still be reading
-    if (lane < lanes) {
+    if (lane < lanes) {  // the item before has read its parts: block_sum has barriers
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         parts[0][warp][first + j] = sum[j];

@@ -20,13 +20,13 @@ struct PoolShape {
 struct PoolItem {
   int64_t x;       // offset of its first token
   int64_t tokens;  // as many as there are
-  int64_t head;    // of batch * heads
 };
 
+// head: of batch * heads
 PYRX_HOST_DEVICE PoolItem pool_item(const PoolShape& shape, int64_t head, int64_t block) {
   const int64_t first = block * shape.block, left = shape.tokens - first;
   return {head / shape.heads * shape.batch_stride + head % shape.heads * shape.head_stride + first * shape.token_stride,
-          left < shape.block ? left : shape.block, head};
+          left < shape.block ? left : shape.block};
 }
 
 // What a token is multiplied with to be of length one; a zero token has no direction.
