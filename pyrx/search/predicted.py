@@ -12,7 +12,7 @@ from pyrx.ops.block_mask import BlockMask, check_block_size, select_blocks
 from pyrx.ops.block_pool import block_pool
 from pyrx.search.common import MOST_INT, backend_of, block_counts, by_group, check_share, logits_for, mask_of, reach
 
-# of MInference: the first keys and the nearest diagonals take part whatever their scores
+# of MInference: how many of the first keys and of the nearest diagonals take part whatever their scores
 FIRST_KEYS, NEAR_DIAGONALS = 30, 100
 
 
@@ -153,14 +153,17 @@ def vertical_slash(
         return mask_of(reachable.expand(*query.shape[:2], -1, -1), query, key, size, backend)
     last = min(last_queries, queries)
     probabilities = _last_probabilities(query, key, last, logits)
-    columns = probabilities.sum(-2).masked_fill(torch.arange(keys, device=device) < FIRST_KEYS, torch.inf)
+    # sums are at most `last`: the ones that always take part are above, the first and nearest most
+    first = FIRST_KEYS - torch.arange(keys, device=device)
+    columns = torch.where(first > 0, first + last, probabilities.sum(-2))
     chosen = pad(_largest(columns, vertical), (0, -keys % size[1]))
     blocks = chosen.unflatten(-1, (-1, size[1])).any(-1)[:, :, None, :]
 
     # distance q - k of diagonal i: i + nearest
     nearest = queries - last - keys + 1
     distance = torch.arange(keys + last - 1, device=device) + nearest
-    diagonals = _diagonal_sums(probabilities).masked_fill(distance.abs() < NEAR_DIAGONALS, torch.inf)
+    near = NEAR_DIAGONALS - distance.abs()
+    diagonals = torch.where(near > 0, near + last, _diagonal_sums(probabilities))
     if is_causal:
         diagonals = diagonals.masked_fill(distance < 0, -torch.inf)
     before = pad(_largest(diagonals, slash).cumsum(-1), (1, 0))
