@@ -1,6 +1,6 @@
 """pyrx: fused regularisation and sparsity operators for PyTorch."""
 
-from pyrx import _extension, nn, optim
+from pyrx import _extension, nn, optim, search
 from pyrx._version import __version__
 from pyrx.ops.batch_mix import cutmix, mixup, resizemix
 from pyrx.ops.blend import blend
@@ -47,4 +47,5 @@ __all__ = [
     "patch_mask",
     "random_erasing",
     "resizemix",
+    "search",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrx import _library
-from pyrx._attention import BLOCK_SIZES
+from pyrx._attention import BLOCK_SIZES, MOST_HEAD_SIZE
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_float, check_shape, fail
 from pyrx._losses import accumulation_dtype
@@ -19,6 +19,8 @@ def _check(x: Tensor, mean: Tensor | None, block: int) -> None:
     check_float(ROW, "x", x)
     if x.dim() != 4:
         fail(ROW, "x", "of shape [B, H, S, D]", list(x.shape))
+    if x.shape[3] > MOST_HEAD_SIZE:
+        fail(ROW, "x", f"of a head size of at most {MOST_HEAD_SIZE}", x.shape[3])
     if mean is not None:
         check_dtype(ROW, "mean", mean, accumulation_dtype(x.dtype))
         check_shape(ROW, "mean", mean, "[B, H, D]", [*x.shape[:2], x.shape[3]])

@@ -1,0 +1,325 @@
+"""Search by what attention is measured to be, and what a mask keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrx._attention import logits_of
+from pyrx._checks import check_choice, check_device, check_dtype, check_integer, fail
+from pyrx.ops.block_mask import BlockMask, check_block_size, select_blocks
+from pyrx.ops.block_mass import block_mass, block_recall
+from pyrx.ops.block_sparse_attention import block_sparse_attention, check_mask
+from pyrx.search.common import MOST_INT, backend_of, block_counts, check_inputs, check_share, logits_for, mask_of, reach
+
+
+def _always_of(
+    op: str,
+    always: Tensor | None,
+    text_tokens: tuple[int, int] | None,
+    query: Tensor,
+    key: Tensor,
+    size: tuple[int, int],
+) -> Tensor | None:
+    """bool that broadcasts to (B, H, NQ, NK), or None."""
+    q_blocks, k_blocks = block_counts(query, key, size)
+    if always is not None:
+        check_dtype(op, "always", always, torch.bool)
+        full = [query.shape[0], query.shape[1], q_blocks, k_blocks]
+        shape = [1] * (4 - always.dim()) + list(always.shape)
+        if len(shape) != 4 or any(shape[i] not in (1, full[i]) for i in range(4)):
+            fail(op, "always", f"of a shape that broadcasts to the blocks' {full}", list(always.shape))
+        check_device(op, "always", always, query.device)
+        always = always.view(shape)
+    if text_tokens is None:
+        return always
+    if not isinstance(text_tokens, (tuple, list)) or len(text_tokens) != 2:
+        fail(op, "text_tokens", "to be a pair (start, stop)", repr(text_tokens), TypeError)
+    for each in text_tokens:
+        check_integer(op, "text_tokens", each, 0, MOST_INT)
+    start, stop = text_tokens
+    if query.shape[2] != key.shape[2] or not start <= stop <= key.shape[2]:
+        expected = f"within the tokens that are queries and keys, [0, {key.shape[2]}]"
+        fail(op, "text_tokens", expected, f"({start}, {stop}) of {query.shape[2]} queries")
+
+    def holds_text(count: int, block: int) -> Tensor:
+        first = torch.arange(count, device=query.device) * block
+        return (first < stop) & (first + block > start) & (start < stop)
+
+    text = holds_text(q_blocks, size[0])[:, None] | holds_text(k_blocks, size[1])
+    return text[None, None] if always is None else always | text
+
+
+def _share(mass: Tensor, blocks: Tensor) -> Tensor:
+    """(B, H): the share of the mass (B, H, NQ, NK) in the blocks, 1 where there is none."""
+    total = mass.sum((-1, -2))
+    return torch.where(total > 0, torch.where(blocks, mass, 0).sum((-1, -2)) / total.clamp(min=1e-30), 1)
+
+
+def head_sparsities(recalls: Tensor, sparsity: float, threshold: float) -> Tensor:
+    """Of each head (B, H) a sparsity of its own, their mean the given one.
+
+    Of H heads the n with the highest recall, as many as are above the threshold but at most H // 2, get (1 + s) / 2,
+    the n with the lowest (3 s - 1) / 2, the others s. Below s = 1/3 the second would be negative: 2 s and 0 then.
+    """
+    heads = recalls.shape[-1]
+    count = (recalls > threshold).sum(-1, keepdim=True).clamp(max=heads // 2)
+    # ties: the lower head ranks first
+    order = torch.sort(recalls, dim=-1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(heads, device=order.device).expand_as(order))
+    spread = min((1 - sparsity) / 2, sparsity)
+    step = (rank < count).to(recalls.dtype) - (rank >= heads - count).to(recalls.dtype)
+    return sparsity + spread * step
+
+
+@torch.no_grad()
+def lse_cached(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    block_size: int | tuple[int, int] = 64,
+    sparsity: float = 0.8,
+    always: Tensor | None = None,
+    text_tokens: tuple[int, int] | None = None,
+    head_adaptive: bool = True,
+    recall_threshold: float = 0.8,
+    is_causal: bool = False,
+    window: int | tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    bias: Tensor | tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> BlockMask:
+    """AdaSpa's search: every row of blocks keeps those with the most attention, measured with a log-sum-exp at hand.
+
+    Args:
+        query: (B, H, Sq, D); float16, bfloat16, float32, on the CPU float64 too.
+        key: (B, Hkv, Sk, D) of the query's dtype; Hkv is H, or divides it.
+        lse: (B, H, Sq) float32 (float64 for float64), as `pyrx.block_sparse_attention(..., return_lse=True)` gave it,
+            now or some denoising steps ago: a factor that is the same for a whole query does not change its choice.
+        block_size: tokens of a block, 16, 32, 64 or 128, or (queries, keys). Default 64.
+        sparsity: share of the blocks that are dropped, of those in reach of a row and not always kept; each row keeps
+            one at least. Default 0.8.
+        always: bool that broadcasts to (B, H, NQ, NK): blocks kept beside those. Default: none.
+        text_tokens: (start, stop) of text tokens in a joint sequence: text-video, video-text and text-text blocks are
+            always kept. Default: none.
+        head_adaptive: heads whose attention is more concentrated get more of the sparsity (`recall_threshold`), at the
+            same mean. Default True.
+        recall_threshold: as many heads as recall more than this share of their attention at the given sparsity, but at
+            most half, are made sparser, (1 + s) / 2, as many of the lowest recall denser, (3 s - 1) / 2. Default 0.8.
+        is_causal, window, key_mask, query_scale, bias, scale, softcap: as in `pyrx.block_sparse_attention`.
+        backend: "reference", "cpu", "cuda" or "triton", in the steps that have it. Default: the fastest that can serve.
+
+    Returns:
+        `pyrx.BlockMask` (B, H). No gradient.
+
+    Cost: 2 D operations and an exponential a pair of positions and head, half of a dense forward; O(NQ NK) memory.
+
+    Raises:
+        ValueError: shapes, values out of range. TypeError: types and dtypes. RuntimeError: devices, backends.
+
+    Source: Xia et al., "Training-free and Adaptive Sparse Attention for Efficient Long Video Generation" (2025),
+    arXiv 2502.21079.
+    """
+    op = "search.lse_cached"
+    logits = logits_for(
+        op,
+        query,
+        key,
+        is_causal=is_causal,
+        window=window,
+        key_mask=key_mask,
+        query_scale=query_scale,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+    )
+    size = check_block_size(op, block_size)
+    check_share(op, "sparsity", sparsity)
+    check_share(op, "recall_threshold", recall_threshold)
+    kept = _always_of(op, always, text_tokens, query, key, size)
+    mass = block_mass(query, key, lse, size, logits, backend_of("block_mass", backend)).float()
+    reachable, diagonal = reach(query, key, size, logits.left, logits.right, key_mask)
+    kept = diagonal if kept is None else (kept | diagonal) & reachable
+    candidates = reachable & ~kept
+    scores = mass.masked_fill(~candidates, -torch.inf)
+    room = candidates.sum(-1)
+
+    def select(sparsities: Tensor | float) -> Tensor:
+        count = ((1 - sparsities) * room).round().clamp(min=1).to(torch.int32)
+        return select_blocks(scores, count, always=kept, backend=backend_of("block_mask", backend))
+
+    blocks = select(float(sparsity))
+    if head_adaptive and query.shape[1] > 1:
+        blocks = select(head_sparsities(_share(mass, blocks), sparsity, recall_threshold)[..., None])
+    return mask_of(blocks, query, key, size, backend)
+
+
+@torch.no_grad()
+def recall(
+    query: Tensor,
+    key: Tensor,
+    block_mask: BlockMask,
+    *,
+    per: str = "all",
+    is_causal: bool = False,
+    window: int | tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    bias: Tensor | tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The share of the attention that a mask keeps, exactly, in one pass over all the logits.
+
+    Args:
+        query, key: as in `lse_cached`.
+        block_mask: `pyrx.BlockMask` for these lengths.
+        per: "all": one number, the mean over queries; "head": (B, H); "query": (B, H, Sq). Default "all".
+        is_causal, window, key_mask, query_scale, bias, scale, softcap: as in `pyrx.block_sparse_attention`.
+        backend: as in `lse_cached`.
+
+    Returns:
+        Shares in [0, 1], float32 (float64 for float64); of a query that sees no key, 1. No gradient.
+
+    Cost: 2 D operations and an exponential a pair of positions and head; O(Sq + NQ NK) memory.
+
+    Raises: as `lse_cached`.
+
+    Equivalent to summing softmax(logits) over the mask's blocks.
+    """
+    op = "search.recall"
+    check_choice(op, "per", per, ("all", "head", "query"))
+    check_inputs(op, query, key)
+    mask = check_mask(op, block_mask, query, key)
+    logits = logits_of(
+        op,
+        query,
+        is_causal=is_causal,
+        window=window,
+        key_range=mask.key_range,
+        key_mask=key_mask,
+        query_scale=query_scale,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+    )
+    shares = block_recall(query, key, mask.to_dense(), mask.block_size, logits, backend_of("block_mass", backend))
+    return shares if per == "query" else shares.mean(-1) if per == "head" else shares.mean()
+
+
+class AdaptiveSparseAttention(nn.Module):
+    """AdaSpa's attention of one layer across denoising steps: dense at first, then over blocks found now and then.
+
+    Up to `warmup` attention is dense. The first search takes the log-sum-exp of a dense step and a pass over the logits
+    (`lse_cached`); later ones take that pass with the log-sum-exp of the first; the steps between use the blocks found.
+    Where no mask is there yet after the warm-up, or the shapes are new, the step searches as the first one does. A step
+    below the one before begins a new run: what was found is forgotten.
+
+    Args:
+        sparsity: share of the blocks that are dropped. Default 0.8.
+        block_size: tokens of a block, 16, 32, 64 or 128, or (queries, keys). Default 64.
+        warmup: how many steps are dense. Default 10.
+        search_steps: the steps that search, counted from 1. Default (10, 30), the paper's for 50 steps.
+        text_tokens, head_adaptive, recall_threshold: as in `lse_cached`.
+        is_causal, window, scale, softcap: as in `pyrx.block_sparse_attention`.
+        backend: "reference", "cpu" or "triton". Default: the fastest that can serve.
+
+    Attributes:
+        block_mask: the mask in use, `pyrx.BlockMask`, or None.
+        lse: (B, H, Sq), the log-sum-exp that searches use, or None. Neither is part of the state dict.
+
+    One module for every layer: each holds its own. Guidance goes through as one batch.
+
+    Source: Xia et al., "Training-free and Adaptive Sparse Attention for Efficient Long Video Generation" (2025),
+    arXiv 2502.21079.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float = 0.8,
+        block_size: int | tuple[int, int] = 64,
+        warmup: int = 10,
+        search_steps: Iterable[int] = (10, 30),
+        text_tokens: tuple[int, int] | None = None,
+        head_adaptive: bool = True,
+        recall_threshold: float = 0.8,
+        is_causal: bool = False,
+        window: int | tuple[int, int] | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        op = "search.AdaptiveSparseAttention"
+        check_share(op, "sparsity", sparsity)
+        check_share(op, "recall_threshold", recall_threshold)
+        check_block_size(op, block_size)
+        check_integer(op, "warmup", warmup, 0, MOST_INT)
+        self.warmup, self.search_steps = warmup, tuple(search_steps)
+        for each in self.search_steps:
+            check_integer(op, "search_steps", each, 1, MOST_INT)
+        self.search_options: dict[str, Any] = {
+            "sparsity": sparsity,
+            "block_size": block_size,
+            "text_tokens": text_tokens,
+            "head_adaptive": head_adaptive,
+            "recall_threshold": recall_threshold,
+        }
+        self.logits: dict[str, Any] = {
+            "is_causal": is_causal,
+            "window": window,
+            "scale": scale,
+            "softcap": softcap,
+            "backend": backend,
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was found, for a new run."""
+        self.lse: Tensor | None = None
+        self.block_mask: BlockMask | None = None
+        self.step = 0
+
+    def extra_repr(self) -> str:
+        return f"warmup={self.warmup}, search_steps={self.search_steps}, " + ", ".join(
+            f"{name}={value}" for name, value in self.search_options.items()
+        )
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, step: int, *, key_mask: Tensor | None = None) -> Any:
+        """(B, H, Sq, Dv) of query, key and value as in `pyrx.block_sparse_attention`; `step` counts from 1."""
+        op = "search.AdaptiveSparseAttention"
+        check_integer(op, "step", step, 1, MOST_INT)
+        check_inputs(op, query, key)
+        if step < self.step or not self._fits(query, key):
+            self.reset()
+        self.step = step
+        arguments = {**self.logits, "key_mask": key_mask}
+        search = step in self.search_steps or (step > self.warmup and self.block_mask is None)
+        if step <= self.warmup or self.block_mask is None:
+            found: Any = block_sparse_attention(query, key, value, enable_gqa=True, return_lse=search, **arguments)
+            if not search:
+                return found
+            out, lse = found
+            self.lse = lse.detach()
+            self.block_mask = lse_cached(query, key, lse, **self.search_options, **arguments)
+            return out
+        if search and self.lse is not None:
+            self.block_mask = lse_cached(query, key, self.lse, **self.search_options, **arguments)
+        return block_sparse_attention(query, key, value, self.block_mask, enable_gqa=True, **arguments)
+
+    def _fits(self, query: Tensor, key: Tensor) -> bool:
+        """Whether what was found is for these shapes and this device."""
+        if self.lse is None or self.block_mask is None:
+            return True
+        lengths = (query.shape[2], key.shape[2])
+        shapes = self.lse.shape == query.shape[:3] and self.block_mask.seq_lengths == lengths
+        return shapes and self.lse.device == query.device
