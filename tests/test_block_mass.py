@@ -1,4 +1,4 @@
-"""block_mass and block_recall: the reference against loops and an explicit softmax, every backend against the reference."""
+"""block_mass and block_recall: the reference against loops and softmax, every backend against the reference."""
 
 import math
 
