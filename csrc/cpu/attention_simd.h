@@ -8,12 +8,14 @@
 
 namespace pyrx::cpu {
 
+constexpr int64_t kLogitKeys = 128;  // most keys of a LogitTile
+
 // A tile of products (rows, keys) of queries q .. and keys k .. of head (b, h), and what its logits are made of.
 template <typename T>
 struct LogitTile {
   using Acc = accumulate_t<T>;
   int64_t b, h, q, k;        // of its first row and column
-  int64_t rows, keys;        // at most one block of each
+  int64_t rows, keys;        // keys at most kLogitKeys
   Acc* logits;               // (rows, keys) in rows of `stride`
   int64_t stride;
   Acc scale, softcap;        // softcap 0: none
