@@ -1,35 +1,37 @@
 // Sums of exponentials over tiles of logits: MassKernels. Included by attention_simd.inl.
 
+#if PYRX_ISA
+// 2^r on [0, 1) to a relative error of 8e-8
+constexpr float kPower[] = {1.8671300495e-3f, 9.0170307085e-3f, 5.5799912661e-2f, 2.4016444385e-1f, 6.9315129519e-1f, 1.0f};
+#endif
+
+#if PYRX_ISA == 2
+inline __m256 exp2_of_eight(__m256 x) {
+  // NaN is the second operand, which is what is returned where they do not compare
+  x = _mm256_min_ps(_mm256_set1_ps(129.0f), _mm256_max_ps(_mm256_set1_ps(-151.0f), x));
+  const __m256 n = _mm256_floor_ps(x), r = _mm256_sub_ps(x, n);
+  __m256 y = _mm256_set1_ps(kPower[0]);
+  for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kPower[i]));
+  // times 2^n in two steps, each a normal number
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+  const __m256i rest = _mm256_sub_epi32(whole, half);
+  y = _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+  return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
+}
+#endif
+
 // 2^x within 2 ulp in float32, 0 of minus infinity, infinity past the largest number; NaN stays.
 template <typename Acc>
 inline Vec<Acc> exp2(const Vec<Acc>& x) {
-#if PYRX_ISA
-  // 2^r on [0, 1) to a relative error of 8e-8
-  [[maybe_unused]] constexpr float power[] = {1.8671300495e-3f, 9.0170307085e-3f, 5.5799912661e-2f,
-                                              2.4016444385e-1f, 6.9315129519e-1f, 1.0f};
-#endif
 #if PYRX_ISA == 512
   if constexpr (sizeof(Acc) == 4) {
     const __m512 r = _mm512_reduce_ps(x.v, 1);  // x - floor(x), 0 of infinities
-    __m512 y = _mm512_set1_ps(power[0]);
-    for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(power[i]));
+    __m512 y = _mm512_set1_ps(kPower[0]);
+    for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kPower[i]));
     return {_mm512_scalef_ps(y, x.v)};  // y * 2^floor(x)
   }
 #elif PYRX_ISA == 2
-  if constexpr (sizeof(Acc) == 4) {
-    const auto half = [](__m256 v) {
-      // NaN is the second operand, which is what is returned where they do not compare
-      const __m256 in = _mm256_min_ps(_mm256_set1_ps(129.0f), _mm256_max_ps(_mm256_set1_ps(-151.0f), v));
-      const __m256 n = _mm256_floor_ps(in), r = _mm256_sub_ps(in, n);
-      __m256 y = _mm256_set1_ps(power[0]);
-      for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(power[i]));
-      // in two steps, each a normal number
-      const __m256i whole = _mm256_cvtps_epi32(n), one = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
-      const auto scale = [&](__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, bias), 23)); };
-      return _mm256_mul_ps(_mm256_mul_ps(y, scale(one)), scale(_mm256_sub_epi32(whole, one)));
-    };
-    return {half(x.low), half(x.high)};
-  }
+  if constexpr (sizeof(Acc) == 4) return {exp2_of_eight(x.low), exp2_of_eight(x.high)};
 #endif
   Acc v[kLanes];
   x.put(v);
@@ -112,7 +114,7 @@ void add_rows(const ExponentTile<Acc>& tile, const uint8_t* kept, const ShareRow
     if (kMasked && tile.first[r] >= tile.last[r]) continue;
     const Acc* products = tile.products + r * tile.stride;
     const V factor = V::fill(tile.factor[r]), before = V::get(sums.most + r * kLanes);
-    const uint32_t own = kept[r / sums.q_block];
+    const uint32_t chosen = kept[r / sums.q_block];
     V x[kMost], most = before;
     for (int v = 0; v < count; ++v) {
       x[v] = V::get(products + v * kLanes) * factor;
@@ -120,15 +122,15 @@ void add_rows(const ExponentTile<Acc>& tile, const uint8_t* kept, const ShareRow
       most = V::max(x[v], most);
     }
     const V rest = exp2(before - most);
-    V total = V::get(sums.total + r * kLanes) * rest, share = V::get(sums.kept + r * kLanes) * rest;
+    V total = V::get(sums.total + r * kLanes) * rest, own_share = V::get(sums.kept + r * kLanes) * rest;
     for (int v = 0; v < count; ++v) {
       const V e = exp2(x[v] - most);
       total = total + e;
-      share = share + e.keep(own >> v & 1 ? 0xFFFF : 0);
+      own_share = own_share + e.keep(chosen >> v & 1 ? 0xFFFF : 0);
     }
     most.put(sums.most + r * kLanes);
     total.put(sums.total + r * kLanes);
-    share.put(sums.kept + r * kLanes);
+    own_share.put(sums.kept + r * kLanes);
   }
 }
 

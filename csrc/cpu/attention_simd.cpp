@@ -25,4 +25,11 @@ template const LogitKernels<double>& logit_kernels<double>();
 template const LogitKernels<bfloat16>& logit_kernels<bfloat16>();
 template const LogitKernels<float16>& logit_kernels<float16>();
 
+template <typename Acc>
+const MassKernels<Acc>& mass_kernels() {
+  PYRX_PICK(mass_table<Acc>())
+}
+template const MassKernels<float>& mass_kernels<float>();
+template const MassKernels<double>& mass_kernels<double>();
+
 }  // namespace pyrx::cpu

@@ -20,7 +20,7 @@ struct ExponentTile {
 
 // What part of a total was kept; of nothing all of it is.
 template <typename Acc>
-PYRX_HOST_DEVICE inline Acc share(Acc kept, Acc total) {
+PYRX_HOST_DEVICE Acc share(Acc kept, Acc total) {
   return total == 0 ? Acc(1) : kept / total;
 }
 
