@@ -85,6 +85,98 @@ def plain(logits: _attention.Logits) -> bool:
     return not changed and 1e-30 < logits.scale < 1e30
 
 
+class Plan(NamedTuple):
+    """Queries and keys of a tile, warps, stages of the loads' pipeline."""
+
+    q_tile: int
+    k_tile: int
+    warps: int
+    stages: int
+
+
+def padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def plan_of(table: dict[tuple[int, int], Plan], query: Tensor, value: Tensor, q_block: int, k_block: int) -> Plan:
+    size = max(padded(query.shape[3]), padded(value.shape[3]))
+    found = next(plan for (width, most), plan in table.items() if width == query.element_size() and size <= most)
+    q_tile, k_tile = min(found.q_tile, q_block), min(found.k_tile, k_block)
+    return Plan(q_tile, k_tile, 4 if q_tile * k_tile <= 64 * 64 else found.warps, found.stages)
+
+
+class Lists(NamedTuple):
+    """Counts and indices of blocks, int32 (B or 1, H or 1, rows) and (.., rows, width); strides 0 where broadcast."""
+
+    counts: Any
+    indices: Any
+    counts_batch: int
+    counts_head: int
+    indices_batch: int
+    indices_head: int
+
+
+def lists_of(counts: Tensor, indices: Tensor) -> Lists:
+    counts, indices = counts.contiguous(), indices.contiguous()
+    strides = [0 if each.shape[i] == 1 else each.stride(i) for each in (counts, indices) for i in (0, 1)]
+    return Lists(counts, indices, *strides)
+
+
+class Rows(NamedTuple):
+    """A tensor (B, H, S, D) and its strides; the last dimension is contiguous."""
+
+    data: Any
+    batch: int
+    head: int
+    token: int
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    if tensor.stride(3) != 1 and tensor.shape[3] != 1:
+        tensor = tensor.contiguous()
+    return Rows(tensor, *tensor.stride()[:3])
+
+
+def precision_of(query: Tensor) -> str:
+    return "tf32" if query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def head_of(rows, b, h):
+    """Where head h of batch entry b begins."""
+    return rows.data + b.to(tl.int64) * rows.batch + h.to(tl.int64) * rows.head
+
+
+@triton.jit
+def load_rows(base, rows, token, size: tl.constexpr, SIZE: tl.constexpr):
+    """(tokens, SIZE) of a head that begins at `base`, 0 past its size; tokens lie in the tensor."""
+    d = tl.arange(0, SIZE)
+    place = base + token.to(tl.int64)[:, None] * rows.token + d[None, :]
+    if SIZE == size:
+        found = tl.load(place)
+    else:
+        found = tl.load(place, mask=(d < size)[None, :], other=0.0)
+    return found
+
+
+@triton.jit
+def list_of(lists, b, h, row, width):
+    """(where a row's list of blocks begins, its length)."""
+    counts = lists.counts + b.to(tl.int64) * lists.counts_batch + h.to(tl.int64) * lists.counts_head
+    start = lists.indices + b.to(tl.int64) * lists.indices_batch + h.to(tl.int64) * lists.indices_head
+    count = tl.load(counts + row)
+    return start + row.to(tl.int64) * width, tl.maximum(tl.minimum(count, width), 0)
+
+
+@triton.jit
+def tile_of(start, step, blocks, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The first token of a list's tile number `step`; past the last token where the list names no block."""
+    PER_BLOCK: tl.constexpr = BLOCK // TILE
+    block = tl.load(start + step // PER_BLOCK)
+    inside = (block >= 0) & (block < blocks)
+    return tl.where(inside, block * BLOCK + step % PER_BLOCK * TILE, tokens)
+
+
 @triton.jit
 def key_limits(logits, b, q, queries, keys):
     """(the first key that each of queries `q` may see, the one after the last); q at most the last query."""
@@ -106,6 +198,14 @@ def visible_keys(logits, b, first, last, k, keys):
         shown = tl.load(logits.key_mask + b.to(tl.int64) * keys + tl.minimum(k, keys - 1))
         visible = visible & (shown != 0)
     return visible
+
+
+@triton.jit
+def hide(score, partial, logits, b, first, last, k, keys):
+    """Minus infinity where a query does not see a key (visible_keys), if anything of the tile is hidden: `partial`."""
+    if partial:
+        score = tl.where(visible_keys(logits, b, first, last, k, keys), score, float("-inf"))
+    return score
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,27 +15,28 @@ from pyrx.ops import block_sparse_attention as ops
 from .attention import (
     LN2,
     LOWEST,
+    Plan,
     factor_of,
+    head_of,
+    hide,
     kernel_logits,
     key_limits,
+    list_of,
+    lists_of,
+    load_rows,
     logits_of,
+    padded,
     plain,
+    plan_of,
+    precision_of,
+    rows_of,
     tile_keep,
-    visible_keys,
+    tile_of,
 )
 from .dropout import check_narrow, scale_of
 
 # Numbers that change from call to call and must not each compile a kernel of their own.
 _VARYING = ["threshold", "width", "listed"]
-
-
-class Plan(NamedTuple):
-    """Queries and keys of a tile, warps, stages of the loads' pipeline."""
-
-    q_tile: int
-    k_tile: int
-    warps: int
-    stages: int
 
 
 # By (bytes of an element, padded head size up to): tiles that leave the accumulators in registers without spills.
@@ -49,94 +50,12 @@ FORWARD = {
 }
 
 
-def padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
-def plan_of(table: dict[tuple[int, int], Plan], query: Tensor, value: Tensor, q_block: int, k_block: int) -> Plan:
-    size = max(padded(query.shape[3]), padded(value.shape[3]))
-    found = next(plan for (width, most), plan in table.items() if width == query.element_size() and size <= most)
-    q_tile, k_tile = min(found.q_tile, q_block), min(found.k_tile, k_block)
-    return Plan(q_tile, k_tile, 4 if q_tile * k_tile <= 64 * 64 else found.warps, found.stages)
-
-
-class Lists(NamedTuple):
-    """Counts and indices of blocks, int32 (B or 1, H or 1, rows) and (.., rows, width); strides 0 where broadcast."""
-
-    counts: Any
-    indices: Any
-    counts_batch: int
-    counts_head: int
-    indices_batch: int
-    indices_head: int
-
-
-def lists_of(counts: Tensor, indices: Tensor) -> Lists:
-    counts, indices = counts.contiguous(), indices.contiguous()
-    strides = [0 if each.shape[i] == 1 else each.stride(i) for each in (counts, indices) for i in (0, 1)]
-    return Lists(counts, indices, *strides)
-
-
-class Rows(NamedTuple):
-    """A tensor (B, H, S, D) and its strides; the last dimension is contiguous."""
-
-    data: Any
-    batch: int
-    head: int
-    token: int
-
-
-def rows_of(tensor: Tensor) -> Rows:
-    if tensor.stride(3) != 1 and tensor.shape[3] != 1:
-        tensor = tensor.contiguous()
-    return Rows(tensor, *tensor.stride()[:3])
-
-
-def precision_of(query: Tensor) -> str:
-    return "tf32" if query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-@triton.jit
-def head_of(rows, b, h):
-    """Where head h of batch entry b begins."""
-    return rows.data + b.to(tl.int64) * rows.batch + h.to(tl.int64) * rows.head
-
-
-@triton.jit
-def load_rows(base, rows, token, size, SIZE: tl.constexpr):
-    """(tokens, SIZE) of a head that begins at `base`, 0 past its size; tokens lie in the tensor."""
-    d = tl.arange(0, SIZE)
-    place = base + token.to(tl.int64)[:, None] * rows.token + d[None, :]
-    if SIZE == size:
-        found = tl.load(place)
-    else:
-        found = tl.load(place, mask=(d < size)[None, :], other=0.0)
-    return found
-
-
-@triton.jit
-def list_of(lists, b, h, row, width):
-    """(where a row's list of blocks begins, its length)."""
-    counts = lists.counts + b.to(tl.int64) * lists.counts_batch + h.to(tl.int64) * lists.counts_head
-    start = lists.indices + b.to(tl.int64) * lists.indices_batch + h.to(tl.int64) * lists.indices_head
-    count = tl.load(counts + row)
-    return start + row.to(tl.int64) * width, tl.maximum(tl.minimum(count, width), 0)
-
-
-@triton.jit
-def tile_of(start, step, blocks, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The first token of a list's tile number `step`; past the last token where the list names no block."""
-    PER_BLOCK: tl.constexpr = BLOCK // TILE
-    block = tl.load(start + step // PER_BLOCK)
-    inside = (block >= 0) & (block < blocks)
-    return tl.where(inside, block * BLOCK + step % PER_BLOCK * TILE, tokens)
-
-
 # Bytes: q, out and the rows' results once, k and v a tile from L2. Operations: 2 (D + Dv) a listed pair, and an exp2.
 @triton.jit(do_not_specialize=_VARYING)
 def _forward_kernel(
     query, key, value, out, lse, entropy, lists, logits, seed, threshold, width,
-    batch, heads, group, queries, keys, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, size, value_size,
+    heads, group, queries, keys, size: tl.constexpr, value_size: tl.constexpr,
+    SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     PLAIN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -168,19 +87,17 @@ def _forward_kernel(
         there = tl.minimum(k, keys - 1)
         others = load_rows(keys_of, key, there, size, SIZE)
         score = tl.dot(own, tl.trans(others), input_precision=PRECISION)
-        if not PLAIN:
-            score, _ = logits_of(score, logits, factor, b, h, q[:, None], there[None, :])
         partial = (k0 < whole_first) | (k0 + K_TILE > whole_last)
         if logits.key_mask is not None:
             flags = tl.cdiv(keys, K_TILE)
             partial = partial | (tl.load(logits.clear + b * flags + tl.minimum(k0 // K_TILE, flags - 1)) == 0)
-        if partial:
-            seen = visible_keys(logits, b, first[:, None], last[:, None], k[None, :], keys)
-            score = tl.where(seen, score, float("-inf"))
         if PLAIN:
+            score = hide(score, partial, logits, b, first[:, None], last[:, None], k[None, :], keys)
             larger = tl.maximum(most, tl.max(score, 1) * factor)
             score = score * factor
         else:
+            score, _ = logits_of(score, logits, factor, b, h, q[:, None], there[None, :])
+            score = hide(score, partial, logits, b, first[:, None], last[:, None], k[None, :], keys)
             larger = tl.maximum(most, tl.max(score, 1))
         weight = tl.exp2(score - larger[:, None])
         shrink = tl.exp2(most - larger)
@@ -228,7 +145,7 @@ def block_sparse_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
             rows_of(query), rows_of(key), rows_of(value), rows_of(out), lse, entropy if args[20] else None,
             lists_of(kv_counts, kv_indices), kernel_logits(query, key, logits, plan.k_tile),
             seed if threshold > 0 else None, threshold, kv_indices.shape[3],
-            batch, heads, heads // key.shape[1], queries, keys, padded(size), padded(value_size), size, value_size,
+            heads, heads // key.shape[1], queries, keys, size, value_size, padded(size), padded(value_size),
             plain(logits), keys % 8 == 0, precision_of(query), q_block, k_block, plan.q_tile, plan.k_tile,
             num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
