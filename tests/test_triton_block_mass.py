@@ -23,7 +23,7 @@ def test_values_in_the_interpreter():
 
 
 @interpreted
-@pytest.mark.parametrize("i, name", enumerate(cases.FEATURES))
+@pytest.mark.parametrize("i, name", list(enumerate(cases.FEATURES)))
 def test_features(i, name):
     dtype, block_size = DTYPES[i % 3], ((64, 64), (128, 128), (32, 16))[i // 2 % 3]
     query, key = cases.operands(SHAPE, dtype)
@@ -95,3 +95,40 @@ def test_entries_have_the_shapes_of_their_fakes():
             query, key, third, *rest = arguments
             third = third.double() if third.is_floating_point() else third
             getattr(ops, name)(query.double(), key.double(), third, *rest[:2], *cases.plain(24))
+
+
+def compile_ahead_of_time(architecture):
+    """Prints one JSON line a compiled kernel."""
+    compiled = triton_helpers.compile_launches(architecture)
+    variants = [(size, block, "none") for size in (64, 128, 256) for block in (64, 128)]
+    for dtype in (torch.bfloat16, torch.float32):
+        for size, block, name in [*variants, (64, 64, "key_mask"), (128, 64, "everything")]:
+            shape = (1, 2, 2, 256, 256, size)
+            query, key = (torch.zeros(1, 2, 256, size, dtype=dtype) for _ in range(2))
+            logits = cases.plain(size) if name == "none" else cases.feature(name, shape, dtype)
+            blocks = torch.zeros(1, 1, 256 // block, 256 // block, dtype=torch.bool)
+            launcher.block_mass(query, key, torch.zeros(1, 2, 256), block, block, *logits)
+            launcher.block_recall(query, key, blocks, block, block, *logits)
+            triton_helpers.report(compiled, products, dtype=helpers.name_of(dtype), size=size, features=name)
+
+
+def products(kernel):
+    """Which instructions multiply."""
+    ptx = kernel.asm["ptx"]
+    return {"wgmma": "wgmma.mma_async" in ptx, "mma": "mma.sync" in ptx}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_ahead_of_time(architecture, python, tmp_path):
+    script = f"import test_triton_block_mass as test; test.compile_ahead_of_time({architecture})"
+    found = triton_helpers.ahead_of_time(python, tmp_path, script)
+    assert {each["kernel"] for each in found} == triton_helpers.kernels_of("block_mass.py")
+    for each in found:
+        assert each["shared"] <= triton_helpers.SHARED_LIMIT[architecture], each
+        narrow = each["dtype"] != "float32"
+        assert each["wgmma"] == (narrow and architecture == 90) and each["mma"] == (narrow and architecture == 80), each
+        if narrow and each["features"] != "everything":
+            # two programs of 256 threads fit an SM; for sm_80 operands take registers too
+            assert each["stack"] <= (0 if architecture == 90 else 256) and each["registers"] <= 128, each

@@ -43,9 +43,9 @@ PLANS = {
 
 
 @triton.jit
-def _steps(first, last, keys, MASKED: tl.constexpr, K_TILE: tl.constexpr):
-    """(first key, end) of the tiles of keys that all queries see whole, (first key, end, tiles before, tiles after) of
-    those that one sees. With a key mask no tile counts as whole."""
+def _steps(first, last, keys, K_TILE: tl.constexpr):
+    """Of tiles of keys, key_mask aside: the first key of those that all queries see whole and their end, the first key
+    of those that one sees, how many of these lie before and after the whole ones."""
     some = first < last
     start = tl.min(tl.where(some, first, keys), 0) // K_TILE * K_TILE
     end = tl.cdiv(tl.max(tl.where(some, last, 0), 0), K_TILE) * K_TILE
@@ -53,8 +53,6 @@ def _steps(first, last, keys, MASKED: tl.constexpr, K_TILE: tl.constexpr):
     whole = tl.cdiv(tl.max(first, 0), K_TILE) * K_TILE
     whole_end = tl.min(last, 0) // K_TILE * K_TILE
     none = whole_end <= whole
-    if MASKED:
-        none = none | True
     whole, whole_end = tl.where(none, end, whole), tl.where(none, end, whole_end)
     return whole, whole_end, start, (whole - start) // K_TILE, (end - whole_end) // K_TILE
 
@@ -84,7 +82,11 @@ def _exponents(
     others = load_rows(keys_of, key, there, size, SIZE)
     score = tl.dot(own, tl.trans(others), input_precision=PRECISION)
     score, _ = logits_of(score, logits, factor, b, h, q[:, None], there[None, :])
-    if not WHOLE:
+    if WHOLE:
+        if logits.key_mask is not None:
+            shown = tl.load(logits.key_mask + b.to(tl.int64) * keys + k)
+            score = tl.where((shown != 0)[None, :], score, float("-inf"))
+    else:
         score = hide(score, True, logits, b, first[:, None], last[:, None], k[None, :], keys)
     return score, k0
 
@@ -109,7 +111,7 @@ def _mass_kernel(
     seen = (asked < queries) & (offset != float("-inf"))
     first, last = tl.where(seen, first, keys), tl.where(seen, last, 0)
     offset = tl.where(seen, offset * LOG2E, 0.0)[:, None]
-    steps = _steps(first, last, keys, logits.key_mask is not None, K_TILE)
+    steps = _steps(first, last, keys, K_TILE)
     factor = (row * 0 + factor_of(logits, row))[:, None]
     own = load_rows(head_of(query, b, h), query, q, size, SIZE)
     keys_of = head_of(key, b, h // group)
@@ -149,7 +151,7 @@ def _recall_kernel(
     q = tl.minimum(asked, queries - 1)
     row = head.to(tl.int64) * queries + q
     first, last = key_limits(logits, b, q, queries, keys)
-    steps = _steps(first, last, keys, logits.key_mask is not None, K_TILE)
+    steps = _steps(first, last, keys, K_TILE)
     factor = (row * 0 + factor_of(logits, row))[:, None]
     own = load_rows(head_of(query, b, h), query, q, size, SIZE)
     keys_of = head_of(key, b, h // group)
@@ -187,9 +189,14 @@ def _recall_kernel(
     tl.store(recall + row, share, mask=asked < queries)
 
 
-def _plan(query: Tensor) -> Plan:
-    size = padded(query.shape[3])
-    return next(plan for (width, most), plan in PLANS.items() if width == query.element_size() and size <= most)
+def _plan(query: Tensor, logits: _attention.Logits) -> tuple[Plan, dict[str, Any]]:
+    """The plan and the options of a launch."""
+    size, bytes_of = padded(query.shape[3]), query.element_size()
+    plan = next(plan for (width, most), plan in PLANS.items() if width == bytes_of and size <= most)
+    options = {"num_warps": plan.warps, "num_stages": plan.stages}
+    if bytes_of == 2 and logits.row_bias is None:  # with a bias what is not in registers costs more than a program
+        options["maxnreg"] = 128
+    return plan, options
 
 
 def block_mass(query: Tensor, key: Tensor, lse: Tensor, q_block: int, k_block: int, *args: Any) -> Tensor:
@@ -199,7 +206,8 @@ def block_mass(query: Tensor, key: Tensor, lse: Tensor, q_block: int, k_block: i
         return mass
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
-    plan = _plan(query)
+    logits = _attention.Logits(*args)
+    plan, options = _plan(query, logits)
     # sums of parts of blocks, where those are larger than a tile; tiles that nobody sees are passed over
     part = min(q_block, plan.q_tile), min(k_block, plan.k_tile)
     tiles = triton.cdiv(queries, plan.q_tile)
@@ -208,9 +216,9 @@ def block_mass(query: Tensor, key: Tensor, lse: Tensor, q_block: int, k_block: i
     with torch.cuda.device_of(query):
         _mass_kernel[(tiles * batch * heads,)](
             rows_of(query), rows_of(key), lse.contiguous(), parts,
-            kernel_logits(query, key, _attention.Logits(*args), plan.k_tile), heads, heads // key.shape[1],
+            kernel_logits(query, key, logits, plan.k_tile), heads, heads // key.shape[1],
             queries, keys, shape[3], size, padded(size), precision_of(query), *part, plan.q_tile, plan.k_tile,
-            num_warps=plan.warps, num_stages=plan.stages, maxnreg=128 if query.element_size() == 2 else None,
+            **options,
         )  # fmt: skip
     for dim, (count, own, block) in enumerate(zip(mass.shape[2:], part, (q_block, k_block), strict=True), 2):
         share = block // own
@@ -229,14 +237,15 @@ def block_recall(query: Tensor, key: Tensor, blocks: Tensor, q_block: int, k_blo
     keys = key.shape[2]
     if recall.numel() == 0 or keys == 0:
         return recall.fill_(1)
-    plan = _plan(query)
+    logits = _attention.Logits(*args)
+    plan, options = _plan(query, logits)
     own = blocks.contiguous().view(torch.uint8)
     with torch.cuda.device_of(query):
         _recall_kernel[(triton.cdiv(queries, plan.q_tile) * batch * heads,)](
             rows_of(query), rows_of(key), own, recall,
-            kernel_logits(query, key, _attention.Logits(*args), plan.k_tile), heads, heads // key.shape[1],
+            kernel_logits(query, key, logits, plan.k_tile), heads, heads // key.shape[1],
             queries, keys, 0 if own.shape[0] == 1 else own.stride(0), 0 if own.shape[1] == 1 else own.stride(1),
             own.shape[3], size, padded(size), precision_of(query), q_block, k_block, plan.q_tile, plan.k_tile,
-            num_warps=plan.warps, num_stages=plan.stages, maxnreg=128 if query.element_size() == 2 else None,
+            **options,
         )  # fmt: skip
     return recall
