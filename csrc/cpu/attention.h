@@ -172,13 +172,17 @@ AttentionProblem<T> attention_problem(const at::Tensor& query, const at::Tensor&
 
 // Of queries q .. q + rows - 1, key_mask aside.
 struct Reach {
-  KeyRange every, any;  // the keys that each of them sees, and the least range that holds all that one of them sees
+  KeyRange every, any;  // the keys that each of them sees, and a range that holds all that one of them sees
 
   bool hides(int64_t k, int64_t keys) const { return k < every.first || k + keys > every.last; }
   bool misses(int64_t k, int64_t keys) const { return k >= any.last || k + keys <= any.first; }
 };
 
 inline Reach reach(const KeyRules& rules, int64_t b, int64_t q, int64_t rows) {
+  if (rules.range == nullptr) {  // a window's ends go up with the query
+    const KeyRange first = rules.of(b, q), last = rules.of(b, q + rows - 1);
+    return {first & last, {first.first, last.last}};
+  }
   Reach found{{0, rules.keys}, {rules.keys, 0}};
   for (int64_t i = q; i < q + rows; ++i) {
     const KeyRange own = rules.of(b, i);

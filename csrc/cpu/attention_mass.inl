@@ -6,7 +6,7 @@ constexpr float kPower[] = {1.8671300495e-3f, 9.0170307085e-3f, 5.5799912661e-2f
 #endif
 
 #if PYRX_ISA == 2
-inline __m256 exp2_of_eight(__m256 x) {
+inline __m256 power_of_eight(__m256 x) {
   // NaN is the second operand, which is what is returned where they do not compare
   x = _mm256_min_ps(_mm256_set1_ps(129.0f), _mm256_max_ps(_mm256_set1_ps(-151.0f), x));
   const __m256 n = _mm256_floor_ps(x), r = _mm256_sub_ps(x, n);
@@ -22,7 +22,7 @@ inline __m256 exp2_of_eight(__m256 x) {
 
 // 2^x within 2 ulp in float32, 0 of minus infinity, infinity past the largest number; NaN stays.
 template <typename Acc>
-inline Vec<Acc> exp2(const Vec<Acc>& x) {
+inline Vec<Acc> power(const Vec<Acc>& x) {
 #if PYRX_ISA == 512
   if constexpr (sizeof(Acc) == 4) {
     const __m512 r = _mm512_reduce_ps(x.v, 1);  // x - floor(x), 0 of infinities
@@ -31,7 +31,7 @@ inline Vec<Acc> exp2(const Vec<Acc>& x) {
     return {_mm512_scalef_ps(y, x.v)};  // y * 2^floor(x)
   }
 #elif PYRX_ISA == 2
-  if constexpr (sizeof(Acc) == 4) return {exp2_of_eight(x.low), exp2_of_eight(x.high)};
+  if constexpr (sizeof(Acc) == 4) return {power_of_eight(x.low), power_of_eight(x.high)};
 #endif
   Acc v[kLanes];
   x.put(v);
@@ -68,7 +68,7 @@ inline Acc sum_block(const ExponentTile<Acc>& tile, const Acc* offset, const uin
     const Acc* products = tile.products + r * tile.stride + key;
     const V factor = V::fill(tile.factor[r]), shift = V::fill(-offset[r]);
     for (int v = 0; v < kVectors; ++v) {
-      V e = exp2(V::multiply_add(V::get(products + v * kLanes), factor, shift));
+      V e = power(V::multiply_add(V::get(products + v * kLanes), factor, shift));
       if constexpr (kMasked) e = e.keep(visible_bits(tile, masked, r, key + v * kLanes));
       sums[v % kSums] = sums[v % kSums] + e;
     }
@@ -121,10 +121,10 @@ void add_rows(const ExponentTile<Acc>& tile, const uint8_t* kept, const ShareRow
       if constexpr (kMasked) x[v] = V::choose(visible_bits(tile, masked, r, v * kLanes), x[v], V::fill(kHidden));
       most = V::max(x[v], most);
     }
-    const V rest = exp2(before - most);
+    const V rest = power(before - most);
     V total = V::get(sums.total + r * kLanes) * rest, own_share = V::get(sums.kept + r * kLanes) * rest;
     for (int v = 0; v < count; ++v) {
-      const V e = exp2(x[v] - most);
+      const V e = power(x[v] - most);
       total = total + e;
       own_share = own_share + e.keep(chosen >> v & 1 ? 0xFFFF : 0);
     }
@@ -144,7 +144,7 @@ template <typename Acc>
 void finish_shares(const ShareRows<Acc>& sums, int64_t rows, Acc* recall) {
   using V = Vec<Acc>;
   for (int64_t r = 0; r < rows; ++r) {
-    const V most = V::get(sums.most + r * kLanes), weight = exp2(most - V::fill(most.greatest()));
+    const V most = V::get(sums.most + r * kLanes), weight = power(most - V::fill(most.greatest()));
     const V total = V::get(sums.total + r * kLanes) * weight, kept = V::get(sums.kept + r * kLanes) * weight;
     recall[r] = share(kept.sum(), total.sum());
   }

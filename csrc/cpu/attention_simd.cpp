@@ -25,6 +25,15 @@ template const LogitKernels<double>& logit_kernels<double>();
 template const LogitKernels<bfloat16>& logit_kernels<bfloat16>();
 template const LogitKernels<float16>& logit_kernels<float16>();
 
+template <typename G>
+const SoftmaxKernels<G>& softmax_kernels() {
+  PYRX_PICK(softmax_table<G>())
+}
+template const SoftmaxKernels<float>& softmax_kernels<float>();
+template const SoftmaxKernels<double>& softmax_kernels<double>();
+template const SoftmaxKernels<bfloat16>& softmax_kernels<bfloat16>();
+template const SoftmaxKernels<float16>& softmax_kernels<float16>();
+
 template <typename Acc>
 const MassKernels<Acc>& mass_kernels() {
   PYRX_PICK(mass_table<Acc>())

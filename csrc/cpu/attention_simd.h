@@ -34,8 +34,35 @@ struct LogitKernels {
   void (*hide)(const LogitTile<T>& tile);
 };
 
+// One step of an online softmax: a tile of logits (rows, keys), and what its rows have summed up before it.
+template <typename G>
+struct SoftmaxTile {
+  using Acc = accumulate_t<G>;
+  int64_t rows, keys;
+  Acc* logits;      // (rows, keys) in rows of `stride`, a multiple of 16; columns up to the next multiple are overwritten
+  int64_t stride;
+  Acc factor;       // above 0; weights are 2^(factor * logit - most)
+  Acc* most;        // (rows,): greatest factor * logit so far, minus infinity before the first
+  Acc* total;       // (rows,): sum of the weights
+  Acc* weighted;    // (rows,): sum of the weights times their exponents, or null
+  Acc* out;         // (rows, size) in rows of out_stride: sums that follow `most`; null: none yet
+  int64_t size, out_stride;
+  const uint8_t* bits;  // of the kept weights, rows bits_stride bytes apart, or null: all
+  int64_t bits_stride;
+  G* weights;           // (rows, keys rounded up to 16) in rows of weights_stride, 0 where dropped; may be the logits
+  int64_t weights_stride;
+};
+
+template <typename G>
+struct SoftmaxKernels {
+  // logits to weights, and the sums of the rows brought up to them
+  void (*step)(const SoftmaxTile<G>& tile);
+};
+
 template <typename T>
 const LogitKernels<T>& logit_kernels();
+template <typename G>
+const SoftmaxKernels<G>& softmax_kernels();
 
 // What of every row's exponentials was summed, in base 2, sixteen lanes a row: (rows, 16) each.
 template <typename Acc>
