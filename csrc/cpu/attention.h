@@ -15,6 +15,7 @@
 #include "cpu/attention_simd.h"
 #include "cpu/elements.h"
 #include "cpu/gemm.h"
+#include "cpu/isa.h"
 #include "cpu/simd.h"
 #include "cpu/workspace.h"
 
@@ -77,6 +78,14 @@ struct BlockLists {
   const int32_t *counts = nullptr, *indices = nullptr;  // (B or 1, H or 1, rows), (.., rows, width)
   int64_t rows = 0, width = 0, limit = 0;               // limit: blocks of the other side
   int64_t batch = 0, head = 0;                          // strides in rows, 0 where a dimension is one
+
+  // The first that a row lists, -1 where there is none or it is out of range.
+  int64_t any(int64_t b, int64_t h, int64_t row) const {
+    const int64_t at = b * batch + h * head + row;
+    if (counts[at] <= 0 || width == 0) return -1;
+    const int64_t first = indices[at * width];
+    return first < limit ? first : -1;
+  }
 
   // Those of a row, ascending, each once; entries out of range are passed over.
   void of(int64_t b, int64_t h, int64_t row, std::vector<int64_t>& found) const {
@@ -194,11 +203,30 @@ inline Reach reach(const KeyRules& rules, int64_t b, int64_t q, int64_t rows) {
   return found;
 }
 
-// The type that GEMMs take T's operands in: T itself, or float32 where `native` is false for a 16-bit type.
+// Whether brgemm multiplies operands of a 16-bit type faster than float32: on tiles (native_half), and bfloat16 by
+// AVX-512's dot products too, which ATen has no question for.
+inline bool multiplies_half(at::ScalarType dtype) {
+  static const bool dot_products = [] {
+#ifdef PYRX_X86
+    if (isa() != Isa::avx512 || !__builtin_cpu_supports("avx512bf16")) return false;
+    const bfloat16 zeros[2 * kRound] = {};
+    float out[kRound];
+    try {
+      multiply(1, kRound, 2, zeros, 2, zeros, kRound, out, kRound, false);
+      return true;
+    } catch (const c10::Error&) {  // oneDNN is switched off or held to less
+    }
+#endif
+    return false;
+  }();
+  return native_half(dtype) || (dtype == at::kBFloat16 && dot_products);
+}
+
+// f(a value of the type that GEMMs take T's operands in): T itself, or float32 for a 16-bit type that they do not take.
 template <typename T, typename F>
 void dispatch_operand(at::ScalarType dtype, F f) {
   if constexpr (sizeof(T) == 2) {
-    if (native_half(dtype)) return f(T());
+    if (multiplies_half(dtype)) return f(T());
   }
   f(accumulate_t<T>());
 }
@@ -248,14 +276,15 @@ void pack_rows(const T* rows, int64_t stride, int64_t n, int64_t size, int64_t w
   }
 }
 
-// f(task, scratch) for task < count: a thread that is free takes the next one, with what `make()` gave it.
+// f(task, scratch, next) for task < count: a thread that is free takes the next one, with what `make()` gave it. `next`
+// is the one that is taken next, perhaps by this thread.
 template <typename G, typename Make, typename F>
 void run_tasks(int64_t count, Make make, F f) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(std::max(1, at::get_num_threads()), count), 1, [&](int64_t begin, int64_t end) {
     auto scratch = make();
     for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) f(i, scratch);
+      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) f(i, scratch, next);
     if constexpr (sizeof(G) == 2) at::native::cpublas::brgemm_release();
   });
 }
