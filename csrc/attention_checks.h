@@ -162,6 +162,33 @@ inline void check_attention(std::string_view op, const at::Tensor& query, const 
   }
 }
 
+inline void check_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor& lse, int64_t q_block,
+                       int64_t k_block, const LogitArguments& logits) {
+  const std::string_view op = "block_mass";
+  check_logits(op, query, key, logits);
+  check_dtype(op, "lse", lse, accumulation_dtype(query.scalar_type()));
+  check_shape(op, "lse", lse, "[B, H, Sq]", query.sizes().slice(0, 3));
+  check_device(op, "lse", lse, query.device());
+  check_blocks(op, q_block, k_block);
+}
+
+inline void check_recall(const at::Tensor& query, const at::Tensor& key, const at::Tensor& blocks, int64_t q_block,
+                         int64_t k_block, const LogitArguments& logits) {
+  const std::string_view op = "block_recall";
+  check_logits(op, query, key, logits);
+  check_blocks(op, q_block, k_block);
+  check_dtype(op, "blocks", blocks, at::kBool);
+  const int64_t batch = query.size(0), heads = query.size(1);
+  const int64_t q_blocks = blocks_of(query.size(2), q_block), k_blocks = blocks_of(key.size(2), k_block);
+  PYRX_CHECK_VALUE(blocks.dim() == 4 && (blocks.size(0) == 1 || blocks.size(0) == batch) &&
+                       (blocks.size(1) == 1 || blocks.size(1) == heads) && blocks.size(2) == q_blocks &&
+                       blocks.size(3) == k_blocks,
+                   op, "blocks",
+                   "of shape [B or 1, H or 1, NQ, NK] of " + text(at::IntArrayRef({batch, heads, q_blocks, k_blocks})),
+                   blocks.sizes());
+  check_device(op, "blocks", blocks, query.device());
+}
+
 inline AttentionShape attention_shape(const at::Tensor& query, const at::Tensor& key, int64_t value_size,
                                       int64_t q_block, int64_t k_block) {
   return {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2),

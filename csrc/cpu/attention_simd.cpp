@@ -44,4 +44,11 @@ template const SoftmaxKernels<double>& softmax_kernels<double>();
 template const SoftmaxKernels<bfloat16>& softmax_kernels<bfloat16>();
 template const SoftmaxKernels<float16>& softmax_kernels<float16>();
 
+template <typename Acc>
+const MassKernels<Acc>& mass_kernels() {
+  PYRX_PICK(mass_table<Acc>())
+}
+template const MassKernels<float>& mass_kernels<float>();
+template const MassKernels<double>& mass_kernels<double>();
+
 }  // namespace pyrx::cpu

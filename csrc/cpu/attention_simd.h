@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/simd.h"
+#include "kernels/block_mass.h"
 #include "kernels/block_sparse_attention.h"
 
 namespace pyrx::cpu {
@@ -94,5 +95,25 @@ struct GradientKernels {
 
 template <typename G>
 const GradientKernels<G>& gradient_kernels();
+
+// What of every row's exponentials was summed, in base 2, sixteen lanes a row: (rows, 16) each.
+template <typename Acc>
+struct ShareRows {
+  Acc *most, *total, *kept;  // most: the lane's largest x so far, at first the lowest number
+  int64_t q_block;
+};
+
+template <typename Acc>
+struct MassKernels {
+  // mass[i][j], in rows of `stride`: the sum of 2^x over block (i, j) of the tile, whose rows have these offsets
+  void (*mass)(const ExponentTile<Acc>& tile, const Acc* offset, int64_t q_block, int64_t k_block, Acc* mass,
+               int64_t stride);
+  // Adds 2^x to the totals; to what is kept where bit v of kept[row / q_block] is set, v = key / 16.
+  void (*add)(const ExponentTile<Acc>& tile, const uint8_t* kept, const ShareRows<Acc>& sums);
+  void (*finish)(const ShareRows<Acc>& sums, int64_t rows, Acc* recall);
+};
+
+template <typename Acc>
+const MassKernels<Acc>& mass_kernels();
 
 }  // namespace pyrx::cpu

@@ -3,3 +3,4 @@
 #include "cpu/attention_logits.inl"
 #include "cpu/attention_softmax.inl"
 #include "cpu/attention_gradients.inl"
+#include "cpu/attention_mass.inl"

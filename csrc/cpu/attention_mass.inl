@@ -1,0 +1,156 @@
+// Sums of exponentials over tiles of logits: MassKernels. Included by attention_simd.inl.
+
+#if PYRX_ISA
+// 2^r on [0, 1) to a relative error of 8e-8
+constexpr float kPower[] = {1.8671300495e-3f, 9.0170307085e-3f, 5.5799912661e-2f, 2.4016444385e-1f, 6.9315129519e-1f, 1.0f};
+#endif
+
+#if PYRX_ISA == 2
+inline __m256 power_of_eight(__m256 x) {
+  // NaN is the second operand, which is what is returned where they do not compare
+  x = _mm256_min_ps(_mm256_set1_ps(129.0f), _mm256_max_ps(_mm256_set1_ps(-151.0f), x));
+  const __m256 n = _mm256_floor_ps(x), r = _mm256_sub_ps(x, n);
+  __m256 y = _mm256_set1_ps(kPower[0]);
+  for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kPower[i]));
+  // times 2^n in two steps, each a normal number
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+  const __m256i rest = _mm256_sub_epi32(whole, half);
+  y = _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+  return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
+}
+#endif
+
+// 2^x within 2 ulp in float32, 0 of minus infinity, infinity past the largest number; NaN stays.
+template <typename Acc>
+inline Vec<Acc> power(const Vec<Acc>& x) {
+#if PYRX_ISA == 512
+  if constexpr (sizeof(Acc) == 4) {
+    const __m512 r = _mm512_reduce_ps(x.v, 1);  // x - floor(x), 0 of infinities
+    __m512 y = _mm512_set1_ps(kPower[0]);
+    for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kPower[i]));
+    return {_mm512_scalef_ps(y, x.v)};  // y * 2^floor(x)
+  }
+#elif PYRX_ISA == 2
+  if constexpr (sizeof(Acc) == 4) return {power_of_eight(x.low), power_of_eight(x.high)};
+#endif
+  Acc v[kLanes];
+  x.put(v);
+  for (int i = 0; i < kLanes; ++i) v[i] = std::exp2(v[i]);
+  return Vec<Acc>::get(v);
+}
+
+// Bits of the keys i .. i + 15 of a row that are visible.
+template <typename Acc>
+inline uint32_t visible_bits(const ExponentTile<Acc>& tile, const uint32_t* masked, int64_t row, int64_t i) {
+  const int low = static_cast<int>(std::clamp<int64_t>(tile.first[row] - i, 0, kLanes));
+  const int high = static_cast<int>(std::clamp<int64_t>(tile.last[row] - i, 0, kLanes));
+  return ((1u << high) - 1) & ~((1u << low) - 1) & masked[i / kLanes];
+}
+
+// The key mask as bits, one entry for sixteen keys.
+template <typename Acc>
+inline void key_bits(const ExponentTile<Acc>& tile, uint32_t* bits) {
+  std::fill(bits, bits + kLogitKeys / kLanes, 0xFFFFu);
+  if (tile.key_mask)
+    for (int64_t i = 0; i < tile.keys; ++i)
+      if (!tile.key_mask[i]) bits[i / kLanes] &= ~(1u << i % kLanes);
+}
+
+// The sum over `rows` rows from `row` and kVectors vectors of keys from `key`.
+template <int kVectors, bool kMasked, typename Acc>
+inline Acc sum_block(const ExponentTile<Acc>& tile, const Acc* offset, const uint32_t* masked, int64_t row, int64_t rows,
+                     int64_t key) {
+  using V = Vec<Acc>;
+  constexpr int kSums = kVectors < 4 ? kVectors : 4;
+  V sums[kSums];
+  for (V& each : sums) each = V::fill(0);
+  for (int64_t r = row; r < row + rows; ++r) {
+    const Acc* products = tile.products + r * tile.stride + key;
+    const V factor = V::fill(tile.factor[r]), shift = V::fill(-offset[r]);
+    for (int v = 0; v < kVectors; ++v) {
+      V e = power(V::multiply_add(V::get(products + v * kLanes), factor, shift));
+      if constexpr (kMasked) e = e.keep(visible_bits(tile, masked, r, key + v * kLanes));
+      sums[v % kSums] = sums[v % kSums] + e;
+    }
+  }
+  for (int i = 1; i < kSums; ++i) sums[0] = sums[0] + sums[i];
+  return sums[0].sum();
+}
+
+template <int kVectors, typename Acc>
+void sum_blocks(const ExponentTile<Acc>& tile, const Acc* offset, int64_t q_block, Acc* mass, int64_t stride) {
+  constexpr int64_t kBlock = kVectors * kLanes;
+  uint32_t masked[kLogitKeys / kLanes];
+  if (tile.first) key_bits(tile, masked);
+  for (int64_t row = 0; row < tile.rows; row += q_block, mass += stride) {
+    const int64_t rows = std::min(q_block, tile.rows - row);
+    for (int64_t key = 0; key < tile.keys; key += kBlock)
+      mass[key / kBlock] = tile.first ? sum_block<kVectors, true>(tile, offset, masked, row, rows, key)
+                                      : sum_block<kVectors, false>(tile, offset, masked, row, rows, key);
+  }
+}
+
+template <typename Acc>
+void mass_of_tile(const ExponentTile<Acc>& tile, const Acc* offset, int64_t q_block, int64_t k_block, Acc* mass,
+                  int64_t stride) {
+  switch (k_block) {
+    case 16: return sum_blocks<1>(tile, offset, q_block, mass, stride);
+    case 32: return sum_blocks<2>(tile, offset, q_block, mass, stride);
+    case 64: return sum_blocks<4>(tile, offset, q_block, mass, stride);
+    default: return sum_blocks<8>(tile, offset, q_block, mass, stride);
+  }
+}
+
+// Each lane keeps its own maximum, so that nothing is summed across lanes before the end.
+template <bool kMasked, typename Acc>
+void add_rows(const ExponentTile<Acc>& tile, const uint8_t* kept, const ShareRows<Acc>& sums) {
+  using V = Vec<Acc>;
+  constexpr Acc kHidden = -std::numeric_limits<Acc>::infinity();
+  constexpr int kMost = kLogitKeys / kLanes;
+  uint32_t masked[kMost];
+  if constexpr (kMasked) key_bits(tile, masked);
+  const int count = static_cast<int>((tile.keys + kLanes - 1) / kLanes);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    if (kMasked && tile.first[r] >= tile.last[r]) continue;
+    const Acc* products = tile.products + r * tile.stride;
+    const V factor = V::fill(tile.factor[r]), before = V::get(sums.most + r * kLanes);
+    const uint32_t chosen = kept[r / sums.q_block];
+    V x[kMost], most = before;
+    for (int v = 0; v < count; ++v) {
+      x[v] = V::get(products + v * kLanes) * factor;
+      if constexpr (kMasked) x[v] = V::choose(visible_bits(tile, masked, r, v * kLanes), x[v], V::fill(kHidden));
+      most = V::max(x[v], most);
+    }
+    const V rest = power(before - most);
+    V total = V::get(sums.total + r * kLanes) * rest, own_share = V::get(sums.kept + r * kLanes) * rest;
+    for (int v = 0; v < count; ++v) {
+      const V e = power(x[v] - most);
+      total = total + e;
+      own_share = own_share + e.keep(chosen >> v & 1 ? 0xFFFF : 0);
+    }
+    most.put(sums.most + r * kLanes);
+    total.put(sums.total + r * kLanes);
+    own_share.put(sums.kept + r * kLanes);
+  }
+}
+
+template <typename Acc>
+void add_shares(const ExponentTile<Acc>& tile, const uint8_t* kept, const ShareRows<Acc>& sums) {
+  if (tile.first) add_rows<true>(tile, kept, sums);
+  else add_rows<false>(tile, kept, sums);
+}
+
+template <typename Acc>
+void finish_shares(const ShareRows<Acc>& sums, int64_t rows, Acc* recall) {
+  using V = Vec<Acc>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const V most = V::get(sums.most + r * kLanes), weight = power(most - V::fill(most.greatest()));
+    const V total = V::get(sums.total + r * kLanes) * weight, kept = V::get(sums.kept + r * kLanes) * weight;
+    recall[r] = share(kept.sum(), total.sum());
+  }
+}
+
+template <typename Acc>
+constexpr MassKernels<Acc> mass_table() {
+  return {&mass_of_tile<Acc>, &add_shares<Acc>, &finish_shares<Acc>};
+}

@@ -1,0 +1,27 @@
+// Attention mass of blocks and the share of it that a mask keeps: tiles of logits to sums of their exponentials.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/dropout.h"
+
+namespace pyrx {
+
+// A tile of logits in base 2: x = product * factor - offset, of which 2^x is summed. At most 128 keys.
+template <typename Acc>
+struct ExponentTile {
+  int64_t rows, keys;
+  const Acc* products;  // (rows, keys) in rows of `stride`, readable up to a multiple of sixteen keys
+  int64_t stride;
+  const Acc* factor;           // (rows,) log2(e) times what makes a product a logit
+  const int32_t *first, *last;  // (rows,) the keys first .. last - 1 of the tile are visible; null: all are
+  const uint8_t* key_mask;     // (keys,) bytes of 0 or 1, or null: all are; null where `first` is
+};
+
+// What part of a total was kept; of nothing all of it is.
+template <typename Acc>
+PYRX_HOST_DEVICE Acc share(Acc kept, Acc total) {
+  return total == 0 ? Acc(1) : kept / total;
+}
+
+}  // namespace pyrx
