@@ -30,7 +30,7 @@ class _Reversed(torch.autograd.Function):
     lists, block sizes, logits."""
 
     @staticmethod
-    def forward(chosen: str, u: Tensor, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, chosen: str, u: Tensor, query: Tensor, key: Tensor, *rest: Any) -> Tensor:
         ops = _library.namespace(chosen)
         _, lse, none = ops.block_sparse_attention(query, key, key[..., :1], *rest, *_NO_DROPOUT, False)
         value = _like(key, u.shape[3])  # of which only the shape and the layout are read
@@ -38,18 +38,15 @@ class _Reversed(torch.autograd.Function):
         found = ops.block_sparse_attention_backward(
             u, None, None, u, lse, none, query, key, value, *rest, *_NO_DROPOUT, needs
         )
-        return found[NEEDS.index("value")], lse
+        args = (u, query, key, *rest)
+        ctx.chosen = chosen
+        ctx.kept = [None if isinstance(each, Tensor) else each for each in args]
+        ctx.places = [i for i, each in enumerate(args) if isinstance(each, Tensor)]
+        ctx.save_for_backward(lse, *(args[i] for i in ctx.places))
+        return found[NEEDS.index("value")]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.chosen, *tensors = inputs
-        ctx.kept = [None if isinstance(each, Tensor) else each for each in tensors]
-        ctx.places = [i for i, each in enumerate(tensors) if isinstance(each, Tensor)]
-        ctx.save_for_backward(output[1], *(tensors[i] for i in ctx.places))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lse, *tensors = ctx.saved_tensors
         args = list(ctx.kept)
         for i, tensor in zip(ctx.places, tensors, strict=True):
@@ -143,7 +140,7 @@ def reversed_attention(
     args = (query, key, *mask.lists, *mask.block_size, *logits)
     if chosen == "reference":
         return reference.reversed_attention(u, *args)
-    return _Reversed.apply(chosen, u, *args)[0]
+    return _Reversed.apply(chosen, u, *args)
 
 
 def _run(op: str, name: str, run: object, tokens: int) -> tuple[int, int]:
