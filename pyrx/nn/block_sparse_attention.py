@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -182,6 +183,26 @@ def _mask_or_bias(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple
     return None, mask.to(query.dtype).expand(-1, -1, queries, keys)
 
 
+def _body(function: Any) -> Any:
+    """The function without its question whether a mode overrides it: only what it calls is asked."""
+    answers = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda *_: False)
+    scope = {name: value for name, value in function.__globals__.items() if name != "__name__"} | answers
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+# Python functions that a mode overrides as a whole, with attention inside: MultiheadAttention's, and a backward of what
+# is checkpointed
+_BODIES = {
+    each: _body(each)
+    for each in (F.multi_head_attention_forward, torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+}
+
+# fast paths of MultiheadAttention and TransformerEncoderLayer in evaluation, with an attention of their own
+_FUSED = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
+
+
 class replace_attention(TorchFunctionMode):  # a context manager, as torch.no_grad
     """A context in which a model's calls of F.scaled_dot_product_attention are `pyrx.block_sparse_attention`.
 
@@ -203,8 +224,9 @@ class replace_attention(TorchFunctionMode):  # a context manager, as torch.no_gr
     `fused_attn` off), MultiheadAttention with need_weights=True. With activation checkpointing the backward belongs
     inside the context too: it calls attention again.
 
-    Under torch.compile: entered around the call of a compiled model, or inside what is compiled, without graph breaks;
-    the model compiles anew when the context changes.
+    Under torch.compile: entered around the call of a compiled model, or inside what is compiled; the model compiles
+    anew when the context changes. There are no graph breaks but in nn.MultiheadAttention, whose function
+    torch.compile does not trace under a mode.
 
     Raises: as `pyrx.block_sparse_attention`; ValueError for other bool masks.
     """
@@ -235,6 +257,11 @@ class replace_attention(TorchFunctionMode):  # a context manager, as torch.no_gr
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._serve(*args, **kwargs)
+        if func in _FUSED:
+            fail("replace_attention", "attention", "as scaled_dot_product_attention", func.__name__, RuntimeError)
+        if func in _BODIES:
+            with self:
+                return _BODIES[func](*args, **kwargs)
         return func(*args, **kwargs)
 
     def _serve(
