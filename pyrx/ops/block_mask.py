@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from pyrx import _block_patterns as patterns
 from pyrx import _library
-from pyrx._attention import BLOCK_SIZES
+from pyrx._attention import BLOCK_SIZES, UNLIMITED, window_of
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_integer, check_shape, check_tensor, fail
 from pyrx.reference import block_mask as reference
 
 ROW = "block_mask"
+MOST_TOKENS = 2**31 - 1
 
 
 def _check_block_lists(blocks: Tensor, kv_width: int, q_width: int) -> None:
@@ -74,7 +77,9 @@ _library.define(
 )
 
 
-def block_lists(blocks: Tensor, kv_width: int, q_width: int, backend: str | None = None) -> tuple[Tensor, ...]:
+def block_lists(
+    blocks: Tensor, kv_width: int, q_width: int, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = select(ROW, blocks.device.type, torch.float32, backend)
     if chosen == "reference":
         _check_block_lists(blocks, kv_width, q_width)
@@ -106,6 +111,17 @@ class BlockMask:
         block_size: (queries, keys) of a block, each 16, 32, 64 or 128.
         seq_lengths: (Sq, Sk); the last blocks may be partly outside.
         key_range: int32 (B or 1, Sq, 2) or None: the first key that a query may see and the one after the last.
+
+    Its static methods build it on the device, without a tensor of (Sq, Sk) and without waiting for a GPU. They take
+    `seq_lengths` as (Sq, Sk), or an int for both, and `block_size` as (queries, keys), or an int for both, default
+    128. Where blocks cover a rule of elements they are those with a pair of positions that it allows: the attention
+    gets the rule itself by is_causal=, window= or key_mask=, but for key_range, which the mask brings.
+
+    Masks combine by &, | and ~, of the same seq_lengths and block_size, broadcast over batch and heads. They are
+    pytrees, compile, pickle, deepcopy and torch.save.
+
+    Raises, from every method: ValueError: shapes, block sizes, values out of range. TypeError: types and dtypes.
+    RuntimeError: devices, or a backend that cannot serve.
     """
 
     def __init__(
@@ -131,10 +147,23 @@ class BlockMask:
     def device(self) -> torch.device:
         return self.kv_counts.device
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B or 1, H or 1, NQ, NK), in blocks."""
+        batch, heads, rows = self.kv_counts.shape
+        return batch, heads, rows, self.q_counts.shape[-1]
+
+    def __repr__(self) -> str:
+        ranges = "" if self.key_range is None else ", key_range"
+        return (
+            f"BlockMask({list(self.shape)} blocks of {self.block_size[0]} x {self.block_size[1]}, "
+            f"seq_lengths={self.seq_lengths}{ranges}, device={self.device})"
+        )
+
     @staticmethod
     def from_dense(
         blocks: Tensor,
-        seq_lengths: tuple[int, int] | None = None,
+        seq_lengths: int | tuple[int, int] | None = None,
         block_size: int | tuple[int, int] = 128,
         *,
         key_range: Tensor | None = None,
@@ -142,7 +171,8 @@ class BlockMask:
     ) -> BlockMask:
         """Of bool blocks (NQ, NK), (H, NQ, NK) or (B or 1, H or 1, NQ, NK), True where they attend.
 
-        `seq_lengths` (Sq, Sk) default to whole blocks.
+        `seq_lengths` default to whole blocks. `key_range`: int32 (B or 1, Sq, 2), the first key that a query may see
+        and the one after the last.
         """
         op = "BlockMask.from_dense"
         check_dtype(op, "blocks", blocks, torch.bool)
@@ -150,21 +180,358 @@ class BlockMask:
             fail(op, "blocks", "of shape [NQ, NK], [H, NQ, NK] or [B or 1, H or 1, NQ, NK]", list(blocks.shape))
         blocks = blocks[(None,) * (4 - blocks.dim())]
         size = check_block_size(op, block_size)
-        count = blocks.shape[2], blocks.shape[3]
-        lengths = seq_lengths or (count[0] * size[0], count[1] * size[1])
-        expected = [-(-length // each) for length, each in zip(lengths, size, strict=True)]
-        check_shape(op, "blocks", blocks, "[B or 1, H or 1, NQ, NK]", [*blocks.shape[:2], *expected])
-        kv_counts, kv_indices, q_counts, q_indices = block_lists(blocks, count[1], count[0], backend)
-        return BlockMask(kv_counts, kv_indices, q_counts, q_indices, size, lengths, key_range)
+        if seq_lengths is None:
+            seq_lengths = blocks.shape[2] * size[0], blocks.shape[3] * size[1]
+        lengths = check_lengths(op, seq_lengths)
+        expected = [*blocks.shape[:2], *patterns.blocks_of(lengths, size)]
+        check_shape(op, "blocks", blocks, "[B or 1, H or 1, NQ, NK]", expected)
+        if key_range is not None:
+            check_key_range(op, key_range, lengths[0])
+            check_device(op, "key_range", key_range, blocks.device)
+            if 1 not in (key_range.shape[0], blocks.shape[0]):
+                check_shape(op, "key_range", key_range, "[B or 1, Sq, 2]", [blocks.shape[0], lengths[0], 2])
+        return _of(blocks, lengths, size, key_range, backend)
+
+    @staticmethod
+    def from_lists(
+        kv_counts: Tensor,
+        kv_indices: Tensor,
+        seq_lengths: int | tuple[int, int],
+        block_size: int | tuple[int, int] = 128,
+        *,
+        key_range: Tensor | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """Of int32 counts ([[B,] H,] NQ) and indices of blocks of keys ([[B,] H,] NQ, W), in any order.
+
+        A block that a row lists twice counts once; what lies past a row's count is not read. Counts above W and
+        listed indices outside [0, NK) raise ValueError on the CPU; on a GPU, and in torch.compile, they fail an
+        assertion when the device sees them.
+        """
+        op = "BlockMask.from_lists"
+        size, lengths = check_block_size(op, block_size), check_lengths(op, seq_lengths)
+        rows, columns = patterns.blocks_of(lengths, size)
+        check_dtype(op, "kv_counts", kv_counts, torch.int32)
+        if not 1 <= kv_counts.dim() <= 3 or kv_counts.shape[-1] != rows:
+            fail(op, "kv_counts", f"of shape [..., NQ] = [..., {rows}] and 1 to 3 dimensions", list(kv_counts.shape))
+        check_dtype(op, "kv_indices", kv_indices, torch.int32)
+        check_device(op, "kv_indices", kv_indices, kv_counts.device)
+        if kv_indices.dim() != kv_counts.dim() + 1:
+            fail(op, "kv_indices", f"of shape {[*kv_counts.shape, 'W']}", list(kv_indices.shape))
+        width = kv_indices.shape[-1]
+        check_shape(op, "kv_indices", kv_indices, "[..., NQ, W]", [*kv_counts.shape, width])
+        _check_values(op, "kv_counts", f"in [0, {width}]", ((kv_counts >= 0) & (kv_counts <= width)).all(), kv_counts)
+        listed = torch.arange(width, device=kv_indices.device) < kv_counts[..., None]
+        inside = (((kv_indices >= 0) & (kv_indices < columns)) | ~listed).all()
+        _check_values(op, "kv_indices", f"in [0, {columns}) where they are listed", inside, kv_indices)
+        blocks = reference.dense_blocks(kv_counts, kv_indices, columns)
+        return BlockMask.from_dense(blocks, lengths, size, key_range=key_range, backend=backend)
+
+    @staticmethod
+    def from_key_range(
+        key_range: Tensor,
+        seq_lengths: int | tuple[int, int],
+        block_size: int | tuple[int, int] = 128,
+        *,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """Of int32 (B or 1, Sq, 2): the first key that each query sees and the one after its last. Exact.
+
+        The blocks are those with a pair of positions that see each other, and the range goes with them into the
+        attention. An empty range (first >= last) sees nothing.
+        """
+        op = "BlockMask.from_key_range"
+        size, lengths = check_block_size(op, block_size), check_lengths(op, seq_lengths)
+        check_key_range(op, key_range, lengths[0])
+        return _of(patterns.range_blocks(key_range, lengths, size), lengths, size, key_range, backend)
+
+    @staticmethod
+    def causal(
+        seq_lengths: int | tuple[int, int],
+        block_size: int | tuple[int, int] = 128,
+        *,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """The blocks with a key at or before a query: what is_causal=True reaches, which is to be passed as well."""
+        size, lengths = check_block_size("BlockMask.causal", block_size), check_lengths("BlockMask.causal", seq_lengths)
+        return _of(patterns.window_blocks(lengths, size, UNLIMITED, 0, device), lengths, size, None, backend)
+
+    @staticmethod
+    def sliding_window(
+        seq_lengths: int | tuple[int, int],
+        window: int | tuple[int, int],
+        block_size: int | tuple[int, int] = 128,
+        *,
+        is_causal: bool = False,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """The blocks that the attention's window= (and is_causal=) reaches, which is to be passed as well.
+
+        `window`: this many keys on each side of a query's position, or (left, right) of them, -1 without limit.
+        """
+        op = "BlockMask.sliding_window"
+        size, lengths = check_block_size(op, block_size), check_lengths(op, seq_lengths)
+        left, right = window_of(op, window, is_causal)
+        return _of(patterns.window_blocks(lengths, size, left, right, device), lengths, size, None, backend)
+
+    @staticmethod
+    def global_tokens(
+        tokens: int | Tensor,
+        seq_lengths: int | tuple[int, int] | None = None,
+        block_size: int | tuple[int, int] = 128,
+        *,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """The blocks with a global token among their queries or their keys, whole (Longformer).
+
+        `tokens`: how many of the first tokens are global, or bool (S,) or (B, S), True where global, of queries and
+        keys of the same length, which `seq_lengths` default to.
+
+        Source: Beltagy et al., "Longformer: The Long-Document Transformer" (2020).
+        """
+        op = "BlockMask.global_tokens"
+        size = check_block_size(op, block_size)
+        if isinstance(tokens, Tensor):
+            flags = _check_tokens(op, "tokens", tokens)
+            lengths = check_lengths(op, tokens.shape[-1] if seq_lengths is None else seq_lengths)
+            if lengths != (flags.shape[-1], flags.shape[-1]):
+                fail(op, "seq_lengths", f"of tokens of shape {list(tokens.shape)}, the same twice", list(lengths))
+            rows, columns = (patterns.touched_blocks(flags, each) for each in size)
+            return _of((rows[:, :, None] | columns[:, None])[:, None], lengths, size, None, backend)
+        check_integer(op, "tokens", tokens, 0, MOST_TOKENS)
+        lengths = check_lengths(op, seq_lengths)
+        query, key = patterns.first_tokens(lengths, size, device)
+        return _of(((query < tokens) | (key < tokens))[None, None], lengths, size, None, backend)
+
+    @staticmethod
+    def strided(
+        seq_lengths: int | tuple[int, int],
+        stride: int,
+        block_size: int | tuple[int, int] = 128,
+        *,
+        local: int = 1,
+        summary: int = 0,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """The patterns of Sparse Transformers, in blocks of the larger of the two sizes.
+
+        A block of queries i attends to the blocks of keys j with |i - j| < `local`, and to those at every `stride`-th
+        distance, (i - j) % stride == 0; or, with `summary` c > 0, to the last c of every `stride` blocks of keys,
+        j % stride >= stride - c ("fixed"). Both directions: causal models pass is_causal=True, and `& causal` drops
+        the blocks that it hides.
+
+        Source: Child et al., "Generating Long Sequences with Sparse Transformers" (2019).
+        """
+        op = "BlockMask.strided"
+        size, lengths = check_block_size(op, block_size), check_lengths(op, seq_lengths)
+        check_integer(op, "stride", stride, 1, MOST_TOKENS)
+        check_integer(op, "local", local, 0, MOST_TOKENS)
+        check_integer(op, "summary", summary, 0, stride)
+        blocks = patterns.strided_blocks(lengths, size, stride, local, summary, device)
+        return _of(blocks, lengths, size, None, backend)
+
+    @staticmethod
+    def document(
+        lengths: Sequence[int] | Tensor,
+        block_size: int | tuple[int, int] = 128,
+        *,
+        key_lengths: Sequence[int] | Tensor | None = None,
+        seq_lengths: int | tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """Documents packed one after another, each attending to itself alone. Exact: by key_range.
+
+        Args:
+            lengths: of the documents in tokens, ints or an integer tensor (N,), or (B, N) where sequences are packed
+                each in its own way (length 0: none). With cu_seqlens: `cu_seqlens.diff()`.
+            key_lengths: of the documents' keys, where they are others (cross-attention). Default: `lengths`.
+            seq_lengths: the lengths' sums. Default: the sums, which a tensor on a GPU does not tell without waiting
+                for it: there, and in torch.compile, they must be given, and an assertion on the device checks them.
+            device: of ints; a tensor's own is kept. Default: torch's.
+        """
+        op = "BlockMask.document"
+        size = check_block_size(op, block_size)
+        packed = _check_documents(op, "lengths", lengths, device)
+        keys = packed if key_lengths is None else _check_documents(op, "key_lengths", key_lengths, packed.device)
+        check_device(op, "key_lengths", keys, packed.device)
+        check_shape(op, "key_lengths", keys, "[B or 1, N]", packed.shape)
+        sums = packed.sum(-1), keys.sum(-1)
+        if seq_lengths is None:
+            if not _is_read(packed):
+                fail(op, "seq_lengths", "of lengths that are on a GPU or compiled", None)
+            seq_lengths = int(sums[0].amax()), int(sums[1].amax())
+        both = check_lengths(op, seq_lengths)
+        for name, each, total, expected in zip(("lengths", "key_lengths"), (packed, keys), sums, both, strict=True):
+            _check_values(op, name, "of at least 0", (each >= 0).all(), each)
+            _check_values(op, name, f"that sum to {expected}", (total == expected).all(), total)
+        if packed.shape[1] == 0:
+            packed = keys = packed.new_zeros(packed.shape[0], 1)
+        key_range = patterns.document_ranges(packed, keys, both[0])
+        return _of(patterns.range_blocks(key_range, both, size), both, size, key_range, backend)
+
+    @staticmethod
+    def key_blocks(
+        regions: Tensor,
+        seq_lengths: int | tuple[int, int] | None = None,
+        block_size: int | tuple[int, int] = 128,
+        *,
+        backend: str | None = None,
+    ) -> BlockMask:
+        """Every query attends to the blocks of keys that a region touches.
+
+        `regions`: bool (Sk,) or (B, Sk), True inside; key_mask= hides the other keys of those blocks. `seq_lengths`
+        default to as many queries as keys.
+        """
+        op = "BlockMask.key_blocks"
+        size = check_block_size(op, block_size)
+        flags = _check_tokens(op, "regions", regions)
+        lengths = check_lengths(op, regions.shape[-1] if seq_lengths is None else seq_lengths)
+        if lengths[1] != flags.shape[-1]:
+            fail(op, "seq_lengths", f"of regions of {flags.shape[-1]} keys", list(lengths))
+        rows, columns = patterns.blocks_of(lengths, size)
+        blocks = patterns.touched_blocks(flags, size[1])[:, None, None].expand(flags.shape[0], 1, rows, columns)
+        return _of(blocks, lengths, size, None, backend)
 
     def to_dense(self) -> Tensor:
         """bool (B or 1, H or 1, NQ, NK)."""
-        return reference.dense_blocks(self.kv_counts, self.kv_indices, self.q_counts.shape[-1])
+        return reference.dense_blocks(self.kv_counts, self.kv_indices, self.shape[3])
 
     def density(self) -> Tensor:
-        """The share of blocks that attend, a float32 scalar on the device."""
-        blocks = self.kv_counts.numel() * self.q_counts.shape[-1]
+        """The share of blocks that are listed, a float32 scalar on the device."""
+        blocks = self.kv_counts.numel() * self.shape[3]
         return self.kv_counts.sum(dtype=torch.int64).float() / max(blocks, 1)
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """On another device."""
+        return pytree.tree_map_only(Tensor, lambda each: each.to(device), self)
+
+    def keep_heads(self, keep: Tensor) -> BlockMask:
+        """Of bool (H,) or (B or 1, H): heads that are not kept have no blocks."""
+        op = "BlockMask.keep_heads"
+        check_dtype(op, "keep", keep, torch.bool)
+        check_device(op, "keep", keep, self.device)
+        batch, heads, rows, columns = self.shape
+        shape = [1, *keep.shape] if keep.dim() == 1 else list(keep.shape)
+        if len(shape) != 2 or shape[0] not in (1, batch) and batch != 1 or shape[1] != heads and heads != 1:
+            fail(op, "keep", f"of shape [B or 1, H] of a mask of {[batch, heads]}", list(keep.shape))
+        keep = keep.reshape(shape)[..., None]
+        lead = max(batch, shape[0]), max(heads, shape[1])
+
+        def listed(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+            counts = torch.where(keep, counts, 0)
+            return counts, indices.expand(*lead, *indices.shape[2:]).contiguous()
+
+        kv, q = listed(self.kv_counts, self.kv_indices), listed(self.q_counts, self.q_indices)
+        return BlockMask(*kv, *q, self.block_size, self.seq_lengths, self.key_range)
+
+    def __and__(self, other: BlockMask) -> BlockMask:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        self._check_like("BlockMask &", other)
+        first, second = self.key_range, other.key_range
+        both = second if first is None else first
+        if first is not None and second is not None:
+            first, second = torch.broadcast_tensors(first, second)
+            both = torch.stack([torch.maximum(first, second)[..., 0], torch.minimum(first, second)[..., 1]], -1)
+        return _of(self.to_dense() & other.to_dense(), self.seq_lengths, self.block_size, both)
+
+    def __or__(self, other: BlockMask) -> BlockMask:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        self._check_like("BlockMask |", other)
+        for each in (self, other):
+            each._check_no_range("BlockMask |")
+        return _of(self.to_dense() | other.to_dense(), self.seq_lengths, self.block_size)
+
+    def __invert__(self) -> BlockMask:
+        self._check_no_range("BlockMask ~")
+        return _of(~self.to_dense(), self.seq_lengths, self.block_size)
+
+    def _check_like(self, op: str, other: BlockMask) -> None:
+        check_device(op, "other", other.kv_counts, self.device)
+        for name in ("seq_lengths", "block_size"):
+            own, its = tuple(getattr(self, name)), tuple(getattr(other, name))
+            if own != its:
+                fail(op, "other", f"of {name} {list(own)}", list(its))
+        own_range, its_range = (None if each.key_range is None else each.key_range.shape[0] for each in (self, other))
+        batches = {self.shape[0], other.shape[0], own_range, its_range} - {1, None}
+        heads = {self.shape[1], other.shape[1]} - {1}
+        if len(batches) > 1 or len(heads) > 1:
+            fail(op, "other", f"of a batch and heads that broadcast to {list(self.shape[:2])}", list(other.shape[:2]))
+
+    def _check_no_range(self, op: str) -> None:
+        if self.key_range is not None:
+            fail(op, "masks", "without a key_range, whose rule for elements it cannot keep", "one that has it")
+
+
+def _of(
+    blocks: Tensor,
+    lengths: tuple[int, int],
+    size: tuple[int, int],
+    key_range: Tensor | None = None,
+    backend: str | None = None,
+) -> BlockMask:
+    """Of checked bool blocks ([B or 1, H or 1,] NQ, NK)."""
+    blocks = blocks[(None,) * (4 - blocks.dim())]
+    return BlockMask(*block_lists(blocks, blocks.shape[3], blocks.shape[2], backend), size, lengths, key_range)
+
+
+def _is_read(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: on the CPU, and not while a graph is made of it."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+
+
+def _check_values(op: str, argument: str, expected: str, passed: Tensor, values: Tensor) -> None:
+    """Of a bool scalar that tells of values: an error on the CPU, on the device an assertion."""
+    if not _is_read(passed):
+        torch._assert_async(passed, f"pyrx::{op}: expected {argument} {expected}")
+    elif not passed:
+        fail(op, argument, expected, values.tolist())
+
+
+def _check_tokens(op: str, name: str, tokens: Tensor) -> Tensor:
+    """bool (B or 1, S) of bool (S,) or (B, S)."""
+    check_dtype(op, name, tokens, torch.bool)
+    if not 1 <= tokens.dim() <= 2:
+        fail(op, name, "of shape [S] or [B, S]", list(tokens.shape))
+    return tokens[None] if tokens.dim() == 1 else tokens
+
+
+def _check_documents(op: str, name: str, lengths: object, device: torch.device | str | None) -> Tensor:
+    """int64 (B or 1, N) of ints, or of an integer tensor (N,) or (B, N)."""
+    if isinstance(lengths, Tensor):
+        if lengths.dtype not in (torch.int32, torch.int64):
+            fail(op, name, "of dtype torch.int32 or torch.int64", lengths.dtype, TypeError)
+        if not 1 <= lengths.dim() <= 2:
+            fail(op, name, "of shape [N] or [B, N]", list(lengths.shape))
+        return lengths.long() if lengths.dim() == 2 else lengths.long()[None]
+    if not isinstance(lengths, (list, tuple)):
+        fail(op, name, "to be a list of ints or a Tensor", type(lengths).__name__, TypeError)
+    for each in lengths:
+        check_integer(op, name, each, 0, MOST_TOKENS)
+    return torch.tensor([lengths], dtype=torch.int64, device=device)
+
+
+def check_lengths(op: str, seq_lengths: object) -> tuple[int, int]:
+    """(Sq, Sk) of an int for both, or a pair."""
+    pair = (seq_lengths, seq_lengths) if isinstance(seq_lengths, (int, torch.SymInt)) else seq_lengths
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        fail(op, "seq_lengths", "to be an int or a pair (queries, keys)", repr(seq_lengths), TypeError)
+    for each in pair:
+        check_integer(op, "seq_lengths", each, 0, MOST_TOKENS)
+    return pair[0], pair[1]
+
+
+def check_key_range(op: str, key_range: Tensor, queries: int) -> None:
+    check_dtype(op, "key_range", key_range, torch.int32)
+    shape = list(key_range.shape)
+    if len(shape) != 3 or shape[1:] != [queries, 2]:
+        fail(op, "key_range", f"of shape [B or 1, Sq, 2] = [B or 1, {queries}, 2]", shape)
 
 
 def check_block_size(op: str, block_size: object) -> tuple[int, int]:

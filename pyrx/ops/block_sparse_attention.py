@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from pyrx import _library
-from pyrx._attention import LOGITS_SCHEMA, MOST_HEAD_SIZE, Logits, check_blocks, check_key, check_logits, logits_of
+from pyrx._attention import (
+    LOGITS_SCHEMA,
+    MOST_HEAD_SIZE,
+    UNLIMITED,
+    Logits,
+    check_blocks,
+    check_key,
+    check_logits,
+    logits_of,
+)
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_float, check_shape, check_tensor, fail
 from pyrx._linear import autocast
@@ -345,7 +354,7 @@ def block_sparse_attention(
 def default_mask(
     op: str, query: Tensor, key: Tensor, is_causal: bool, window: int | tuple[int, int] | None
 ) -> BlockMask:
-    """Every block."""
+    """Every block, or those that is_causal and window reach."""
+    window = UNLIMITED if window is None else window
     lengths = (query.shape[2], key.shape[2])
-    blocks = torch.ones([-(-length // 128) for length in lengths], dtype=torch.bool, device=query.device)
-    return BlockMask.from_dense(blocks, lengths, 128)
+    return BlockMask.sliding_window(lengths, window, is_causal=is_causal, device=query.device)
