@@ -198,7 +198,7 @@ inline Reach reach(const KeyRules& rules, int64_t b, int64_t q, int64_t rows) {
 template <typename T, typename F>
 void dispatch_operand(at::ScalarType dtype, F f) {
   if constexpr (sizeof(T) == 2) {
-    if (native_half(dtype)) return f(T());
+    if (native_half(dtype) || (dtype == at::kBFloat16 && native_bfloat16())) return f(T());
   }
   f(accumulate_t<T>());
 }

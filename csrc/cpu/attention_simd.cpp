@@ -34,4 +34,13 @@ template const SoftmaxKernels<double>& softmax_kernels<double>();
 template const SoftmaxKernels<bfloat16>& softmax_kernels<bfloat16>();
 template const SoftmaxKernels<float16>& softmax_kernels<float16>();
 
+template <typename G>
+const GradientKernels<G>& gradient_kernels() {
+  PYRX_PICK(gradient_table<G>())
+}
+template const GradientKernels<float>& gradient_kernels<float>();
+template const GradientKernels<double>& gradient_kernels<double>();
+template const GradientKernels<bfloat16>& gradient_kernels<bfloat16>();
+template const GradientKernels<float16>& gradient_kernels<float16>();
+
 }  // namespace pyrx::cpu
