@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import expected_mask, name_of, need
 from hypothesis import given
 from hypothesis import strategies as st
@@ -251,20 +252,22 @@ def test_no_lengths_lead_out_of_bounds(cu_q, cu_k):
 
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=5), st.integers(-1, 200), st.integers(-1, 200))
-def test_covering_blocks_hold_every_range(lengths, left, right):
+def test_only_blocks_with_something_to_see_are_listed(lengths, left, right):
+    seen = []
     tokens = sum(lengths)
-    ranges = sequence_ranges(tokens, tokens, starts(lengths), starts(lengths), left, right)
-    mask = varlen._covering(ranges, tokens, tokens)
-    dense = mask.to_dense()[0, 0].repeat_interleave(128, 0)[:tokens].repeat_interleave(128, 1)[:, :tokens]
+    query, cu = torch.zeros(tokens, 1, 1), starts(lengths)
+    given_mask = BlockMask.from_dense(torch.ones(2 * [-(-tokens // 64)], dtype=torch.bool), (tokens, tokens), 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen, "block_sparse_attention", lambda q, k, v, mask, **_: seen.append(mask) or q)
+        for mask in (None, given_mask):
+            pyrx.block_sparse_attention_varlen(query, query, query, cu, block_mask=mask, window=(left, right))
     k = torch.arange(tokens)
-    visible = (k >= ranges[0, :, :1]) & (k < ranges[0, :, 1:])
-    assert not (visible & ~dense).any()
-    # and no block that lies outside of what its queries see, first to last
-    assert mask.kv_counts.sum() <= sum(
-        max(0, -(-int(high.max()) // 128) - int(low[seen].min()) // 128)
-        for low, high, seen in ((*part.unbind(1), part[:, 1] > part[:, 0]) for part in ranges[0].split(128))
-        if seen.any()
-    )
+    ranges = sequence_ranges(tokens, tokens, cu, cu, left, right)[0]
+    visible = ((k >= ranges[:, :1]) & (k < ranges[:, 1:])).float()
+    for mask, size in zip(seen, (128, 64), strict=True):
+        assert mask.block_size == (size, size)
+        expected = F.max_pool2d(visible[None], size, ceil_mode=True) if tokens else visible[None]
+        assert torch.equal(mask.to_dense()[0], expected > 0)
 
 
 # Errors.

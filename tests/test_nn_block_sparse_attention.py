@@ -392,6 +392,24 @@ def test_pytorchs_own_encoder(backend, training, compiled):
     with replace_attention(mask, backend=backend), torch.set_grad_enabled(training):
         got = run(x, src_key_padding_mask=hidden)
     close(got, expected)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_nested_contexts_and_errors_leave_things_as_they_were():
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with replace_attention():
+            pass
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    context = replace_attention(HALF)
+    x = tokens(B, H, 10, 8)
+    with pytest.raises(RuntimeError, match="inside"), context, context, replace_attention(EYE):
+        assert (F.scaled_dot_product_attention(x, x, x) != 0).any(), "the innermost serves"
+        assert not torch.backends.mha.get_fastpath_enabled()
+        raise RuntimeError("inside")
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_compiled_models(backend):
@@ -413,6 +431,21 @@ def test_compiled_models(backend):
             return model(images)
 
     close(inside(IMAGES), sparse)
+
+
+def test_compiled_pytorch_inside_of_what_is_compiled(backend):
+    layer = nn.TransformerEncoderLayer(C, H, 32, dropout=0.0, batch_first=True).eval()
+    mask = blocks_of()[0]
+
+    def run(x):
+        with replace_attention(mask, backend=backend):
+            return layer(x)
+
+    with torch.no_grad():
+        expected = run(tokens())
+        assert not torch.allclose(expected, layer(tokens()), atol=1e-3)
+        close(torch.compile(run, backend="aot_eager")(tokens()), expected)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_under_autocast(backend):

@@ -199,9 +199,6 @@ _BODIES = {
     for each in (F.multi_head_attention_forward, torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 }
 
-# fast paths of MultiheadAttention and TransformerEncoderLayer in evaluation, with an attention of their own
-_FUSED = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
-
 
 class replace_attention(TorchFunctionMode):  # a context manager, as torch.no_grad
     """A context in which a model's calls of F.scaled_dot_product_attention are `pyrx.block_sparse_attention`.
@@ -250,6 +247,17 @@ class replace_attention(TorchFunctionMode):  # a context manager, as torch.no_gr
         window_of(op, window, False)
         self.block_mask, self.only = block_mask, only
         self.window, self.softcap, self.generator, self.backend = window, softcap, generator, backend
+        self._fast: list[bool] = []
+
+    def __enter__(self) -> replace_attention:
+        # MultiheadAttention's fast path in evaluation has an attention of its own; torch.compile takes it under modes
+        self._fast.append(torch.backends.mha._is_fastpath_enabled)
+        torch.backends.mha._is_fastpath_enabled = False
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        torch.backends.mha._is_fastpath_enabled = self._fast.pop()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -257,8 +265,6 @@ class replace_attention(TorchFunctionMode):  # a context manager, as torch.no_gr
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._serve(*args, **kwargs)
-        if func in _FUSED:
-            fail("replace_attention", "attention", "as scaled_dot_product_attention", func.__name__, RuntimeError)
         if func in _BODIES:
             with self:
                 return _BODIES[func](*args, **kwargs)

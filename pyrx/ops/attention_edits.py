@@ -399,27 +399,13 @@ def head_dropout_attention(
         fail(op, "block_mask", "to be a pyrx.BlockMask", type(block_mask).__name__, TypeError)
     keep = dropout_mask((batch, heads), level / LEVELS, seed, HEAD_SAMPLE)
     found = block_sparse_attention(
-        query, key, value, _keep_heads(block_mask, keep), seed=seed, backend=backend, **options
+        query, key, value, block_mask.keep_heads(keep), seed=seed, backend=backend, **options
     )
     kept = keep.sum(1, keepdim=True)
     factor = torch.where(kept > 0, heads / kept.clamp(min=1), 0)[..., None, None]
     if isinstance(found, tuple):
         return (found[0] * factor.to(accumulation_dtype(found[0].dtype))).to(found[0].dtype), *found[1:]
     return (found * factor.to(accumulation_dtype(found.dtype))).to(found.dtype)
-
-
-def _keep_heads(mask: BlockMask, keep: Tensor) -> BlockMask:
-    """The mask of (B, H) heads, without blocks where not `keep`."""
-    batch, heads = keep.shape
-
-    def expand(tensor: Tensor) -> Tensor:
-        return tensor.expand(batch, heads, *tensor.shape[2:]).contiguous()
-
-    kv_counts, q_counts = (torch.where(keep[..., None], each, 0) for each in (mask.kv_counts, mask.q_counts))
-    return BlockMask(
-        kv_counts, expand(mask.kv_indices), q_counts, expand(mask.q_indices), mask.block_size, mask.seq_lengths,
-        mask.key_range,
-    )  # fmt: skip
 
 
 def token_importance(

@@ -12,7 +12,6 @@ from pyrx.ops.block_sparse_attention import block_sparse_attention
 from pyrx.reference.block_sparse_attention_varlen import sequence_ranges
 
 OP = "block_sparse_attention_varlen"
-BLOCK_SIZE = 128
 
 
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device, tokens: int) -> None:
@@ -26,28 +25,6 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device, token
         lengths = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (lengths < 0).any():
             fail(OP, name, f"to rise from 0 to the {tokens} tokens", cu_seqlens.tolist())
-
-
-def _covering(ranges: Tensor, queries: int, keys: int) -> BlockMask:
-    """The blocks between the first and the last key that the queries of a block see."""
-    rows = -(-queries // BLOCK_SIZE)
-    low, high = ranges[0].unbind(1)
-    seen = high > low
-    padding = (0, rows * BLOCK_SIZE - queries)
-    low = torch.nn.functional.pad(torch.where(seen, low, keys), padding, value=keys).view(rows, BLOCK_SIZE).amin(1)
-    high = torch.nn.functional.pad(high, padding).view(rows, BLOCK_SIZE).amax(1)
-    start = torch.arange(-(-keys // BLOCK_SIZE), device=ranges.device) * BLOCK_SIZE
-    blocks = (start < high[:, None]) & (start + BLOCK_SIZE > low[:, None])
-    return BlockMask.from_dense(blocks, (queries, keys), BLOCK_SIZE, key_range=ranges)
-
-
-def _within(mask: BlockMask, ranges: Tensor) -> BlockMask:
-    """The mask whose queries see only the keys of their range."""
-    if mask.key_range is not None:
-        low = torch.maximum(mask.key_range[..., 0], ranges[..., 0])
-        high = torch.minimum(mask.key_range[..., 1], ranges[..., 1])
-        ranges = torch.stack([low, high], -1)
-    return BlockMask(*mask.lists, mask.block_size, mask.seq_lengths, ranges)
 
 
 def block_sparse_attention_varlen(
@@ -80,8 +57,8 @@ def block_sparse_attention_varlen(
         cu_seqlens_q: int32 or int64 (N + 1,) on the device: where each sequence's queries start, from 0 to Tq.
         cu_seqlens_k: the same of the keys, to Tk. Default: cu_seqlens_q.
         block_mask: a `pyrx.BlockMask` for the packed lengths (Tq, Tk): of its blocks only the part within a sequence
-            counts. Default: the blocks of 128 that the sequences, is_causal and window reach; for many sequences that
-            are shorter `pyrx.BlockMask.document(lengths, block_size=32)` costs less.
+            counts. Default: the blocks of 128 that the sequences, is_causal and window reach; for many short sequences
+            a mask of smaller blocks, such as `pyrx.BlockMask.document(lengths, 32)`, costs less.
         is_causal, window: as for `pyrx.block_sparse_attention`; positions of queries and keys count from the start of
             their sequence.
         dropout_p, scale, softcap, enable_gqa, return_lse, return_entropy, seed, generator, backend: as there.
@@ -97,8 +74,8 @@ def block_sparse_attention_varlen(
 
     Equivalent to `pyrx.block_sparse_attention` of each sequence by itself, (1, H, length, D), but for the dropout.
 
-    Cost: of `pyrx.block_sparse_attention` over those blocks; the packed tensors are read where they are. A block that
-    holds several sequences counts whole.
+    Cost: of `pyrx.block_sparse_attention` over those blocks, of which one that holds several sequences counts whole;
+    the packed tensors are read where they are.
 
     Raises:
         ValueError: shapes, a mask of other lengths, values out of range; on the CPU a cu_seqlens that does not rise
@@ -130,14 +107,15 @@ def block_sparse_attention_varlen(
         check_shape(OP, "query_scale", query_scale, "[Tq, H]", query.shape[:2])
         query_scale = query_scale.t()[None]
     ranges = sequence_ranges(queries, keys, cu_seqlens_q, cu_seqlens_k, *window_of(OP, window, is_causal))
+    lengths = (queries, keys)
     if block_mask is None:
-        mask = _covering(ranges, queries, keys)
+        mask = BlockMask.from_key_range(ranges, lengths)
     else:
         if not isinstance(block_mask, BlockMask):
             fail(OP, "block_mask", "to be a pyrx.BlockMask", type(block_mask).__name__, TypeError)
-        if tuple(block_mask.seq_lengths) != (queries, keys):
-            fail(OP, "block_mask", f"for the lengths (Tq, Tk) = {[queries, keys]}", list(block_mask.seq_lengths))
-        mask = _within(block_mask, ranges)
+        if tuple(block_mask.seq_lengths) != lengths:
+            fail(OP, "block_mask", f"for the lengths (Tq, Tk) = {list(lengths)}", list(block_mask.seq_lengths))
+        mask = block_mask & BlockMask.from_key_range(ranges, lengths, block_mask.block_size)
     found = block_sparse_attention(
         query.transpose(0, 1)[None],
         key.transpose(0, 1)[None],
