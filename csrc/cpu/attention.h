@@ -20,6 +20,14 @@
 
 namespace pyrx::cpu {
 
+// Empty (B, H, S, `size`) laid out (B, S, H, D) where the tensor is, else contiguous: pyrx/ops.
+inline at::Tensor empty_like_tokens(const at::Tensor& tensor, int64_t size) {
+  const int64_t batch = tensor.size(0), heads = tensor.size(1), tokens = tensor.size(2);
+  if (tensor.transpose(1, 2).is_contiguous() && !tensor.is_contiguous())
+    return at::empty({batch, tokens, heads, size}, tensor.options()).transpose(1, 2);
+  return at::empty({batch, heads, tokens, size}, tensor.options());
+}
+
 // (B, H, S, D), the last dimension contiguous, rows at least D apart.
 template <typename T>
 struct TokenRows {

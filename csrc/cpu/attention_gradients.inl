@@ -2,10 +2,7 @@
 
 // Sixteen columns of two rows, the even one's first.
 template <typename G>
-inline void store_pairs(G* out, const Vec<float>& even, const Vec<float>& odd) {
-  G a[kLanes], b[kLanes];
-  store(a, even);
-  store(b, odd);
+inline void store_pairs(G* out, const G* a, const G* b) {
 #if PYRX_ISA == 512
   const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
   const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
@@ -26,8 +23,9 @@ void attention_gradient_columns(const GradientTile<G>& given, int64_t c) {
   const GradientTile<G> tile = given;  // nothing that is written may change it
   const bool want_gradient = kPlain || tile.upstream, capped = !kPlain && tile.softcap > 0;
   const bool ranged = !kPlain && tile.low, entropic = !kPlain && tile.entropy && want_gradient;
-  const V zero = V::fill(0), one = V::fill(1), least = V::fill(-1e4);
-  const V factor = load(tile.factor + c), offset = zero - load(tile.lse + c);
+  const V zero = V::fill(0), one = V::fill(1), least = V::fill(-1e4), ln2 = V::fill(std::numbers::ln2_v<Acc>);
+  const V log2e = V::fill(std::numbers::log2e_v<Acc>);
+  const V factor = load(tile.factor + c) * log2e, offset = zero - load(tile.lse + c) * log2e;
   const V low = ranged ? load(tile.low + c) : zero, high = ranged ? load(tile.high + c) : zero;
   const V delta = want_gradient ? load(tile.delta + c) : zero, entropy = entropic ? load(tile.entropy + c) : zero;
   const V keep_scale = V::fill(tile.keep_scale), cap = V::fill(capped ? 1 / tile.softcap : 0);
@@ -37,9 +35,9 @@ void attention_gradient_columns(const GradientTile<G>& given, int64_t c) {
   const auto row = [&](int64_t k) {
     const int64_t at = k * tile.width + c;
     const V logits = load(tile.logits + at);
-    V x = V::multiply_add(logits, factor, !kPlain && tile.bias ? load(tile.bias + at) + offset : offset);
+    V x = V::multiply_add(logits, factor, !kPlain && tile.bias ? V::multiply_add(load(tile.bias + at), log2e, offset) : offset);
     if (entropic) x = V::max(least, x);  // a finite floor, that a weight of 0 has a gradient of 0; NaN passes
-    V weight = x.exp();
+    V weight = exp2(x);
     if (ranged) {
       const V own = V::fill(static_cast<Acc>(k));
       weight = weight.keep(less(own, high) & ~less(own, low));
@@ -51,7 +49,7 @@ void attention_gradient_columns(const GradientTile<G>& given, int64_t c) {
     V upstream = load(tile.upstream + at);
     if (bits) upstream = (upstream * keep_scale).keep(kept);
     V gradient = upstream - delta;
-    if (entropic) gradient = gradient - entropy * x;
+    if (entropic) gradient = gradient - entropy * (x * ln2);
     gradient = weight * gradient;
     if (capped) {
       const V tangent = logits * cap;
@@ -64,11 +62,12 @@ void attention_gradient_columns(const GradientTile<G>& given, int64_t c) {
     for (int64_t k = 0; k < tile.keys; k += 2) {
       const bool two = k + 1 < tile.keys;
       const V even = row(k), odd = two ? row(k + 1) : zero;
-      if (tile.gradients) {
-        store(tile.gradients + k * tile.width + c, even);
-        if (two) store(tile.gradients + (k + 1) * tile.width + c, odd);
-      }
-      if (tile.pairs) store_pairs(tile.pairs + k * tile.width + 2 * c, even, odd);
+      G scratch[2 * kLanes];
+      G* first = tile.gradients ? tile.gradients + k * tile.width + c : scratch;
+      G* second = tile.gradients && two ? first + tile.width : scratch + kLanes;
+      store(first, even);
+      store(second, odd);
+      if (tile.pairs) store_pairs(tile.pairs + k * tile.width + 2 * c, first, second);
     }
   } else {
     for (int64_t k = 0; k < tile.keys; ++k) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numbers>
 
 #include "cpu/isa.h"
 
@@ -26,15 +27,6 @@ template const LogitKernels<bfloat16>& logit_kernels<bfloat16>();
 template const LogitKernels<float16>& logit_kernels<float16>();
 
 template <typename G>
-const SoftmaxKernels<G>& softmax_kernels() {
-  PYRX_PICK(softmax_table<G>())
-}
-template const SoftmaxKernels<float>& softmax_kernels<float>();
-template const SoftmaxKernels<double>& softmax_kernels<double>();
-template const SoftmaxKernels<bfloat16>& softmax_kernels<bfloat16>();
-template const SoftmaxKernels<float16>& softmax_kernels<float16>();
-
-template <typename G>
 const GradientKernels<G>& gradient_kernels() {
   PYRX_PICK(gradient_table<G>())
 }
@@ -42,5 +34,14 @@ template const GradientKernels<float>& gradient_kernels<float>();
 template const GradientKernels<double>& gradient_kernels<double>();
 template const GradientKernels<bfloat16>& gradient_kernels<bfloat16>();
 template const GradientKernels<float16>& gradient_kernels<float16>();
+
+template <typename G>
+const SoftmaxKernels<G>& softmax_kernels() {
+  PYRX_PICK(softmax_table<G>())
+}
+template const SoftmaxKernels<float>& softmax_kernels<float>();
+template const SoftmaxKernels<double>& softmax_kernels<double>();
+template const SoftmaxKernels<bfloat16>& softmax_kernels<bfloat16>();
+template const SoftmaxKernels<float16>& softmax_kernels<float16>();
 
 }  // namespace pyrx::cpu

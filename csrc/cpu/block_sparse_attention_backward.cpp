@@ -525,13 +525,6 @@ class Backward {
   const Array<uint8_t> touched_{in_.needs.any_query() ? chunks_ * panels() : 0};
 };
 
-// Laid out (B, S, H, D) where the tensor is, else contiguous.
-at::Tensor empty_like_tokens(const at::Tensor& tensor) {
-  const at::Tensor swapped = tensor.transpose(1, 2);
-  if (swapped.is_contiguous() && !tensor.is_contiguous()) return at::empty(swapped.sizes(), tensor.options()).transpose(1, 2);
-  return at::empty(tensor.sizes(), tensor.options());
-}
-
 using Found = std::array<at::Tensor, 6>;
 
 // Checks what the forward's arguments do not have, and makes the results.
@@ -560,7 +553,7 @@ Found checked_results(const at::Tensor& grad, const std::optional<at::Tensor>& g
   for (int i = 0; i < 6; ++i) {
     PYRX_CHECK_VALUE(!needs[i] || wanted[i], kOp, names[i], "for its gradient", "None");
     found[i] = !needs[i] ? at::empty({0}, query.options())
-               : i < 3   ? empty_like_tokens(*wanted[i])
+               : i < 3   ? empty_like_tokens(*wanted[i], wanted[i]->size(3))
                          : at::empty(wanted[i]->sizes(), wanted[i]->options());
     if (needs[i]) use_huge_pages(found[i]);
   }
