@@ -2,10 +2,20 @@
 
 from pyrx import _extension, nn, optim, search
 from pyrx._version import __version__
+from pyrx.ops.attention_edits import (
+    erasing_attention,
+    head_dropout_attention,
+    key_zeroed_attention,
+    perturbed_attention,
+    reversed_attention,
+    token_dropout,
+    token_importance,
+)
 from pyrx.ops.batch_mix import cutmix, mixup, resizemix
 from pyrx.ops.blend import blend
 from pyrx.ops.block_mask import BlockMask
 from pyrx.ops.block_sparse_attention import block_sparse_attention
+from pyrx.ops.block_sparse_attention_varlen import block_sparse_attention_varlen
 from pyrx.ops.dropout import dropout, dropout_mask
 from pyrx.ops.fmix import fmix
 from pyrx.ops.mixed_cross_entropy import mixed_cross_entropy
@@ -26,26 +36,34 @@ __all__ = [
     "__version__",
     "blend",
     "block_sparse_attention",
+    "block_sparse_attention_varlen",
     "cutmix",
     "cutout",
     "dropout",
     "dropout_mask",
+    "erasing_attention",
     "fmix",
-    "mixup",
+    "head_dropout_attention",
+    "key_zeroed_attention",
     "mixed_cross_entropy",
+    "mixup",
     "multi_sample_dropout",
     "multi_sample_dropout_cross_entropy",
     "neighbor_fill",
-    "nn",
     "nm_compress",
     "nm_linear",
     "nm_mask",
     "nm_sparsify",
     "nm_transposable_mask",
+    "nn",
     "noise_mask",
     "optim",
     "patch_mask",
+    "perturbed_attention",
     "random_erasing",
     "resizemix",
+    "reversed_attention",
+    "token_dropout",
+    "token_importance",
     "search",
 ]

@@ -1,5 +1,6 @@
 """Modules over the public functions."""
 
+from pyrx.nn.block_sparse_attention import BlockSparseAttention, replace_attention
 from pyrx.nn.layer_masking import LayerMasking
 from pyrx.nn.mixup import Mixup
 from pyrx.nn.multi_sample_dropout import MultiSampleDropout, MultiSampleDropoutClassifier
@@ -15,6 +16,7 @@ from pyrx.nn.sparsity_schedule import (
 )
 
 __all__ = [
+    "BlockSparseAttention",
     "DenseThenSparse",
     "ExponentialMDGF",
     "GeometricSDGF",
@@ -28,6 +30,7 @@ __all__ = [
     "SparsitySchedule",
     "StepwiseSDGF",
     "desparsify_",
+    "replace_attention",
     "sparsify_",
     "sparsity_report",
 ]

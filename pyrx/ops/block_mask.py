@@ -480,7 +480,7 @@ class BlockMask:
         if len(shape) != 2 or shape[0] not in (1, batch) and batch != 1 or shape[1] != heads and heads != 1:
             fail(op, "keep", f"of shape [B or 1, H] of a mask of {[batch, heads]}", list(keep.shape))
         keep = keep.reshape(shape)[..., None]
-        lead = max(batch, shape[0]), max(heads, shape[1])
+        lead = torch.broadcast_shapes((batch, heads), tuple(shape))
 
         def listed(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
             counts = torch.where(keep, counts, 0)

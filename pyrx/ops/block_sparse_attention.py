@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,6 +176,67 @@ def check_mask(op: str, block_mask: object, query: Tensor, key: Tensor) -> Block
     return block_mask
 
 
+class Call(NamedTuple):
+    """What a public function's arguments come to: its tensors under autocast, mask, logits and backend."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: BlockMask
+    logits: Logits
+    chosen: str
+
+
+def prepare(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask | None = None,
+    *,
+    third: str = "value",
+    is_causal: bool = False,
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    enable_gqa: bool = False,
+    key_mask: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    bias: Tensor | tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> Call:
+    """Of the arguments that public functions over attention share; `third` is the name of the value's place."""
+    for name, each in (("query", query), ("key", key), (third, value)):
+        check_tensor(op, name, each)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = autocast((query, key, value), query.device.type)  # type: ignore[assignment]
+        if isinstance(bias, Tensor):
+            bias = bias.to(query.dtype)
+        elif bias is not None:
+            bias = tuple(each.to(query.dtype) for each in bias)  # type: ignore[assignment]
+    check_float(op, "query", query)
+    if query.dim() != 4 or key.dim() != 4:
+        fail(op, "query and key", "of shape [B, H, S, D]", [list(query.shape), list(key.shape)])
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        fail(op, "key", f"of the query's {query.shape[1]} heads (or enable_gqa=True)", key.shape[1])
+    if block_mask is None:
+        block_mask = default_mask(op, query, key, is_causal, window)
+    mask = check_mask(op, block_mask, query, key)
+    logits = logits_of(
+        op,
+        query,
+        is_causal=is_causal,
+        window=window,
+        key_range=mask.key_range,
+        key_mask=key_mask,
+        query_scale=query_scale,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+    )
+    return Call(query, key, value, mask, logits, select(ROW, query.device.type, query.dtype, backend))
+
+
 def attention(
     chosen: str,
     query: Tensor,
@@ -266,36 +327,23 @@ def block_sparse_attention(
     Sequences with Sparse Transformers" (2019), for block lists.
     """
     op = ROW
-    for name, each in (("query", query), ("key", key), ("value", value)):
-        check_tensor(op, name, each)
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = autocast((query, key, value), query.device.type)  # type: ignore[assignment]
-        if isinstance(bias, Tensor):
-            bias = bias.to(query.dtype)
-        elif bias is not None:
-            bias = tuple(each.to(query.dtype) for each in bias)  # type: ignore[assignment]
-    check_float(op, "query", query)
-    if query.dim() != 4 or key.dim() != 4:
-        fail(op, "query and key", "of shape [B, H, S, D]", [list(query.shape), list(key.shape)])
-    if not enable_gqa and query.shape[1] != key.shape[1]:
-        fail(op, "key", f"of the query's {query.shape[1]} heads (or enable_gqa=True)", key.shape[1])
     level = threshold(op, dropout_p)
-    if block_mask is None:
-        block_mask = default_mask(op, query, key, is_causal, window)
-    mask = check_mask(op, block_mask, query, key)
-    logits = logits_of(
+    query, key, value, mask, logits, chosen = prepare(
         op,
         query,
+        key,
+        value,
+        block_mask,
         is_causal=is_causal,
         window=window,
-        key_range=mask.key_range,
+        scale=scale,
+        softcap=softcap,
+        enable_gqa=enable_gqa,
         key_mask=key_mask,
         query_scale=query_scale,
         bias=bias,
-        scale=scale,
-        softcap=softcap,
+        backend=backend,
     )
-    chosen = select(ROW, query.device.type, query.dtype, backend)
     drop = seed_tensor(op, seed, generator, query.device) if level > 0 or seed is not None else None
     out, lse, entropy = attention(chosen, query, key, value, mask, logits, drop, level, return_entropy)
     if not (return_lse or return_entropy):

@@ -1,0 +1,600 @@
+"""Edits of attention against explicit dense formulas in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import expected_mask, name_of, need
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import pyrx
+from pyrx import BlockMask
+
+ROWS = ("block_sparse_attention",)
+B, H, HKV, S, D = 2, 4, 2, 70, 12
+BLOCK = 16
+EYE = torch.eye(S, dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def backend(backend):
+    return need(backend, ops=ROWS)
+
+
+def normal(*shape, dtype=torch.float64, seed=0, grad=False):
+    generator = torch.Generator().manual_seed(seed + sum(shape) * 31)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def inputs(dtype=torch.float64, heads=HKV, keys=S, grad=False):
+    """Query, key, value of (B, H, S, D), (B, Hkv, Sk, D) and (B, Hkv, Sk, D - 2)."""
+    return (
+        normal(B, H, S, D, dtype=dtype, seed=1, grad=grad),
+        normal(B, heads, keys, D, dtype=dtype, seed=2, grad=grad),
+        normal(B, heads, keys, D - 2, dtype=dtype, seed=3, grad=grad),
+    )
+
+
+def blocks_of(queries=S, keys=S, heads=H, density=0.5, seed=5):
+    """A mask with a row and a column of blocks that are empty, and its (1, H, Sq, Sk)."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.rand(heads, -(-queries // BLOCK), -(-keys // BLOCK), generator=generator) < density
+    blocks[:, 1] = False
+    blocks[:, :, 2] = False
+    full = blocks.repeat_interleave(BLOCK, 1)[:, :queries].repeat_interleave(BLOCK, 2)[..., :keys]
+    return BlockMask.from_dense(blocks, (queries, keys), BLOCK), full[None]
+
+
+def weights_of(query, key, visible, scale=None, softcap=None, query_scale=None, bias=None):
+    """The attention (B, H, Sq, Sk) of the definition; rows without keys 0."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if query_scale is not None:
+        logits = logits * query_scale[..., None]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias
+    logits = logits.masked_fill(~visible, -math.inf)
+    some = visible.expand(logits.shape).any(-1, keepdim=True)
+    return torch.where(some, torch.softmax(torch.where(some, logits, 0), -1), 0)
+
+
+def attend(query, key, value, visible, **options):
+    return weights_of(query, key, visible, **options) @ value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+
+
+def close(got, expected, what="", dtype=None):
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}.get(dtype or got.dtype, 1e-10)
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance, msg=lambda m: what + m)
+
+
+def gradients(out, tensors, seed=7):
+    return torch.autograd.grad(out, tensors, normal(*out.shape, seed=seed).to(out.dtype))
+
+
+def assert_same_gradients(got, expected, tensors, dtype=None):
+    for a, b, each in zip(gradients(got, tensors), gradients(expected, tensors), tensors, strict=True):
+        assert a.dtype == each.dtype and a.shape == each.shape
+        close(a, b, f"gradient of {tuple(each.shape)}: ", dtype)
+
+
+# The transpose.
+
+
+def reversed_case(name):
+    """(options of pyrx, options of the formula, visible (.., S, S - 8), tensors that take a gradient)."""
+    mask, full = blocks_of(S, S - 8)
+    q, k = torch.arange(S)[:, None], torch.arange(S - 8)
+    every = torch.ones(1, 1, S, S - 8, dtype=torch.bool)
+    key_mask = torch.rand(B, S - 8, generator=torch.Generator().manual_seed(3)) > 0.3
+    scale = normal(B, H, S, seed=9, grad=True)
+    bias = normal(1, H, S, S - 8, seed=10, grad=True)
+    row, column = normal(B, 1, S, 2, seed=11, grad=True), normal(1, H, S, (S - 8) // 2, seed=12, grad=True)
+    return {
+        "dense": ({}, {}, every, ()),
+        "blocks": ({"block_mask": mask}, {}, full, ()),
+        "causal": ({"is_causal": True, "block_mask": mask}, {}, full & (k <= q), ()),
+        "window": ({"window": (20, 3)}, {}, (k >= q - 20) & (k <= q + 3) & every, ()),
+        "key_mask": ({"key_mask": key_mask, "block_mask": mask}, {}, full & key_mask[:, None, None], ()),
+        "scale and softcap": ({"scale": 0.7, "softcap": 2.0}, {"scale": 0.7, "softcap": 2.0}, every, ()),
+        "query_scale": ({"query_scale": scale, "block_mask": mask}, {"query_scale": scale}, full, (scale,)),
+        "bias": ({"bias": bias, "block_mask": mask}, {"bias": bias}, full, (bias,)),
+        "separable bias": (
+            {"bias": (row, column)},
+            {"bias": row.repeat_interleave((S - 8) // 2, 3) + column.repeat(1, 1, 1, 2)},
+            every,
+            (row, column),
+        ),
+    }[name]
+
+
+REVERSED = ["dense", "blocks", "causal", "window", "key_mask", "scale and softcap", "query_scale", "bias",
+            "separable bias"]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REVERSED)
+@pytest.mark.parametrize("heads", [HKV, H])
+def test_reversed_attention(backend, case, heads):
+    options, formula, visible, extra = reversed_case(case)
+    query, key, _ = inputs(heads=heads, keys=S - 8, grad=True)
+    u = normal(B, H, S, 5, seed=4, grad=True)
+    weights = weights_of(query, key, visible, **formula)
+    expected = (weights.mT @ u).unflatten(1, (heads, -1)).sum(2)
+    got = pyrx.reversed_attention(query, key, u, enable_gqa=True, backend=backend, **options)
+    close(got, expected)
+    assert_same_gradients(got, expected, (query, key, u, *extra))
+    assert (got.detach()[(weights.detach().mT == 0).all(-1).unflatten(1, (heads, -1)).all(2)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=name_of)
+def test_reversed_attention_in_low_precision(backend, dtype):
+    need(backend, "cpu", dtype, ROWS)
+    mask, full = blocks_of()
+    query, key, value = inputs(dtype, H, grad=True)
+    got = pyrx.reversed_attention(query, key, value, mask, backend=backend)
+    assert got.dtype == dtype
+    expected = weights_of(query.double(), key.double(), full).mT @ value.double()
+    close(got, expected, dtype=dtype)
+    found = gradients(got, (query, key, value))
+    for a, b in zip(found, gradients(expected, (query, key, value)), strict=True):
+        assert a.dtype == dtype
+        close(a / b.abs().max(), b.double() / b.abs().max(), dtype=dtype)
+
+
+def test_gradcheck_of_reversed_attention(backend):
+    mask = BlockMask.from_dense(torch.tensor([[True, True], [False, True]]), (20, 19), BLOCK)
+    query, key, u = normal(1, 2, 20, 3, grad=True), normal(1, 1, 19, 3, grad=True), normal(1, 2, 20, 2, grad=True)
+    scale = normal(1, 2, 20, grad=True)
+
+    def run(query, key, u, scale):
+        return pyrx.reversed_attention(
+            query, key, u, mask, window=6, enable_gqa=True, query_scale=scale, softcap=1.5, backend=backend
+        )
+
+    assert torch.autograd.gradcheck(run, (query, key, u, scale))
+
+
+def test_reversed_attention_is_the_adjoint_of_attention(backend):
+    """<A v, u> = <v, A^T u>."""
+    mask, _ = blocks_of()
+    query, key, value = inputs()
+    u = normal(B, H, S, D - 2, seed=6)
+    forth = pyrx.block_sparse_attention(query, key, value, mask, enable_gqa=True, backend=backend)
+    back = pyrx.reversed_attention(query, key, u, mask, enable_gqa=True, backend=backend)
+    close((forth * u).sum(), (value * back).sum())
+
+
+@pytest.mark.parametrize("which", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
+def test_only_the_gradients_of_reversed_attention_that_are_needed(backend, which):
+    tensors = [each.requires_grad_(need) for each, need in zip(inputs(heads=H), which, strict=True)]
+    out = pyrx.reversed_attention(*tensors, backend=backend)
+    assert out.requires_grad == any(which)
+    if any(which):
+        out.backward(torch.ones_like(out))
+    assert [each.grad is not None for each in tensors] == list(which)
+
+
+def test_second_gradient_of_reversed_attention_raises():
+    need("cpu", ops=ROWS)
+    query, key, u = inputs(heads=H, grad=True)
+    out = pyrx.reversed_attention(query, key, u, backend="cpu")
+    (found,) = torch.autograd.grad(out.sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="pyrx::reversed_attention: expected one differentiation, got a second"):
+        found.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_reversed_attention(backend, dynamic):
+    mask, _ = blocks_of()
+    query, key, u = inputs(heads=H, grad=True)
+    run = torch.compile(pyrx.reversed_attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    got = run(query, key, u, mask, is_causal=True, backend=backend)
+    expected = pyrx.reversed_attention(query, key, u, mask, is_causal=True, backend=backend)
+    close(got, expected)
+    assert_same_gradients(got, expected, (query, key, u))
+
+
+def test_reversed_attention_under_autocast(backend):
+    query, key, u = inputs(torch.float32, H, grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = pyrx.reversed_attention(query, key, u, backend=backend)
+    assert got.dtype == torch.bfloat16
+    close(got, pyrx.reversed_attention(query, key, u, backend="reference"), dtype=torch.bfloat16)
+    assert all(each.dtype == torch.float32 for each in gradients(got, (query, key, u)))
+
+
+def test_empty_reversed_attention(backend):
+    query, key, u = inputs(heads=H)
+    out = pyrx.reversed_attention(query[:, :, :0], key, u[:, :, :0], backend=backend)
+    assert out.shape == (B, H, S, D - 2) and (out == 0).all()
+    assert pyrx.reversed_attention(query, key[:, :, :0], u, backend=backend).shape == (B, H, 0, D - 2)
+    assert pyrx.reversed_attention(query[:0], key[:0], u[:0], backend=backend).shape == (0, H, S, D - 2)
+
+
+# Perturbed attention.
+
+
+@pytest.mark.parametrize("image", [(0, 50), (20, S), (10, 60), (0, S), (30, 30), (0, 0)], ids=name_of)
+@pytest.mark.parametrize("options", [{}, {"scale": 0.6, "softcap": 1.5}], ids=["plain", "softcap"])
+def test_perturbed_attention(backend, image, options):
+    query, key, value = inputs(grad=True)
+    key_mask = torch.rand(B, S, generator=torch.Generator().manual_seed(3)) > 0.3
+    position = torch.arange(S)
+    inside = (position >= image[0]) & (position < image[1])
+    visible = ~(inside[:, None] & inside) | EYE
+    for hidden in (None, key_mask):
+        seen = visible if hidden is None else visible & hidden[:, None, None]
+        expected = attend(query, key, value, seen, **options)
+        got = pyrx.perturbed_attention(
+            query, key, value, image=image, enable_gqa=True, key_mask=hidden, backend=backend, **options
+        )
+        close(got, expected)
+        assert_same_gradients(got, expected, (query, key, value))
+
+
+def test_perturbed_attention_without_text_is_the_value(backend):
+    query, key, value = inputs()
+    assert torch.equal(
+        pyrx.perturbed_attention(query, key, value, enable_gqa=True, backend=backend), value.repeat_interleave(2, 1)
+    )
+    query, key, value = inputs(heads=H)
+    assert pyrx.perturbed_attention(query, key, value, backend=backend) is value
+
+
+def test_gradcheck_of_perturbed_attention(backend):
+    tensors = [normal(1, 2, 9, 3, seed=seed, grad=True) for seed in range(3)]
+    assert torch.autograd.gradcheck(
+        lambda *each: pyrx.perturbed_attention(*each, image=(2, 6), backend=backend), tensors
+    )
+
+
+def test_perturbed_attention_in_low_precision_and_compiled(backend):
+    query, key, value = inputs(torch.bfloat16, H, grad=True)
+    got = torch.compile(pyrx.perturbed_attention, fullgraph=True, backend="aot_eager")(
+        query, key, value, image=(0, 50), backend=backend
+    )
+    assert got.dtype == torch.bfloat16
+    double = [each.double() for each in (query, key, value)]
+    close(got, pyrx.perturbed_attention(*double, image=(0, 50), backend="reference"), dtype=torch.bfloat16)
+    single = inputs(torch.float32, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pyrx.perturbed_attention(*single, image=(0, 50), backend=backend).dtype == torch.bfloat16
+
+
+# Attentive Eraser.
+
+
+def region_of(batch=True):
+    region = torch.rand(B, S, generator=torch.Generator().manual_seed(8)) > 0.6
+    return region if batch else region[0]
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("batch", [True, False])
+def test_erasing_attention_is_the_papers_two_attentions(backend, factor, batch):
+    query, key, value = inputs(grad=True)
+    region = region_of(batch)
+    object_ = region.expand(B, S)[:, None, None]
+    sim = query @ key.repeat_interleave(2, 1).mT * D**-0.5
+    value_of = value.repeat_interleave(2, 1)
+    background = torch.softmax(sim.masked_fill(object_, -math.inf), -1) @ value_of
+    foreground = torch.softmax((sim * factor).masked_fill(object_, -math.inf), -1) @ value_of
+    expected = torch.where(object_.mT, foreground, background)
+    got = pyrx.erasing_attention(query, key, value, region, query_factor=factor, enable_gqa=True, backend=backend)
+    close(got, expected)
+    assert_same_gradients(got, expected, (query, key, value))
+
+
+def test_erasing_attention_on_top_of_other_masks(backend):
+    query, key, value = inputs(heads=H)
+    mask, full = blocks_of()
+    region, key_mask = region_of(), torch.arange(S).expand(B, S) < S - 9
+    scale = normal(B, H, S, grad=True)
+    got, lse = pyrx.erasing_attention(
+        query, key, value, region, mask, query_factor=0.5, key_mask=key_mask, query_scale=scale, return_lse=True,
+        backend=backend,
+    )  # fmt: skip
+    factor = scale * torch.where(region, 0.5, 1.0)[:, None]
+    expected = attend(query, key, value, full & (key_mask & ~region)[:, None, None], query_scale=factor)
+    close(got, expected)
+    assert_same_gradients(got, expected, (scale,))
+    assert lse.shape == (B, H, S)
+    everything = torch.ones(S, dtype=torch.bool)
+    assert (pyrx.erasing_attention(query, key, value, everything, backend=backend) == 0).all()
+
+
+# DesignEdit.
+
+
+def test_key_zeroed_attention(backend):
+    query, key, value = inputs(keys=S - 8, grad=True)
+    mask, full = blocks_of(S, S - 8)
+    region = region_of()[:, : S - 8]
+    for given in (region, region[1]):
+        zeroed = key * ~given.expand(B, S - 8)[:, None, :, None]
+        expected = attend(query, zeroed, value, full)
+        got = pyrx.key_zeroed_attention(query, key, value, given, mask, enable_gqa=True, backend=backend)
+        close(got, expected)
+        assert_same_gradients(got, expected, (query, key, value))
+        logits = query @ zeroed.repeat_interleave(2, 1).mT
+        assert (logits.masked_select(given.expand(B, S - 8)[:, None, None]) == 0).all()
+
+
+def test_a_zeroed_keys_nan_is_gone(backend):
+    query, key, value = inputs(heads=H)
+    region = torch.arange(S) == 3
+    key[:, :, 3] = math.nan
+    assert pyrx.key_zeroed_attention(query, key, value, region, backend=backend).isfinite().all()
+
+
+# DropHead.
+
+
+def kept_heads(p, seed):
+    return expected_mask((B, H), p, seed, sample=1)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_head_dropout_attention(backend, seed):
+    query, key, value = inputs(grad=True)
+    mask, full = blocks_of()
+    keep = kept_heads(0.5, seed)
+    factor = keep * H / keep.sum(1, keepdim=True).clamp(min=1)
+    expected = attend(query, key, value, full) * factor[..., None, None]
+    got = pyrx.head_dropout_attention(
+        query, key, value, mask, head_dropout_p=0.5, seed=seed, enable_gqa=True, backend=backend
+    )
+    close(got, expected)
+    assert_same_gradients(got, expected, (query, key, value))
+    assert (got[~keep] == 0).all()
+
+
+def test_seeds_of_the_tests_drop_none_some_and_all():
+    counts = {int(kept_heads(0.5, seed).sum()) for seed in range(4)}
+    assert len(counts) > 1
+    assert not kept_heads(0.95, 0).any(1).all()
+
+
+def test_all_heads_dropped(backend):
+    query, key, value = inputs(heads=H, grad=True)
+    keep = kept_heads(0.95, 0)
+    got, lse, entropy = pyrx.head_dropout_attention(
+        query, key, value, head_dropout_p=0.95, seed=0, return_lse=True, return_entropy=True, backend=backend
+    )
+    assert (got[~keep.any(1)] == 0).all() and got.isfinite().all()
+    assert (lse[~keep] == -math.inf).all() and (entropy[~keep] == 0).all()
+    assert all(each.isfinite().all() for each in gradients(got, (query, key, value)))
+
+
+def test_dropped_heads_have_no_blocks(monkeypatch):
+    """Their cost is nothing: no block of theirs is listed, on either side."""
+    from pyrx.ops import attention_edits
+
+    seen = []
+
+    def record(query, key, value, mask, **options):
+        seen.append(mask)
+        return query
+
+    monkeypatch.setattr(attention_edits, "block_sparse_attention", record)
+    query, key, value = inputs(heads=H)
+    shared = BlockMask.from_dense(torch.ones(5, 5, dtype=torch.bool), (S, S), BLOCK)
+    for given in (None, shared, blocks_of()[0]):
+        pyrx.head_dropout_attention(query, key, value, given, head_dropout_p=0.5, seed=1)
+        keep, mask = kept_heads(0.5, 1), seen.pop()
+        assert (mask.kv_counts[~keep] == 0).all() and (mask.q_counts[~keep] == 0).all()
+        assert (mask.kv_counts[keep].sum(-1) > 0).all() and (mask.q_counts[keep].sum(-1) > 0).all()
+        dense = mask.to_dense()
+        if given is not None:
+            assert torch.equal(dense, given.to_dense() & keep[..., None, None])
+
+
+def test_head_dropout_beside_dropout(backend):
+    """The heads' mask is another one than the weights', of the same seed."""
+    query, key, value = inputs(heads=H)
+    got = pyrx.head_dropout_attention(
+        query, key, value, head_dropout_p=0.5, dropout_p=0.2, seed=2, is_causal=True, backend=backend
+    )
+    keep = kept_heads(0.5, 2)
+    weights = weights_of(query, key, EYE.new_ones(S, S).tril())
+    weights = weights * expected_mask((B, H, S, S), 0.2, 2) * 65536 / (65536 - round(0.2 * 65536))
+    close(got, weights @ value * (keep * H / keep.sum(1, keepdim=True))[..., None, None])
+
+
+def test_head_dropout_draws(backend):
+    query, key, value = inputs(heads=H)
+
+    def run(**options):
+        return pyrx.head_dropout_attention(query, key, value, backend=backend, **options)
+
+    assert torch.equal(run(head_dropout_p=0.0), pyrx.block_sparse_attention(query, key, value, backend=backend))
+    first = run(head_dropout_p=0.5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(first, run(head_dropout_p=0.5, generator=torch.Generator().manual_seed(1)))
+    drawn = {tuple((run(head_dropout_p=0.5) == 0).all(-1).all(-1).flatten().tolist()) for _ in range(8)}
+    assert len(drawn) > 4
+    low = [each.bfloat16() for each in (query, key, value)]
+    got = pyrx.head_dropout_attention(*low, head_dropout_p=0.5, seed=1, backend=backend)
+    assert got.dtype == torch.bfloat16
+    close(got, run(head_dropout_p=0.5, seed=1), dtype=torch.bfloat16)
+
+
+def test_compiled_edits(backend):
+    query, key, value = inputs(heads=H)
+    region, mask = region_of(), blocks_of()[0]
+
+    def run(query, key, value, region, seed):
+        a = pyrx.erasing_attention(query, key, value, region, mask, query_factor=0.5, backend=backend)
+        b = pyrx.key_zeroed_attention(query, key, value, region, backend=backend)
+        c = pyrx.head_dropout_attention(query, key, value, mask, head_dropout_p=0.5, seed=seed, backend=backend)
+        importance = pyrx.token_importance(query, key, keyframe=(0, 9), enhanced_weight=2.0, backend=backend)
+        kept, indices = pyrx.token_dropout(value.flatten(0, 1), importance.repeat(H, 1), 0.5, (0, 9))
+        return a, b, c, importance, kept, indices
+
+    arguments = (query, key, value, region, torch.tensor(5))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*arguments)
+    for got, expected in zip(compiled, run(*arguments), strict=True):
+        close(got, expected)
+
+
+# Tokens.
+
+
+@pytest.mark.parametrize("keyframe, weight", [(None, 1.0), ((0, 20), 4.0), ((5, 30), 0.5)])
+def test_token_importance(backend, keyframe, weight):
+    query, key, _ = inputs(keys=S - 8)
+    mask, full = blocks_of(S, S - 8, density=0.9)
+    weights = weights_of(query, key, full)
+    if keyframe is not None:
+        weights[:, :, slice(*keyframe)] *= weight
+    got = pyrx.token_importance(
+        query, key, mask, keyframe=keyframe, enhanced_weight=weight, enable_gqa=True, backend=backend
+    )
+    close(got, weights.mean((1, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=name_of)
+def test_importance_in_low_precision(backend, dtype):
+    query, key, _ = inputs(dtype, H)
+    got = pyrx.token_importance(query, key, backend=backend)
+    assert got.dtype == torch.float32
+    expected = weights_of(query.double(), key.double(), EYE.new_ones(S, S)).mean((1, 2))
+    close(got * S, expected * S, dtype=dtype)
+    close(got.sum(1), torch.ones(B), dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(pyrx.token_importance(query, key, backend=backend) * S, expected * S, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("keep_rate", [0.1, 0.34, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("keyframe", [None, (0, 9), (4, 7), (20, 23), (0, 23), (3, 3)])
+def test_token_dropout(keep_rate, keyframe):
+    tokens = 23
+    x, importance = normal(B, tokens, 5, grad=True), normal(B, tokens, seed=2)
+    start, stop = keyframe or (0, 0)
+    count = max(math.ceil(keep_rate * tokens), stop - start)
+    kept, indices = pyrx.token_dropout(x, importance, keep_rate, keyframe)
+    assert indices.dtype == torch.int64 and indices.shape == (B, count)
+    for sample in range(B):
+        key = list(range(start, stop))
+        others = [i for i in range(tokens) if i not in key]
+        others.sort(key=lambda i: -importance[sample, i].item())
+        expected = sorted(key + others[: count - len(key)])
+        assert indices[sample].tolist() == expected
+        assert torch.equal(kept[sample], x[sample, expected])
+    (found,) = torch.autograd.grad(kept, x, torch.ones_like(kept))
+    assert torch.equal(found[..., 0], torch.zeros(B, tokens, dtype=x.dtype).scatter_(1, indices, 1))
+
+
+def test_token_dropout_of_equals_and_of_nothing():
+    x = torch.arange(12).view(1, 12, 1)
+    kept, indices = pyrx.token_dropout(x, torch.ones(1, 12), 0.5, (8, 10))
+    assert indices.tolist() == [[0, 1, 2, 3, 8, 9]] and kept.dtype == torch.int64
+    infinite = torch.full((1, 12), math.inf)
+    assert pyrx.token_dropout(x, infinite, 0.5, (8, 10))[1].tolist() == [[0, 1, 2, 3, 8, 9]]
+    nan = torch.zeros(1, 12).index_fill_(1, torch.tensor(11), math.nan)
+    assert pyrx.token_dropout(x, nan, 0.25, (8, 10))[1].tolist() == [[8, 9, 11]]
+    assert pyrx.token_dropout(x[:, :0], torch.ones(1, 0), 0.5)[0].shape == (1, 0, 1)
+    assert pyrx.token_dropout(x[:0], torch.ones(0, 12), 0.5)[0].shape == (0, 6, 1)
+
+
+def test_evad_step(backend):
+    """One step of the paper: importance of all tokens, the keyframe's kept, the rest by rank."""
+    query, key, _ = inputs(torch.float32, H)
+    x, frame = normal(B, S, 6, dtype=torch.float32), (0, 14)
+    attention = torch.softmax(query @ key.mT * D**-0.5, -1)
+    attention[:, :, :14] *= 3
+    rest = attention.mean((1, 2))[:, 14:]
+    top = rest.topk(math.ceil(0.5 * S) - 14).indices + 14
+    expected = torch.cat([torch.arange(14).expand(B, 14), top], 1).sort(1).values
+    importance = pyrx.token_importance(query, key, keyframe=frame, enhanced_weight=3.0, backend=backend)
+    kept, indices = pyrx.token_dropout(x, importance, 0.5, frame)
+    assert torch.equal(indices, expected)
+
+
+# Errors.
+
+Q32, K32, V32 = inputs(torch.float32, H)
+REGION = torch.zeros(B, S, dtype=torch.bool)
+BAD = [
+    ("reversed_attention", {"u": V32.double()}, "expected u of dtype torch.float32, got torch.float64"),
+    ("reversed_attention", {"u": V32[:, :, 1:]}, f"expected u of shape [B, H, Sq, Du] = [2, 4, 70, 'Du'], got "
+     f"{[B, H, S - 1, D - 2]}"),
+    ("reversed_attention", {"u": V32[..., :0]}, "expected u of a last dimension in [1, 256], got 0"),
+    ("reversed_attention", {"u": 3}, "expected u to be a Tensor, got int"),
+    ("reversed_attention", {"key": K32[:, :2]}, "expected key of the query's 4 heads (or enable_gqa=True), got 2"),
+    ("reversed_attention", {"key": K32[..., :4]}, "expected key of the query's head size 12, got 4"),
+    ("reversed_attention", {"key_mask": REGION[:1]}, "expected key_mask of shape [B, Sk] = [2, 70], got [1, 70]"),
+    ("reversed_attention", {"block_mask": 3}, "expected block_mask to be a pyrx.BlockMask, got int"),
+    ("perturbed_attention", {"image": (0, S + 1)}, f"expected image in [0, {S}], got {S + 1}"),
+    ("perturbed_attention", {"image": (5, 4)}, "expected image with start <= stop, got [5, 4]"),
+    ("perturbed_attention", {"image": 3}, "expected image to be a pair (start, stop), got 3"),
+    ("perturbed_attention", {"key": K32[:, :, 1:], "value": V32[:, :, 1:]},
+     "expected key of the query's length 70: self-attention, got 69"),
+    ("perturbed_attention", {"value": V32[:, :, 1:]},
+     f"expected value of shape [B, Hkv, S, Dv] = {[B, H, S, D - 2]}, got {[B, H, S - 1, D - 2]}"),
+    ("erasing_attention", {"region": REGION.float()}, "expected region of dtype torch.bool, got torch.float32"),
+    ("erasing_attention", {"region": REGION[:, 1:]}, "expected region of shape [Sk] or [B, Sk] = [2, 70], got [2, 69]"),
+    ("erasing_attention", {"region": REGION[:1]}, "expected region of shape [Sk] or [B, Sk] = [2, 70], got [1, 70]"),
+    ("erasing_attention", {"query_factor": "1"}, "expected query_factor to be a float, got str"),
+    ("erasing_attention", {"key": K32[:, :, 1:]}, "expected key of the query's length 70: self-attention, got 69"),
+    ("erasing_attention", {"query": Q32[0]}, "expected query of shape [B, H, S, D], got [4, 70, 12]"),
+    ("erasing_attention", {"key_mask": REGION[0]}, "expected key_mask of shape [B, Sk] = [2, 70], got [70]"),
+    ("key_zeroed_attention", {"region": REGION[:, 1:]},
+     "expected region of shape [Sk] or [B, Sk] = [2, 70], got [2, 69]"),
+    ("key_zeroed_attention", {"region": REGION.to("meta")}, "expected region on device cpu, got meta"),
+    ("head_dropout_attention", {"head_dropout_p": 1.0}, "expected p in [0, 1), got 1.0"),
+    ("head_dropout_attention", {"block_mask": "x"}, "expected block_mask to be a pyrx.BlockMask, got str"),
+    ("head_dropout_attention", {"seed": 1.5}, "expected seed to be an int, got float"),
+    ("token_importance", {"keyframe": (0, 71)}, "expected keyframe in [0, 70], got 71"),
+    ("token_importance", {"enhanced_weight": None}, "expected enhanced_weight to be a float, got NoneType"),
+    ("token_dropout", {"keep_rate": 0.0}, "expected keep_rate in (0, 1], got 0.0"),
+    ("token_dropout", {"keep_rate": 1.1}, "expected keep_rate in (0, 1], got 1.1"),
+    ("token_dropout", {"keyframe": (-1, 2)}, "expected keyframe in [0, 5], got -1"),
+    ("token_dropout", {"x": torch.ones(2, 5)}, "expected x of shape [B, N, C], got [2, 5]"),
+    ("token_dropout", {"importance": torch.ones(2, 4)}, "expected importance of shape [B, N] = [2, 5], got [2, 4]"),
+    ("token_dropout", {"importance": torch.ones(2, 5).long()},
+     "expected importance of dtype float16, bfloat16, float32 or float64, got torch.int64"),
+]  # fmt: skip
+ARGUMENTS = {
+    "reversed_attention": {"query": Q32, "key": K32, "u": V32},
+    "perturbed_attention": {"query": Q32, "key": K32, "value": V32},
+    "erasing_attention": {"query": Q32, "key": K32, "value": V32, "region": REGION},
+    "key_zeroed_attention": {"query": Q32, "key": K32, "value": V32, "region": REGION},
+    "head_dropout_attention": {"query": Q32, "key": K32, "value": V32, "head_dropout_p": 0.5, "seed": 1},
+    "token_importance": {"query": Q32, "key": K32},
+    "token_dropout": {"x": torch.ones(2, 5, 3), "importance": torch.ones(2, 5), "keep_rate": 0.5},
+}
+
+
+@pytest.mark.parametrize("op, changes, text", BAD)
+def test_errors(backend, op, changes, text):
+    options = {} if op == "token_dropout" else {"backend": backend}
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+        getattr(pyrx, op)(**ARGUMENTS[op] | options | changes)
+    assert str(caught.value) == f"pyrx::{op}: {text}"
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_fakes_have_the_shapes(backend, op):
+    options = {} if op == "token_dropout" else {"backend": backend}
+    real = getattr(pyrx, op)(**ARGUMENTS[op] | options)
+    with FakeTensorMode() as mode:
+        fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in ARGUMENTS[op].items()}
+        got = getattr(pyrx, op)(**fake | options)
+    for a, b in zip(*(each if isinstance(each, tuple) else (each,) for each in (got, real)), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+def test_sdpa_is_the_formula_of_these_tests():
+    query, key, value = inputs()
+    full = blocks_of()[1]
+    expected = F.scaled_dot_product_attention(query, key, value, full.expand(B, H, S, S), enable_gqa=True)
+    close(attend(query, key, value, full), torch.where(full.any(-1, keepdim=True), expected, 0))
