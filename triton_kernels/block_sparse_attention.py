@@ -33,11 +33,11 @@ from .attention import (
     tile_keep,
     tile_of,
 )
+from .block_sparse_attention_backward import block_sparse_attention_backward as block_sparse_attention_backward
 from .dropout import check_narrow, scale_of
 
 # Numbers that change from call to call and must not each compile a kernel of their own.
-_VARYING = ["threshold", "width", "listed"]
-
+_VARYING = ["threshold", "width"]
 
 # By (bytes of an element, padded head size up to): tiles that leave the accumulators in registers without spills.
 FORWARD = {
