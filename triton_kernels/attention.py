@@ -100,9 +100,10 @@ def padded(size: int) -> int:
 
 def plan_of(table: dict[tuple[int, int], Plan], query: Tensor, value: Tensor, q_block: int, k_block: int) -> Plan:
     size = max(padded(query.shape[3]), padded(value.shape[3]))
-    found = next(plan for (width, most), plan in table.items() if width == query.element_size() and size <= most)
-    q_tile, k_tile = min(found.q_tile, q_block), min(found.k_tile, k_block)
-    return Plan(q_tile, k_tile, 4 if q_tile * k_tile <= 64 * 64 else found.warps, found.stages)
+    plan = next(plan for (width, most), plan in table.items() if width == query.element_size() and size <= most)
+    q_tile, k_tile = min(plan.q_tile, q_block), min(plan.k_tile, k_block)
+    warps = max(4, plan.warps * q_tile * k_tile // (plan.q_tile * plan.k_tile))
+    return Plan(q_tile, k_tile, warps, plan.stages)
 
 
 class Lists(NamedTuple):

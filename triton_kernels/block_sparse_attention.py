@@ -71,7 +71,7 @@ def _forward_kernel(
     whole_first, whole_last = tl.max(first, 0), tl.min(last, 0)
     factor = factor_of(logits, row)
     if not PLAIN:
-        factor = (row * 0 + factor)[:, None]
+        factor = (tl.zeros((Q_TILE,), tl.float32) + factor)[:, None]
     own = load_rows(head_of(query, b, h), query, q, size, SIZE)
     keys_of, values_of = head_of(key, b, h // group), head_of(value, b, h // group)
     start, count = list_of(lists, b, h, q0 // Q_BLOCK, width)

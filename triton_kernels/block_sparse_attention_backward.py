@@ -119,25 +119,22 @@ def _delta_kernel(
 
 
 @triton.jit
-def _weights(score, partial, p, b, h, q, k, first, last, token, there, factor, base, PLAIN: tl.constexpr):
-    """(weights before dropout, log2(e) times the logits, the logits before bias) of a tile of products.
-
-    All of `q` .. `base` broadcast to the tile; `token` and `there` are q and k within the tensors.
-    """
-    cap = score
-    if PLAIN:
-        value = hide(score, partial, p.logits, b, first, last, k, p.keys) * factor
-    else:
-        value, cap = logits_of(score, p.logits, factor, b, h, token, there)
-        value = hide(value, partial, p.logits, b, first, last, k, p.keys)
-    return tl.exp2(value - base), value, cap
+def _hide_from_queries(score, partial, p, b, q0, k, Q_TILE: tl.constexpr):
+    """`hide` for a tile (keys, queries q0 ..), of which some may lie beyond the last query."""
+    if partial:
+        q = q0 + tl.arange(0, Q_TILE)
+        first, last = key_limits(p.logits, b, tl.minimum(q, p.queries - 1), p.queries, p.keys)
+        last = tl.where(q < p.queries, last, 0)
+        score = hide(score, True, p.logits, b, first[None, :], last[None, :], k[:, None], p.keys)
+    return score
 
 
 @triton.jit
-def _logit_gradient(weight, value, along, delta, base, grad_entropy):
-    """The gradient of a tile's logits; `along` are the gradients of its weights."""
+def _logit_gradient(p, weight, value, along, delta, base, grad_entropy):
+    """The gradient of a tile's logits; `along` are the gradients of its weights, grad_entropy anything if there is
+    none."""
     along = along - delta
-    if grad_entropy is not None:
+    if p.grad_entropy is not None:
         # where a weight is 0 the logit may be minus infinity
         along -= tl.where(weight > 0, grad_entropy * ((value - base) * LN2), 0.0)
     return weight * along
@@ -188,31 +185,29 @@ def _key_value_kernel(
         first_row = (b.to(tl.int64) * p.heads + h) * p.queries
         for step in range(count * (Q_BLOCK // Q_TILE)):
             q0 = tile_of(start, step, blocks, p.queries, Q_BLOCK, Q_TILE)
-            q = q0 + tl.arange(0, Q_TILE)
-            token = tl.minimum(q, p.queries - 1)
-            row = first_row + token
+            token = tl.minimum(q0 + tl.arange(0, Q_TILE), p.queries - 1)
             others = load_rows(queries_of, p.query, token, size, SIZE)
             score = tl.dot(own, tl.trans(others), input_precision=PRECISION)
-            base = tl.load(p.base + row)[None, :]
-            first, last = key_limits(p.logits, b, token, p.queries, p.keys)
-            last = tl.where(q < p.queries, last, 0)
+            base = tl.load(p.base + first_row + token)[None, :]
             if p.logits.key_range is not None:
                 partial: tl.constexpr = True
             else:
                 # the last query's first key, and the first query's last
                 partial = hidden | (q0 + Q_TILE > p.queries)
                 partial = partial | (q0 + Q_TILE - 1 - p.logits.left > k0) | (q0 + p.logits.right + 1 < k0 + K_TILE)
-            factor = factor_of(p.logits, row)
-            if not PLAIN:
-                factor = (row * 0 + factor)[None, :]
-            weight, value, cap = _weights(
-                score, partial, p, b, h, q[None, :], k[:, None], first[None, :], last[None, :], token[None, :],
-                there[:, None], factor, base, PLAIN,
-            )  # fmt: skip
+            if PLAIN:
+                score = _hide_from_queries(score, partial, p, b, q0, k, Q_TILE)
+                cap = score
+                value = score * factor_of(p.logits, first_row)
+            else:
+                factor = (tl.zeros((Q_TILE,), tl.float32) + factor_of(p.logits, first_row + token))[None, :]
+                value, cap = logits_of(score, p.logits, factor, b, h, token[None, :], there[:, None])
+                value = _hide_from_queries(value, partial, p, b, q0, k, Q_TILE)
+            weight = tl.exp2(value - base)
             upstream = load_rows(upstream_of, p.grad, token, value_size, VALUE_SIZE)
             kept = weight
             if p.seed is not None:
-                keep = tile_keep(p.seed, threshold, row, k0, p.keys, K_TILE, ALIGNED, True)
+                keep = tile_keep(p.seed, threshold, first_row + token, k0, p.keys, K_TILE, ALIGNED, True)
                 kept = tl.where(keep, weight, 0.0)
             if grad_value is not None:
                 found_value = tl.dot(kept.to(upstream.dtype), upstream, found_value, input_precision=PRECISION)
@@ -220,14 +215,14 @@ def _key_value_kernel(
                 along = tl.dot(content, tl.trans(upstream), input_precision=PRECISION)
                 if p.seed is not None:
                     along = tl.where(keep, along * dropped, 0.0)
-                grad_entropy = None
+                delta = tl.load(p.delta + first_row + token)[None, :]
+                grad_entropy = delta
                 if p.grad_entropy is not None:
-                    grad_entropy = tl.load(p.grad_entropy + row)[None, :]
-                delta = tl.load(p.delta + row)[None, :]
-                gradient = _logit_gradient(weight, value, along, delta, base, grad_entropy)
+                    grad_entropy = tl.load(p.grad_entropy + first_row + token)[None, :]
+                gradient = _logit_gradient(p, weight, value, along, delta, base, grad_entropy)
                 gradient = _product_gradient(gradient, cap, p)
                 if p.logits.query_scale is not None:
-                    gradient *= tl.load(p.logits.query_scale + row)[None, :]
+                    gradient *= tl.load(p.logits.query_scale + first_row + token)[None, :]
                 found_key = tl.dot(gradient.to(others.dtype), others, found_key, input_precision=PRECISION)
 
     inside = (k < p.keys)[:, None]
@@ -245,7 +240,7 @@ def _key_value_kernel(
 
 @triton.jit
 def _pair(
-    p, own, upstream, rows, limits, factor, b, h, q, token, row, k0, threshold, dropped,
+    p, own, upstream, rows, limits, factor, b, h, token, row, k0, threshold, dropped,
     size: tl.constexpr, value_size: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     PLAIN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -260,16 +255,20 @@ def _pair(
     if p.logits.key_mask is not None:
         flags = tl.cdiv(p.keys, K_TILE)
         partial = partial | (tl.load(p.logits.clear + b * flags + tl.minimum(k0 // K_TILE, flags - 1)) == 0)
-    weight, value, cap = _weights(
-        score, partial, p, b, h, q[:, None], k[None, :], first[:, None], last[:, None], token[:, None], there[None, :],
-        factor, base, PLAIN,
-    )  # fmt: skip
+    if PLAIN:
+        score = hide(score, partial, p.logits, b, first[:, None], last[:, None], k[None, :], p.keys)
+        cap = score
+        value = score * factor
+    else:
+        value, cap = logits_of(score, p.logits, factor, b, h, token[:, None], there[None, :])
+        value = hide(value, partial, p.logits, b, first[:, None], last[:, None], k[None, :], p.keys)
+    weight = tl.exp2(value - base)
     content = load_rows(head_of(p.value, b, h // p.group), p.value, there, value_size, VALUE_SIZE)
     along = tl.dot(upstream, tl.trans(content), input_precision=PRECISION)
     if p.seed is not None:
         keep = tile_keep(p.seed, threshold, row, k0, p.keys, K_TILE, ALIGNED, False)
         along = tl.where(keep, along * dropped, 0.0)
-    return _logit_gradient(weight, value, along, delta, base, grad_entropy), cap, others
+    return _logit_gradient(p, weight, value, along, delta, base, grad_entropy), cap, others
 
 
 @triton.jit
@@ -277,21 +276,21 @@ def _query_tile(
     p, b, h, q0, size: tl.constexpr, value_size: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     PLAIN: tl.constexpr, Q_TILE: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of queries brings to all its pairs: (queries, upstream, rows, limits, factor, q, token, row)."""
-    q = q0 + tl.arange(0, Q_TILE)
-    token = tl.minimum(q, p.queries - 1)
+    """What a tile of queries brings to all its pairs: (queries, upstream, rows, limits, factor, token, row)."""
+    token = tl.minimum(q0 + tl.arange(0, Q_TILE), p.queries - 1)
     row = (b.to(tl.int64) * p.heads + h) * p.queries + token
     own = load_rows(head_of(p.query, b, h), p.query, token, size, SIZE)
     upstream = load_rows(head_of(p.grad, b, h), p.grad, token, value_size, VALUE_SIZE)
-    grad_entropy = None
+    delta = tl.load(p.delta + row)[:, None]
+    grad_entropy = delta
     if p.grad_entropy is not None:
         grad_entropy = tl.load(p.grad_entropy + row)[:, None]
-    rows = (tl.load(p.delta + row)[:, None], tl.load(p.base + row)[:, None], grad_entropy)
+    rows = (delta, tl.load(p.base + row)[:, None], grad_entropy)
     first, last = key_limits(p.logits, b, token, p.queries, p.keys)
     factor = factor_of(p.logits, row)
     if not PLAIN:
-        factor = (row * 0 + factor)[:, None]
-    return own, upstream, rows, (first, last, tl.max(first, 0), tl.min(last, 0)), factor, q, token, row
+        factor = (tl.zeros((Q_TILE,), tl.float32) + factor)[:, None]
+    return own, upstream, rows, (first, last, tl.max(first, 0), tl.min(last, 0)), factor, token, row
 
 
 # Bytes: q, dout, dq and rows once, k and v a tile from L2. Operations: 4 D + 2 Dv a listed pair, and an exp2.
@@ -307,7 +306,7 @@ def _query_kernel(
     q0 = (tiles - 1 - tl.program_id(0) % tiles) * Q_TILE
     head = tl.program_id(0) // tiles
     b, h = head // p.heads, head % p.heads
-    own, upstream, rows, limits, factor, q, token, row = _query_tile(
+    own, upstream, rows, limits, factor, token, row = _query_tile(
         p, b, h, q0, size, value_size, SIZE, VALUE_SIZE, PLAIN, Q_TILE
     )
     start, count = list_of(lists, b, h, q0 // Q_BLOCK, width)
@@ -319,14 +318,14 @@ def _query_kernel(
     for step in range(count * (K_BLOCK // K_TILE)):
         k0 = tile_of(start, step, blocks, p.keys, K_BLOCK, K_TILE)
         gradient, cap, others = _pair(
-            p, own, upstream, rows, limits, factor, b, h, q, token, row, k0, threshold, dropped,
+            p, own, upstream, rows, limits, factor, b, h, token, row, k0, threshold, dropped,
             size, value_size, SIZE, VALUE_SIZE, PLAIN, ALIGNED, PRECISION, K_TILE,
         )  # fmt: skip
         gradient = _product_gradient(gradient, cap, p)
         found = tl.dot(gradient.to(others.dtype), others, found, input_precision=PRECISION)
 
     found *= p.logits.scale
-    inside = q < p.queries
+    inside = q0 + tl.arange(0, Q_TILE) < p.queries
     if grad_scale is not None:
         # the sum over keys of gradient times product
         tl.store(grad_scale + row, tl.sum(found * own.to(tl.float32), 1), mask=inside)
@@ -366,7 +365,7 @@ def _bias_kernel(
     found = tl.zeros((Q_TILE, K_TILE), tl.float32)
     for member in range(shared_batch * shared_heads):
         b, h = bias_b + member // shared_heads, bias_h + member % shared_heads
-        own, upstream, rows, limits, factor, q, token, row = _query_tile(
+        own, upstream, rows, limits, factor, token, row = _query_tile(
             p, b, h, q0, size, value_size, SIZE, VALUE_SIZE, False, Q_TILE
         )
         start, count = list_of(lists, b, h, q0 // Q_BLOCK, width)
@@ -381,7 +380,7 @@ def _bias_kernel(
                     meets = k0 < p.keys
             if meets:
                 gradient, _, _ = _pair(
-                    p, own, upstream, rows, limits, factor, b, h, q, token, row, k0, threshold, dropped,
+                    p, own, upstream, rows, limits, factor, b, h, token, row, k0, threshold, dropped,
                     size, value_size, SIZE, VALUE_SIZE, False, ALIGNED, PRECISION, K_TILE,
                 )  # fmt: skip
                 if KIND == "key":
