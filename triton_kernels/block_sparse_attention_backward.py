@@ -47,29 +47,39 @@ _VARYING = ["threshold", "width"]
 # rows of a program that makes deltas
 ROWS = 64
 
+# See plan_of and FORWARD of block_sparse_attention.py.
 KEY_VALUE = {
-    (2, 64): Plan(64, 128, 8, 3),
-    (2, 128): Plan(64, 128, 8, 2),
-    (2, 256): Plan(64, 64, 8, 2),
-    (4, 64): Plan(32, 32, 4, 2),
-    (4, 128): Plan(32, 32, 4, 2),
-    (4, 256): Plan(16, 16, 4, 2),
+    ("hopper", 64): (Plan(64, 128, 8, 3), Plan(64, 64, 4, 3)),
+    ("hopper", 128): (Plan(64, 128, 8, 3), Plan(32, 64, 4, 3)),
+    ("hopper", 256): (Plan(32, 64, 8, 2),),
+    ("half", 64): (Plan(32, 128, 8, 2), Plan(32, 64, 4, 2)),
+    ("half", 128): (Plan(32, 64, 4, 2),),
+    ("half", 256): (Plan(32, 32, 8, 1),),
+    ("single", 64): (Plan(64, 32, 4, 2), Plan(32, 16, 4, 2)),
+    ("single", 128): (Plan(32, 16, 4, 2),),
+    ("single", 256): (Plan(32, 16, 4, 2),),
 }
 QUERY = {
-    (2, 64): Plan(128, 64, 8, 3),
-    (2, 128): Plan(128, 64, 8, 2),
-    (2, 256): Plan(64, 64, 8, 2),
-    (4, 64): Plan(32, 32, 4, 2),
-    (4, 128): Plan(32, 32, 4, 2),
-    (4, 256): Plan(16, 16, 4, 2),
+    ("hopper", 64): (Plan(128, 64, 8, 3), Plan(64, 64, 4, 3)),
+    ("hopper", 128): (Plan(128, 64, 8, 3), Plan(64, 64, 4, 2)),
+    ("hopper", 256): (Plan(128, 32, 8, 2), Plan(64, 32, 4, 2)),
+    ("half", 64): (Plan(128, 32, 4, 2), Plan(64, 32, 4, 2)),
+    ("half", 128): (Plan(64, 64, 4, 2),),
+    ("half", 256): (Plan(32, 32, 4, 2),),
+    ("single", 64): (Plan(32, 32, 4, 2),),
+    ("single", 128): (Plan(32, 32, 4, 2),),
+    ("single", 256): (Plan(16, 32, 4, 2),),
 }
 BIAS = {
-    (2, 64): Plan(64, 64, 4, 2),
-    (2, 128): Plan(64, 64, 4, 2),
-    (2, 256): Plan(64, 64, 8, 2),
-    (4, 64): Plan(32, 32, 4, 2),
-    (4, 128): Plan(32, 32, 4, 2),
-    (4, 256): Plan(16, 16, 4, 2),
+    ("hopper", 64): (Plan(64, 64, 4, 1),),
+    ("hopper", 128): (Plan(64, 64, 4, 1),),
+    ("hopper", 256): (Plan(64, 32, 4, 1),),
+    ("half", 64): (Plan(64, 32, 4, 1),),
+    ("half", 128): (Plan(64, 32, 4, 1),),
+    ("half", 256): (Plan(32, 32, 4, 1),),
+    ("single", 64): (Plan(32, 32, 4, 1),),
+    ("single", 128): (Plan(32, 32, 4, 1),),
+    ("single", 256): (Plan(16, 32, 4, 1),),
 }
 
 
@@ -80,9 +90,10 @@ class Problem(NamedTuple):
     key: Rows
     value: Rows
     grad: Rows
-    delta: Tensor  # float32 (B, H, Sq), see _delta_kernel
+    delta: Tensor  # float32 (B H, `padded`), see _delta_kernel
     base: Tensor
     grad_entropy: Tensor | None
+    padded: int
     logits: Logits
     seed: Tensor | None
     batch: int
@@ -95,36 +106,38 @@ class Problem(NamedTuple):
 # Bytes: the result and its gradient once. Operations: 2 an element.
 @triton.jit
 def _delta_kernel(
-    grad, out, lse, entropy, grad_lse, grad_entropy, delta, base, heads, queries,
+    grad, out, lse, entropy, grad_lse, grad_entropy, delta, base, padded_grad_entropy, heads, queries, padded_queries,
     value_size: tl.constexpr, VALUE_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Per row delta = grad . out - grad_lse + grad_entropy * entropy, and base: log2(e) lse, plus infinity where
-    nothing is seen, so that exp2(logit - base) are the weights everywhere."""
-    tiles = tl.cdiv(queries, ROWS)
+    nothing is seen and past the last query, so that exp2(logit - base) are the weights everywhere."""
+    tiles = padded_queries // ROWS
     head = tl.program_id(0) // tiles
     b, h = head // heads, head % heads
     token = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    inside = token < queries
     q = tl.minimum(token, queries - 1)
     row = head.to(tl.int64) * queries + q
     upstream = load_rows(head_of(grad, b, h), grad, q, value_size, VALUE_SIZE).to(tl.float32)
     result = load_rows(head_of(out, b, h), out, q, value_size, VALUE_SIZE).to(tl.float32)
     found = tl.sum(upstream * result, 1)
+    place = head.to(tl.int64) * padded_queries + token
     if grad_lse is not None:
         found -= tl.load(grad_lse + row)
     if grad_entropy is not None:
-        found += tl.load(grad_entropy + row) * tl.load(entropy + row)
+        along = tl.load(grad_entropy + row)
+        found += along * tl.load(entropy + row)
+        tl.store(padded_grad_entropy + place, tl.where(inside, along, 0.0))
     own = tl.load(lse + row)
-    tl.store(delta + row, found, mask=token < queries)
-    tl.store(base + row, tl.where(own == float("-inf"), float("inf"), own * LOG2E), mask=token < queries)
+    tl.store(delta + place, tl.where(inside, found, 0.0))
+    tl.store(base + place, tl.where(inside & (own != float("-inf")), own * LOG2E, float("inf")))
 
 
 @triton.jit
-def _hide_from_queries(score, partial, p, b, q0, k, Q_TILE: tl.constexpr):
-    """`hide` for a tile (keys, queries q0 ..), of which some may lie beyond the last query."""
+def _hide_from_queries(score, partial, p, b, token, k):
+    """`hide` for a tile (keys, queries) whose queries' limits are not known yet."""
     if partial:
-        q = q0 + tl.arange(0, Q_TILE)
-        first, last = key_limits(p.logits, b, tl.minimum(q, p.queries - 1), p.queries, p.keys)
-        last = tl.where(q < p.queries, last, 0)
+        first, last = key_limits(p.logits, b, token, p.queries, p.keys)
         score = hide(score, True, p.logits, b, first[None, :], last[None, :], k[:, None], p.keys)
     return score
 
@@ -184,25 +197,26 @@ def _key_value_kernel(
         queries_of, upstream_of = head_of(p.query, b, h), head_of(p.grad, b, h)
         first_row = (b.to(tl.int64) * p.heads + h) * p.queries
         for step in range(count * (Q_BLOCK // Q_TILE)):
-            q0 = tile_of(start, step, blocks, p.queries, Q_BLOCK, Q_TILE)
-            token = tl.minimum(q0 + tl.arange(0, Q_TILE), p.queries - 1)
+            q0 = tile_of(start, step, blocks, Q_BLOCK, Q_TILE)
+            rows = (b * p.heads + h).to(tl.int64) * p.padded + q0
+            lane = tl.arange(0, Q_TILE)
+            token = tl.minimum(q0 + lane, p.queries - 1)
             others = load_rows(queries_of, p.query, token, size, SIZE)
             score = tl.dot(own, tl.trans(others), input_precision=PRECISION)
-            base = tl.load(p.base + first_row + token)[None, :]
+            base = tl.load(p.base + rows + lane)[None, :]
             if p.logits.key_range is not None:
                 partial: tl.constexpr = True
             else:
                 # the last query's first key, and the first query's last
-                partial = hidden | (q0 + Q_TILE > p.queries)
-                partial = partial | (q0 + Q_TILE - 1 - p.logits.left > k0) | (q0 + p.logits.right + 1 < k0 + K_TILE)
+                partial = hidden | (q0 + Q_TILE - 1 - p.logits.left > k0) | (q0 + p.logits.right + 1 < k0 + K_TILE)
             if PLAIN:
-                score = _hide_from_queries(score, partial, p, b, q0, k, Q_TILE)
+                score = _hide_from_queries(score, partial, p, b, token, k)
                 cap = score
                 value = score * factor_of(p.logits, first_row)
             else:
                 factor = (tl.zeros((Q_TILE,), tl.float32) + factor_of(p.logits, first_row + token))[None, :]
                 value, cap = logits_of(score, p.logits, factor, b, h, token[None, :], there[:, None])
-                value = _hide_from_queries(value, partial, p, b, q0, k, Q_TILE)
+                value = _hide_from_queries(value, partial, p, b, token, k)
             weight = tl.exp2(value - base)
             upstream = load_rows(upstream_of, p.grad, token, value_size, VALUE_SIZE)
             kept = weight
@@ -215,10 +229,10 @@ def _key_value_kernel(
                 along = tl.dot(content, tl.trans(upstream), input_precision=PRECISION)
                 if p.seed is not None:
                     along = tl.where(keep, along * dropped, 0.0)
-                delta = tl.load(p.delta + first_row + token)[None, :]
+                delta = tl.load(p.delta + rows + lane)[None, :]
                 grad_entropy = delta
                 if p.grad_entropy is not None:
-                    grad_entropy = tl.load(p.grad_entropy + first_row + token)[None, :]
+                    grad_entropy = tl.load(p.grad_entropy + rows + lane)[None, :]
                 gradient = _logit_gradient(p, weight, value, along, delta, base, grad_entropy)
                 gradient = _product_gradient(gradient, cap, p)
                 if p.logits.query_scale is not None:
@@ -281,11 +295,12 @@ def _query_tile(
     row = (b.to(tl.int64) * p.heads + h) * p.queries + token
     own = load_rows(head_of(p.query, b, h), p.query, token, size, SIZE)
     upstream = load_rows(head_of(p.grad, b, h), p.grad, token, value_size, VALUE_SIZE)
-    delta = tl.load(p.delta + row)[:, None]
+    place = (b * p.heads + h).to(tl.int64) * p.padded + q0 + tl.arange(0, Q_TILE)
+    delta = tl.load(p.delta + place)[:, None]
     grad_entropy = delta
     if p.grad_entropy is not None:
-        grad_entropy = tl.load(p.grad_entropy + row)[:, None]
-    rows = (delta, tl.load(p.base + row)[:, None], grad_entropy)
+        grad_entropy = tl.load(p.grad_entropy + place)[:, None]
+    rows = (delta, tl.load(p.base + place)[:, None], grad_entropy)
     first, last = key_limits(p.logits, b, token, p.queries, p.keys)
     factor = factor_of(p.logits, row)
     if not PLAIN:
@@ -316,7 +331,7 @@ def _query_kernel(
         dropped = scale_of(threshold)
     found = tl.zeros((Q_TILE, SIZE), tl.float32)
     for step in range(count * (K_BLOCK // K_TILE)):
-        k0 = tile_of(start, step, blocks, p.keys, K_BLOCK, K_TILE)
+        k0 = tile_of(start, step, blocks, K_BLOCK, K_TILE)
         gradient, cap, others = _pair(
             p, own, upstream, rows, limits, factor, b, h, token, row, k0, threshold, dropped,
             size, value_size, SIZE, VALUE_SIZE, PLAIN, ALIGNED, PRECISION, K_TILE,
@@ -370,7 +385,7 @@ def _bias_kernel(
         )
         start, count = list_of(lists, b, h, q0 // Q_BLOCK, width)
         for step in range(count * (K_BLOCK // K_TILE)):
-            k0 = tile_of(start, step, blocks, p.keys, K_BLOCK, K_TILE)
+            k0 = tile_of(start, step, blocks, K_BLOCK, K_TILE)
             if KIND == "key":
                 meets = k0 == e0
             else:
@@ -422,13 +437,17 @@ def block_sparse_attention_backward(
     asked = [each if needed else None for each, needed in zip(found, needs, strict=True)]
     grad_query, grad_key, grad_value = (None if each is None else rows_of(each) for each in asked[:3])
     sizes = (size, value_size, padded(size), padded(value_size))
-    delta, base = torch.empty_like(lse, memory_format=torch.contiguous_format), torch.empty_like(lse)
+    # whole blocks, and one more for what a list names that is no block
+    rows = (triton.cdiv(queries, q_block) + 1) * q_block
+    rows = triton.cdiv(rows, ROWS) * ROWS
+    delta, base = lse.new_empty((batch * heads, rows)), lse.new_empty((batch * heads, rows))
+    padded_grad_entropy = None if grad_entropy is None else torch.empty_like(delta)
     precision, aligned, blocks = precision_of(query), keys % 8 == 0, (q_block, k_block)
     upstream = rows_of(grad)
 
     def problem(tile: int) -> Problem:
         return Problem(
-            rows_of(query), rows_of(key), rows_of(value), upstream, delta, base, grad_entropy,
+            rows_of(query), rows_of(key), rows_of(value), upstream, delta, base, padded_grad_entropy, rows,
             kernel_logits(query, key, given, tile), seed if threshold > 0 else None,
             batch, heads, heads // kv_heads, queries, keys,
         )  # fmt: skip
@@ -436,11 +455,11 @@ def block_sparse_attention_backward(
     def contiguous(row: Tensor | None) -> Tensor | None:
         return None if row is None else row.contiguous()
 
-    grad_entropy = contiguous(grad_entropy)
     with torch.cuda.device_of(query):
-        _delta_kernel[(triton.cdiv(queries, ROWS) * batch * heads,)](
+        _delta_kernel[(rows // ROWS * batch * heads,)](
             upstream, rows_of(out), lse.contiguous(), None if grad_entropy is None else entropy.contiguous(),
-            contiguous(grad_lse), grad_entropy, delta, base, heads, queries, value_size, padded(value_size), ROWS,
+            contiguous(grad_lse), contiguous(grad_entropy), delta, base, padded_grad_entropy, heads, queries, rows,
+            value_size, padded(value_size), ROWS,
         )  # fmt: skip
         if grad_key is not None or grad_value is not None:
             plan = plan_of(KEY_VALUE, query, value, *blocks)
