@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyrx import _attention
+from pyrx._backends import TRITON_INTERPRETED
 
 from .dropout import element_keep, group_bits
 
@@ -98,11 +100,27 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def plan_of(table: dict[tuple[int, int], Plan], query: Tensor, value: Tensor, q_block: int, k_block: int) -> Plan:
+@functools.cache
+def _large_memory(device: torch.device) -> bool:
+    """Whether tiles have Hopper's shared memory, 227 KiB a program, and its products of 64 rows; interpreted: yes."""
+    return TRITON_INTERPRETED or triton.runtime.driver.active.get_current_target().arch in (90, 100, 103)
+
+
+Plans = dict[tuple[str, int], tuple[Plan, ...]]
+
+
+def plan_of(plans: Plans, query: Tensor, value: Tensor, q_block: int, k_block: int) -> Plan:
+    """The first plan whose tiles fit the blocks, or the last one cut down to them.
+
+    Keys are "hopper", "half" (16 bits elsewhere) or "single" and the largest padded head size that a plan serves.
+    """
+    kind = "single" if query.dtype == torch.float32 else "hopper" if _large_memory(query.device) else "half"
     size = max(padded(query.shape[3]), padded(value.shape[3]))
-    found = next(plan for (width, most), plan in table.items() if width == query.element_size() and size <= most)
-    q_tile, k_tile = min(found.q_tile, q_block), min(found.k_tile, k_block)
-    return Plan(q_tile, k_tile, 4 if q_tile * k_tile <= 64 * 64 else found.warps, found.stages)
+    found = next(each for (name, most), each in plans.items() if name == kind and size <= most)
+    for plan in found:
+        if plan.q_tile <= q_block and plan.k_tile <= k_block:
+            return plan
+    return Plan(min(plan.q_tile, q_block), min(plan.k_tile, k_block), 4, plan.stages)
 
 
 class Lists(NamedTuple):
@@ -169,12 +187,13 @@ def list_of(lists, b, h, row, width):
 
 
 @triton.jit
-def tile_of(start, step, blocks, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The first token of a list's tile number `step`; past the last token where the list names no block."""
+def tile_of(start, step, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The first token of a list's tile number `step`; after the last block where the list names none."""
     PER_BLOCK: tl.constexpr = BLOCK // TILE
     block = tl.load(start + step // PER_BLOCK)
     inside = (block >= 0) & (block < blocks)
-    return tl.where(inside, block * BLOCK + step % PER_BLOCK * TILE, tokens)
+    first = tl.where(inside, block, blocks) * BLOCK + step % PER_BLOCK * TILE
+    return tl.multiple_of(first, TILE)
 
 
 @triton.jit

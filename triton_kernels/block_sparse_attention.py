@@ -33,20 +33,23 @@ from .attention import (
     tile_keep,
     tile_of,
 )
+from .block_sparse_attention_backward import block_sparse_attention_backward as block_sparse_attention_backward
 from .dropout import check_narrow, scale_of
 
 # Numbers that change from call to call and must not each compile a kernel of their own.
-_VARYING = ["threshold", "width", "listed"]
+_VARYING = ["threshold", "width"]
 
-
-# By (bytes of an element, padded head size up to): tiles that leave the accumulators in registers without spills.
+# See plan_of. Chosen for registers without spills, then for two programs a multiprocessor; ptxas -v tells.
 FORWARD = {
-    (2, 64): Plan(128, 128, 4, 3),
-    (2, 128): Plan(128, 64, 8, 3),
-    (2, 256): Plan(64, 64, 4, 2),
-    (4, 64): Plan(64, 32, 4, 2),
-    (4, 128): Plan(32, 32, 4, 2),
-    (4, 256): Plan(32, 16, 4, 2),
+    ("hopper", 64): (Plan(128, 64, 4, 3), Plan(64, 64, 4, 3)),
+    ("hopper", 128): (Plan(128, 64, 8, 3), Plan(64, 64, 4, 3)),
+    ("hopper", 256): (Plan(128, 64, 8, 2), Plan(64, 32, 4, 2)),
+    ("half", 64): (Plan(128, 64, 8, 3), Plan(64, 64, 4, 3)),
+    ("half", 128): (Plan(128, 64, 8, 2), Plan(64, 64, 4, 2)),
+    ("half", 256): (Plan(64, 32, 8, 2),),
+    ("single", 64): (Plan(64, 32, 4, 2),),
+    ("single", 128): (Plan(64, 32, 4, 2),),
+    ("single", 256): (Plan(32, 16, 4, 2),),
 }
 
 
@@ -71,7 +74,7 @@ def _forward_kernel(
     whole_first, whole_last = tl.max(first, 0), tl.min(last, 0)
     factor = factor_of(logits, row)
     if not PLAIN:
-        factor = (row * 0 + factor)[:, None]
+        factor = (tl.zeros((Q_TILE,), tl.float32) + factor)[:, None]
     own = load_rows(head_of(query, b, h), query, q, size, SIZE)
     keys_of, values_of = head_of(key, b, h // group), head_of(value, b, h // group)
     start, count = list_of(lists, b, h, q0 // Q_BLOCK, width)
@@ -82,7 +85,7 @@ def _forward_kernel(
     mean = tl.zeros((Q_TILE,), tl.float32)
     weighted = tl.zeros((Q_TILE, VALUE_SIZE), tl.float32)
     for step in range(count * (K_BLOCK // K_TILE)):
-        k0 = tile_of(start, step, blocks, keys, K_BLOCK, K_TILE)
+        k0 = tile_of(start, step, blocks, K_BLOCK, K_TILE)
         k = k0 + tl.arange(0, K_TILE)
         there = tl.minimum(k, keys - 1)
         others = load_rows(keys_of, key, there, size, SIZE)
