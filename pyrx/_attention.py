@@ -119,9 +119,10 @@ def check_logits(op: str, query: Tensor, key: Tensor, logits: Logits) -> None:
         if columns == 0 or keys % columns != 0:
             fail(op, "column_bias", f"of a last dimension that divides the {keys} keys", columns)
         _check_bias(op, "row_bias", logits.row_bias, query, keys // columns)
-    if not math.isfinite(logits.scale):
+    # comparisons, not math.isfinite: torch.compile may trace a scale of a symbolic head size
+    if not -math.inf < logits.scale < math.inf:
         fail(op, "scale", "to be finite", logits.scale)
-    if not (math.isfinite(logits.softcap) and logits.softcap >= 0):
+    if not 0 <= logits.softcap < math.inf:
         fail(op, "softcap", "to be finite and not negative", logits.softcap)
 
 

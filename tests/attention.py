@@ -7,7 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from helpers import FLOATS, SLACK, assert_within_budget, expected_mask, need, scale_of
+from helpers import FLOATS, SLACK, assert_within_budget, expected_mask, need, scale_of, threshold_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyrx
@@ -264,6 +264,21 @@ def pytorch(call):
     """(out, lse, entropy) as PyTorch computes them in the call's dtype, where it can."""
     out, lse, entropy = formula(call)
     return (sdpa(call) if has_sdpa(call) and call.key.shape[2] else out), lse, entropy
+
+
+def raw(call):
+    """The arguments of the raw op up to want_entropy."""
+    left, right = (
+        -1 if side is None else side for side in sides(call.options.get("window"), "is_causal" in call.options)
+    )
+    p, scale = call.options.get("dropout_p", 0.0), call.options.get("scale")
+    return [
+        *(call.query, call.key, call.value),
+        *(*call.mask.lists, *call.mask.block_size),
+        *(left, right, call.mask.key_range, call.key_mask, call.query_scale, call.row_bias, call.column_bias),
+        *(call.query.shape[3] ** -0.5 if scale is None else scale, call.options.get("softcap", 0.0)),
+        *(torch.tensor(call.options["seed"]) if p > 0 else None, threshold_of(p)),
+    ]
 
 
 def upstreams(results, seed=7):

@@ -17,6 +17,7 @@ from attention import (
     formula,
     gradients,
     listed,
+    raw,
     visible,
 )
 from helpers import FLOATS, assert_same_bits, name_of, need
@@ -202,29 +203,6 @@ def test_every_subset_of_requires_grad(backend, dtype):
                 assert_same_bits(gradient, whole[name], f"{name} of {needs}")
             else:
                 torch.testing.assert_close(gradient, whole[name])
-
-
-def raw(call, seed=None, threshold=0):
-    """The arguments of the raw op up to want_entropy."""
-    left, right = call.options.get("window", (-1, -1))
-    return [
-        call.query,
-        call.key,
-        call.value,
-        *call.mask.lists,
-        *call.mask.block_size,
-        left,
-        right,
-        call.mask.key_range,
-        call.key_mask,
-        call.query_scale,
-        call.row_bias,
-        call.column_bias,
-        call.query.shape[3] ** -0.5,
-        call.options.get("softcap", 0.0),
-        seed,
-        threshold,
-    ]
 
 
 def test_only_what_is_asked_is_returned_by_the_op(cpu):

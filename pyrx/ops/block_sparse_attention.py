@@ -182,7 +182,8 @@ def attention(
     args = (query, key, value, *block_mask.lists, *block_mask.block_size, *logits, seed, level)
     if chosen == "reference":
         _check(ROW, *args)
-        return reference.block_sparse_attention(*args, want_entropy)
+        with torch.autocast(query.device.type, enabled=False):  # its products are in the accumulation dtype
+            return reference.block_sparse_attention(*args, want_entropy)
     return _library.namespace(chosen).block_sparse_attention(*args, want_entropy)
 
 
@@ -270,7 +271,7 @@ def block_sparse_attention(
         fail(op, "query and key", "of shape [B, H, S, D]", [list(query.shape), list(key.shape)])
     if not enable_gqa and query.shape[1] != key.shape[1]:
         fail(op, "key", f"of the query's {query.shape[1]} heads (or enable_gqa=True)", key.shape[1])
-    level = threshold(op, dropout_p)
+    level = threshold(op, dropout_p, "dropout_p")
     if block_mask is None:
         block_mask = default_mask(op, query, key, is_causal, window)
     mask = check_mask(op, block_mask, query, key)
