@@ -8,12 +8,14 @@
 
 namespace pyrx::cpu {
 
+constexpr int64_t kLogitKeys = 128;  // most keys of a LogitTile
+
 // A tile of products (rows, keys) of queries q .. and keys k .. of head (b, h), and what its logits are made of.
 template <typename T>
 struct LogitTile {
   using Acc = accumulate_t<T>;
   int64_t b, h, q, k;        // of its first row and column
-  int64_t rows, keys;        // at most one block of each
+  int64_t rows, keys;        // keys at most kLogitKeys
   Acc* logits;               // (rows, keys) in rows of `stride`
   int64_t stride;
   Acc scale, softcap;        // softcap 0: none
@@ -31,7 +33,34 @@ struct LogitKernels {
   void (*hide)(const LogitTile<T>& tile);
 };
 
+// One step of an online softmax: a tile of logits (rows, keys), and what its rows have summed up before it.
+template <typename G>
+struct SoftmaxTile {
+  using Acc = accumulate_t<G>;
+  int64_t rows, keys;
+  Acc* logits;      // (rows, keys) in rows of `stride`, a multiple of 16; columns up to the next multiple are overwritten
+  int64_t stride;
+  Acc factor;       // above 0; weights are 2^(factor * logit - most)
+  Acc* most;        // (rows,): greatest factor * logit so far, minus infinity before the first
+  Acc* total;       // (rows,): sum of the weights
+  Acc* weighted;    // (rows,): sum of the weights times their exponents, or null
+  Acc* out;         // (rows, size) in rows of out_stride: sums that follow `most`; null: none yet
+  int64_t size, out_stride;
+  const uint8_t* bits;  // of the kept weights, rows bits_stride bytes apart, or null: all
+  int64_t bits_stride;
+  G* weights;           // (rows, keys rounded up to 16) in rows of weights_stride, 0 where dropped; may be the logits
+  int64_t weights_stride;
+};
+
+template <typename G>
+struct SoftmaxKernels {
+  // logits to weights, and the sums of the rows brought up to them
+  void (*step)(const SoftmaxTile<G>& tile);
+};
+
 template <typename T>
 const LogitKernels<T>& logit_kernels();
+template <typename G>
+const SoftmaxKernels<G>& softmax_kernels();
 
 }  // namespace pyrx::cpu

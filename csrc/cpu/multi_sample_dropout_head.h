@@ -4,7 +4,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <array>
@@ -14,6 +13,7 @@
 #include "cpu/elements.h"
 #include "cpu/gemm.h"
 #include "cpu/simd.h"
+#include "cpu/workspace.h"
 
 namespace pyrx::cpu {
 
@@ -65,27 +65,6 @@ struct HeadResults {
   O* grad_weight;  // (C, D)
   O* grad_bias;    // (C,)
   Acc factor;      // of every gradient
-};
-
-// Buffers cut from one allocation, each on a cache line.
-class Workspace {
- public:
-  template <typename U>
-  int64_t reserve(int64_t count) {
-    const int64_t at = size_;
-    size_ += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
-    return at;
-  }
-  void allocate() { memory_ = at::empty({size_ + 64}, at::kByte); }
-  template <typename U>
-  U* at_offset(int64_t offset) const {
-    const auto base = reinterpret_cast<uintptr_t>(memory_.data_ptr());
-    return reinterpret_cast<U*>(round_up(static_cast<int64_t>(base), 64) + offset);
-  }
-
- private:
-  int64_t size_ = 0;
-  at::Tensor memory_;
 };
 
 template <typename T, typename G, typename O>

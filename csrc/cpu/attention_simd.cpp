@@ -1,0 +1,37 @@
+#include "cpu/attention_simd.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/isa.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of the undefined values in GCC 12's own intrinsics
+#endif
+
+#define PYRX_KERNELS "cpu/attention_simd.inl"
+#include "cpu/each_isa.inl"
+
+namespace pyrx::cpu {
+
+template <typename T>
+const LogitKernels<T>& logit_kernels() {
+  PYRX_PICK(logit_table<T>())
+}
+template const LogitKernels<float>& logit_kernels<float>();
+template const LogitKernels<double>& logit_kernels<double>();
+template const LogitKernels<bfloat16>& logit_kernels<bfloat16>();
+template const LogitKernels<float16>& logit_kernels<float16>();
+
+template <typename G>
+const SoftmaxKernels<G>& softmax_kernels() {
+  PYRX_PICK(softmax_table<G>())
+}
+template const SoftmaxKernels<float>& softmax_kernels<float>();
+template const SoftmaxKernels<double>& softmax_kernels<double>();
+template const SoftmaxKernels<bfloat16>& softmax_kernels<bfloat16>();
+template const SoftmaxKernels<float16>& softmax_kernels<float16>();
+
+}  // namespace pyrx::cpu

@@ -1,0 +1,96 @@
+// The online softmax over tiles of logits: SoftmaxKernels. Included by attention_simd.inl.
+
+// 2^x for x up to a rounding above 0, within 2 ulp, 0 where that is below the least normal number; NaN stays.
+template <typename Acc>
+inline Vec<Acc> exp2(const Vec<Acc>& x) {
+#if PYRX_ISA
+  if constexpr (sizeof(Acc) == 4) {
+    // minimax of 2^r on |r| <= 1/2, highest first
+    constexpr float power[] = {1.326472712e-3f, 9.671512645e-3f, 5.550733743e-2f, 2.402224209e-1f, 6.931469776e-1f, 1.0f};
+#if PYRX_ISA == 512
+    const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), x.v);  // the second operand, NaN too, where they do not compare
+    const __m512 n = _mm512_roundscale_ps(v, 0), r = _mm512_sub_ps(v, n);
+    __m512 y = _mm512_set1_ps(power[0]);
+    for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(power[i]));
+    return {_mm512_scalef_ps(y, n)};
+#else
+    const auto half = [&](__m256 whole) {
+      const __m256 least = _mm256_set1_ps(-126.0f), v = _mm256_max_ps(least, whole);
+      const __m256 n = _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm256_sub_ps(v, n);
+      __m256 y = _mm256_set1_ps(power[0]);
+      for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(power[i]));
+      const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+      y = _mm256_mul_ps(y, _mm256_castsi256_ps(exponent));
+      return _mm256_andnot_ps(_mm256_cmp_ps(whole, least, _CMP_LT_OQ), y);
+    };
+    return {half(x.low), half(x.high)};
+#endif
+  }
+#endif
+  Acc v[kLanes];
+  x.put(v);
+  for (int i = 0; i < kLanes; ++i) v[i] = std::exp2(v[i]);
+  return Vec<Acc>::get(v);
+}
+
+// The rows of a tile of `vectors` vectors of keys; a constant, so that a row stays in registers.
+template <typename G, bool kWeighted, typename Vectors>
+inline void softmax_rows(const SoftmaxTile<G>& tile, Vectors vectors) {
+  using Acc = accumulate_t<G>;
+  using V = Vec<Acc>;
+  constexpr Acc kNothing = -std::numeric_limits<Acc>::infinity();
+  const V factor = V::fill(tile.factor);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const Acc* row = tile.logits + r * tile.stride;
+    V most = V::fill(kNothing);
+    for (int i = 0; i < vectors; ++i) most = V::max(load(row + i * kLanes), most);
+    const Acc before = tile.most[r], found = tile.factor * most.greatest(), now = found > before ? found : before;
+    const Acc base = now == kNothing ? 0 : now;
+    const V offset = V::fill(-base);
+    V total = V::fill(0), weighted = V::fill(0);
+    G* out = tile.weights + r * tile.weights_stride;
+    const uint8_t* bits = tile.bits ? tile.bits + r * tile.bits_stride : nullptr;
+    for (int i = 0; i < vectors; ++i) {
+      const V exponent = V::multiply_add(load(row + i * kLanes), factor, offset), weight = exp2(exponent);
+      total = total + weight;
+      // a weight of 0 has an exponent of minus infinity, perhaps
+      if constexpr (kWeighted) weighted = V::multiply_add(weight, V::max(exponent, V::fill(-1000)), weighted);
+      store(out + i * kLanes, bits ? weight.keep(bits_of(bits, i * kLanes, kLanes)) : weight);
+    }
+    const Acc sum = total.sum();
+    if (now == before) {
+      tile.total[r] += sum;
+      if constexpr (kWeighted) tile.weighted[r] += weighted.sum();
+      continue;
+    }
+    tile.most[r] = now;
+    const Acc shrink = before == kNothing ? 0 : std::exp2(before - base);
+    if constexpr (kWeighted) {
+      const Acc moved = before == kNothing ? 0 : tile.weighted[r] + (before - base) * tile.total[r];
+      tile.weighted[r] = moved * shrink + weighted.sum();
+    }
+    tile.total[r] = tile.total[r] * shrink + sum;
+    if (tile.out == nullptr) continue;
+    Acc* sums = tile.out + r * tile.out_stride;
+    const V by = V::fill(shrink);
+    blocks(tile.size, [&](int64_t i, auto count) { store(sums + i, load(sums + i, count) * by, count); });
+  }
+}
+
+template <typename G>
+void softmax_step(const SoftmaxTile<G>& tile) {
+  using Acc = accumulate_t<G>;
+  const int64_t vectors = (tile.keys + kLanes - 1) / kLanes;
+  if (tile.keys % kLanes != 0)
+    for (int64_t r = 0; r < tile.rows; ++r)
+      std::fill(tile.logits + r * tile.stride + tile.keys, tile.logits + r * tile.stride + vectors * kLanes,
+                -std::numeric_limits<Acc>::infinity());
+  if (tile.weighted) return softmax_rows<G, true>(tile, static_cast<int>(vectors));
+  if (vectors == kLogitKeys / kLanes) return softmax_rows<G, false>(tile, std::integral_constant<int, kLogitKeys / kLanes>());
+  softmax_rows<G, false>(tile, static_cast<int>(vectors));
+}
+
+template <typename G>
+constexpr SoftmaxKernels<G> softmax_table() {
+  return {&softmax_step<G>};
+}

@@ -1,0 +1,309 @@
+// Attention over listed blocks on the CPU, forward: FlashAttention-2's online softmax over tiles of listed keys.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numbers>
+#include <tuple>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/pages.h"
+
+namespace pyrx::cpu {
+namespace {
+
+constexpr std::string_view kOp = "block_sparse_attention";
+constexpr int64_t kTaskRows = 128;   // most queries of a task, more where a block has more
+constexpr int64_t kPackPanels = 4;   // panels that a task packs
+
+// Empty (B, H, S, `size`) laid out (B, S, H, D) where the tensor is, else contiguous: pyrx/ops.
+at::Tensor empty_like_tokens(const at::Tensor& tensor, int64_t size) {
+  const int64_t batch = tensor.size(0), heads = tensor.size(1), tokens = tensor.size(2);
+  if (tensor.transpose(1, 2).is_contiguous() && !tensor.is_contiguous())
+    return at::empty({batch, tokens, heads, size}, tensor.options()).transpose(1, 2);
+  return at::empty({batch, heads, tokens, size}, tensor.options());
+}
+
+template <typename T>
+struct AttentionResults {
+  using Acc = accumulate_t<T>;
+  T* out;
+  int64_t batch, head, token;  // strides of out in elements
+  Acc* lse;                    // (B, H, Sq)
+  Acc* entropy;                // (B, H, Sq) or null
+};
+
+// Keys and values are packed once: keys transposed in panels of `width_` tokens, values in rows padded to 16 columns.
+template <typename T, typename G>
+class Forward {
+  using Acc = accumulate_t<T>;
+
+ public:
+  Forward(const AttentionProblem<T>& problem, const AttentionResults<T>& results)
+      : in_(problem),
+        out_(results),
+        shape_(problem.shape),
+        depth_(transposed_depth<G>(shape_.size)),
+        values_(round_up(shape_.value_size, kRound)),
+        width_(std::min(shape_.k_block, kPanel)),
+        panels_((shape_.keys + width_ - 1) / width_),
+        folded_(problem.plain() && problem.scale > 0),
+        values_as_they_are_(std::is_same_v<T, G> && sizeof(G) != 2 && shape_.value_size == values_ &&
+                            problem.value.token == values_),
+        queries_as_they_are_(std::is_same_v<T, G> && depth_ == shape_.size && problem.query.token == depth_) {}
+
+  void run() {
+    pack();
+    const int64_t group = std::max<int64_t>(1, kTaskRows / shape_.q_block), blocks = shape_.q_blocks();
+    const int64_t groups = (blocks + group - 1) / group;
+    run_tasks<G>(
+        shape_.batch * shape_.heads * groups, [&] { return Scratch(*this); },
+        [&](int64_t task, Scratch& scratch) {
+          // the last blocks first: they see most where attention is causal
+          const int64_t head = task / groups, first = (groups - 1 - task % groups) * group;
+          for (int64_t i = first; i < std::min(first + group, blocks); ++i)
+            attend(head / shape_.heads, head % shape_.heads, i, scratch);
+        });
+  }
+
+ private:
+  // A thread's own, for one block of queries and a tile of keys.
+  struct Scratch {
+    Workspace memory;
+    G *queries, *weights, *keys, *values;
+    Acc *logits, *out, *most, *total, *weighted;
+    uint8_t *bits, *shifted;
+    std::vector<int64_t> listed;
+
+    explicit Scratch(const Forward& f) {
+      const int64_t rows = f.shape_.q_block;
+      const auto acc = [&](int64_t n) { return memory.reserve<Acc>(n); };
+      const auto operand = [&](int64_t n) { return memory.reserve<G>(n); };
+      const int64_t at[] = {operand(rows * f.depth_), operand(rows * kLogitKeys), operand(f.depth_ * kLogitKeys),
+                            operand(kLogitKeys * f.values_), acc(rows * kLogitKeys), acc(rows * f.values_), acc(rows),
+                            acc(rows), acc(rows), memory.reserve<uint8_t>(rows * kLogitKeys / 8),
+                            memory.reserve<uint8_t>(kLogitKeys / 8 + 2)};
+      memory.allocate();
+      queries = memory.at_offset<G>(at[0]), weights = memory.at_offset<G>(at[1]), keys = memory.at_offset<G>(at[2]);
+      values = memory.at_offset<G>(at[3]), logits = memory.at_offset<Acc>(at[4]), out = memory.at_offset<Acc>(at[5]);
+      most = memory.at_offset<Acc>(at[6]), total = memory.at_offset<Acc>(at[7]), weighted = memory.at_offset<Acc>(at[8]);
+      bits = memory.at_offset<uint8_t>(at[9]), shifted = memory.at_offset<uint8_t>(at[10]);
+      if constexpr (std::is_same_v<G, Acc>) weights = logits;
+    }
+  };
+
+  int64_t kv_head(int64_t b, int64_t h) const { return b * shape_.kv_heads + h / shape_.group(); }
+  int64_t tokens_of(int64_t panel) const { return std::min(width_, shape_.keys - panel * width_); }
+  G* keys_of(int64_t head, int64_t panel) const { return keys_ + (head * panels_ + panel) * depth_ * width_; }
+  const G* values_of(int64_t head, int64_t panel) const {
+    if (values_as_they_are_)
+      return reinterpret_cast<const G*>(in_.value.at(head / shape_.kv_heads, head % shape_.kv_heads, panel * width_));
+    return packed_values_ + (head * panels_ + panel) * width_ * values_;
+  }
+
+  static at::Tensor operands(int64_t n) {
+    at::Tensor memory = at::empty({n * static_cast<int64_t>(sizeof(G))}, at::kByte);
+    use_huge_pages(memory);
+    return memory;
+  }
+
+  void pack() {
+    const int64_t heads = shape_.batch * shape_.kv_heads, runs = (panels_ + kPackPanels - 1) / kPackPanels;
+    key_memory_ = operands(heads * panels_ * width_ * depth_);
+    keys_ = static_cast<G*>(key_memory_.mutable_data_ptr());
+    if (!values_as_they_are_) {
+      value_memory_ = operands(heads * panels_ * width_ * values_);
+      packed_values_ = static_cast<G*>(value_memory_.mutable_data_ptr());
+    }
+    run_tasks<G>(
+        heads * runs, [&] { return std::vector<G>(width_ * depth_); },
+        [&](int64_t task, std::vector<G>& scratch) {
+          const int64_t head = task / runs, b = head / shape_.kv_heads, h = head % shape_.kv_heads;
+          const int64_t first = task % runs * kPackPanels;
+          for (int64_t panel = first; panel < std::min(first + kPackPanels, panels_); ++panel) {
+            const int64_t token = panel * width_, n = tokens_of(panel);
+            pack_transposed<T, G>(in_.key.at(b, h, token), in_.key.token, n, shape_.size, width_, scratch.data(),
+                                  keys_of(head, panel));
+            if (!values_as_they_are_)
+              pack_rows<T, G>(in_.value.at(b, h, token), in_.value.token, n, shape_.value_size, values_,
+                              packed_values_ + (head * panels_ + panel) * width_ * values_);
+          }
+        });
+  }
+
+  const G* queries_of(int64_t b, int64_t h, int64_t q, int64_t rows, const Scratch& scratch) const {
+    const T* from = in_.query.at(b, h, q);
+    if (queries_as_they_are_) return reinterpret_cast<const G*>(from);
+    for (int64_t i = 0; i < rows; ++i) {
+      G* to = scratch.queries + i * depth_;
+      head_kernels<T, G>().select(from + i * in_.query.token, nullptr, shape_.size, to);
+      std::fill(to + shape_.size, to + depth_, G{});
+    }
+    return scratch.queries;
+  }
+
+  // Blocks listed[0 .. count) of a tile, the keys of which follow each other in it: all but the last block are whole.
+  struct Tile {
+    const int64_t* listed;
+    int64_t count, keys;
+  };
+
+  void attend(int64_t b, int64_t h, int64_t block, Scratch& scratch) const {
+    const int64_t q = block * shape_.q_block, rows = std::min(shape_.q_block, shape_.queries - q);
+    const Reach seen = reach(in_.rules, b, q, rows);
+    std::vector<int64_t>& listed = scratch.listed;
+    in_.kv.of(b, h, block, listed);
+    listed.erase(std::remove_if(listed.begin(), listed.end(),
+                                [&](int64_t j) { return seen.any.empty() || seen.misses(j * shape_.k_block, keys_in(j)); }),
+                 listed.end());
+    std::fill_n(scratch.most, rows, -std::numeric_limits<Acc>::infinity());
+    std::fill_n(scratch.total, rows, Acc(0));
+    std::fill_n(scratch.weighted, rows, Acc(0));
+    const G* queries = queries_of(b, h, q, rows, scratch);
+    const int64_t together = kLogitKeys / shape_.k_block, blocks = static_cast<int64_t>(listed.size());
+    for (int64_t i = 0; i < blocks; i += together) {
+      const int64_t count = std::min(together, blocks - i);
+      const Tile tile{listed.data() + i, count, (count - 1) * shape_.k_block + keys_in(listed[i + count - 1])};
+      step(b, h, q, rows, queries, tile, seen, i == 0, scratch);
+    }
+    finish(b, h, q, rows, blocks == 0, scratch);
+  }
+
+  int64_t keys_in(int64_t block) const { return std::min(shape_.k_block, shape_.keys - block * shape_.k_block); }
+
+  void step(int64_t b, int64_t h, int64_t q, int64_t rows, const G* queries, const Tile& tile, const Reach& seen,
+            bool first, const Scratch& scratch) const {
+    const int64_t head = kv_head(b, h);
+    products(head, rows, queries, tile, scratch);
+    for (int64_t i = 0; i < tile.count; ++i) logits(b, h, q, rows, tile.listed[i], i * shape_.k_block, seen, scratch);
+    if (in_.threshold > 0)
+      for (int64_t i = 0; i < tile.count; ++i) drop(b, h, q, rows, tile.listed[i], i * shape_.k_block, scratch);
+    softmax_kernels<G>().step({
+        .rows = rows,
+        .keys = tile.keys,
+        .logits = scratch.logits,
+        .stride = kLogitKeys,
+        .factor = static_cast<Acc>(std::numbers::log2e * (folded_ ? static_cast<double>(in_.scale) : 1.0)),
+        .most = scratch.most,
+        .total = scratch.total,
+        .weighted = out_.entropy ? scratch.weighted : nullptr,
+        .out = first ? nullptr : scratch.out,
+        .size = values_,
+        .out_stride = values_,
+        .bits = in_.threshold > 0 ? scratch.bits : nullptr,
+        .bits_stride = kLogitKeys / 8,
+        .weights = scratch.weights,
+        .weights_stride = kLogitKeys,
+    });
+    const G* values = values_of_tile(head, tile, scratch);
+    multiply(rows, values_, round_up(tile.keys, pairing<G>), scratch.weights, kLogitKeys, values, values_, scratch.out,
+             values_, !first);
+  }
+
+  // logits = queries * keys^T
+  void products(int64_t head, int64_t rows, const G* queries, const Tile& tile, const Scratch& scratch) const {
+    const int64_t each = shape_.k_block / width_;  // panels of a block
+    for (int64_t i = 0; i < tile.count; ++i)
+      for (int64_t p = 0; p < each; ++p) {
+        const int64_t panel = tile.listed[i] * each + p;
+        if (panel >= panels_) return;
+        multiply(rows, width_, depth_, queries, depth_, keys_of(head, panel), width_,
+                 scratch.logits + (i * each + p) * width_, kLogitKeys, false);
+      }
+  }
+
+  // The values of a tile's keys one after another.
+  const G* values_of_tile(int64_t head, const Tile& tile, const Scratch& scratch) const {
+    const int64_t each = shape_.k_block / width_;
+    if (tile.listed[tile.count - 1] - tile.listed[0] == tile.count - 1) return values_of(head, tile.listed[0] * each);
+    for (int64_t i = 0; i < tile.count; ++i)
+      std::memcpy(scratch.values + i * shape_.k_block * values_, values_of(head, tile.listed[i] * each),
+                  round_up(keys_in(tile.listed[i]), pairing<G>) * values_ * sizeof(G));
+    return scratch.values;
+  }
+
+  // Products of a block at `column` of the tile to its logits, but for a scale that the softmax takes with it.
+  void logits(int64_t b, int64_t h, int64_t q, int64_t rows, int64_t block, int64_t column, const Reach& seen,
+              const Scratch& scratch) const {
+    const int64_t k = block * shape_.k_block, keys = keys_in(block);
+    const LogitTile<T> tile = in_.tile(b, h, q, k, rows, keys, scratch.logits + column, kLogitKeys);
+    if (!folded_) logit_kernels<T>().scale(tile);
+    const bool masked = tile.key_mask && std::memchr(tile.key_mask, 0, keys) != nullptr;
+    if (tile.bias.row || masked || seen.hides(k, keys)) logit_kernels<T>().hide(tile);
+  }
+
+  void drop(int64_t b, int64_t h, int64_t q, int64_t rows, int64_t block, int64_t column, const Scratch& scratch) const {
+    const SampleMask mask = sample_mask(0, in_.threshold, false);
+    const int64_t k = block * shape_.k_block, keys = keys_in(block);
+    for (int64_t r = 0; r < rows; ++r) {
+      uint8_t* bits = scratch.bits + r * (kLogitKeys / 8) + column / 8;
+      row_bits(in_.seed, mask, shape_.index(b, h, q + r, k), keys, scratch.shifted, bits);
+    }
+  }
+
+  void finish(int64_t b, int64_t h, int64_t q, int64_t rows, bool empty, const Scratch& scratch) const {
+    if (empty) std::fill_n(scratch.out, rows * values_, Acc(0));
+    const Acc kept = in_.threshold > 0 ? keep_scale<Acc>(in_.threshold) : Acc(1);
+    const int64_t at = (b * shape_.heads + h) * shape_.queries + q;
+    T* out = out_.out + b * out_.batch + h * out_.head + q * out_.token;
+    for (int64_t r = 0; r < rows; ++r) {
+      const Acc total = scratch.total[r];
+      const bool nothing = total == 0;
+      element_kernels<T>().store(scratch.out + r * values_, shape_.value_size, nothing ? Acc(0) : kept / total,
+                                 out + r * out_.token);
+      out_.lse[at + r] = nothing ? -std::numeric_limits<Acc>::infinity()
+                                 : scratch.most[r] * std::numbers::ln2_v<Acc> + std::log(total);
+      if (out_.entropy)
+        out_.entropy[at + r] =
+            nothing ? Acc(0) : std::log(total) - std::numbers::ln2_v<Acc> * (scratch.weighted[r] / total);
+    }
+  }
+
+  const AttentionProblem<T>& in_;
+  const AttentionResults<T>& out_;
+  const AttentionShape shape_;
+  const int64_t depth_, values_;  // of a head of keys and of values, padded
+  const int64_t width_, panels_;
+  const bool folded_;  // logits are products times a scale that goes into the softmax's base
+  const bool values_as_they_are_, queries_as_they_are_;
+  at::Tensor key_memory_, value_memory_;
+  G *keys_ = nullptr, *packed_values_ = nullptr;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> block_sparse_attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_counts,
+    const at::Tensor& kv_indices, const at::Tensor& q_counts, const at::Tensor& q_indices, int64_t q_block,
+    int64_t k_block, int64_t left, int64_t right, const std::optional<at::Tensor>& key_range,
+    const std::optional<at::Tensor>& key_mask, const std::optional<at::Tensor>& query_scale,
+    const std::optional<at::Tensor>& row_bias, const std::optional<at::Tensor>& column_bias, double scale,
+    double softcap, const std::optional<at::Tensor>& seed, int64_t threshold, bool want_entropy) {
+  const ListArguments lists{kv_counts, kv_indices, q_counts, q_indices, q_block, k_block};
+  const LogitArguments logits{left, right, key_range, key_mask, query_scale, row_bias, column_bias, scale, softcap};
+  check_attention(kOp, query, key, value, lists, logits, seed, threshold);
+  const at::Tensor out = empty_like_tokens(query, value.size(3));
+  const auto options = query.options().dtype(accumulation_dtype(query.scalar_type()));
+  const at::Tensor lse = at::empty(query.sizes().slice(0, 3), options);
+  const at::Tensor entropy = want_entropy ? at::empty(query.sizes().slice(0, 3), options) : at::empty({0}, options);
+  if (out.numel() == 0) return {out, lse, entropy};
+  use_huge_pages(out);
+  dispatch_storage(query.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using Acc = accumulate_t<T>;
+    Kept kept;
+    const auto problem = attention_problem<T>(query, key, value, lists, logits, seed, threshold, kept);
+    const AttentionResults<T> results{static_cast<T*>(out.mutable_data_ptr()), out.stride(0), out.stride(1), out.stride(2),
+                                      static_cast<Acc*>(lse.mutable_data_ptr()),
+                                      want_entropy ? static_cast<Acc*>(entropy.mutable_data_ptr()) : nullptr};
+    dispatch_operand<T>(query.scalar_type(),
+                        [&](auto operand) { Forward<T, decltype(operand)>(problem, results).run(); });
+  });
+  return {out, lse, entropy};
+}
+
+TORCH_LIBRARY_IMPL(pyrx, CPU, m) { m.impl("block_sparse_attention", &block_sparse_attention); }
+
+}  // namespace
+}  // namespace pyrx::cpu

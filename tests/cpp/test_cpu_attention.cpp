@@ -1,0 +1,149 @@
+// Row kernels of attention of every instruction set this machine has, against their definition in float64.
+#include <limits>
+#include <vector>
+
+#include "cpu/attention_simd.cpp"
+#include "cuda_test.h"
+
+namespace {
+
+using namespace pyrx;
+using namespace pyrx::cpu;
+
+constexpr int64_t kBatch = 2, kHeads = 3, kQueries = 20;
+
+template <typename T>
+bool near(T got, double expected, double tolerance) {
+  if (std::isinf(expected) || std::isnan(expected)) return same_bits(double(got), expected) || (got != got && expected != expected);
+  const double unit = sizeof(T) == 8 ? 0x1p-52 : 0x1p-23;
+  return std::abs(double(got) - expected) <= tolerance * unit * std::max(1e-6, std::abs(expected));
+}
+
+template <typename T>
+void fill(Buffer<T>& x, uint64_t seed) {
+  for (int64_t i = 0; i < x.size(); ++i) x[i] = plain::narrow<T>(static_cast<accumulate_t<T>>(normal(seed + i)));
+}
+
+// What a problem of `keys` keys has beside its products.
+enum Bias { kNone, kRow, kPair, kBiases };
+
+template <typename T>
+void test_logits(const char* set, const LogitKernels<T>& kernels, int64_t keys, int64_t k, int64_t n, Bias kind,
+                 int64_t columns, bool shared) {
+  using Acc = accumulate_t<T>;
+  const int64_t rows = 5, stride = n + 7, q = 9, b = 1, h = 2, batch = shared ? 1 : kBatch, heads = shared ? 1 : kHeads;
+  Buffer<Acc> logits((rows - 1) * stride + n, 1), query_scale(rows);
+  Buffer<T> row(batch * heads * kQueries * (keys / columns), 1), column(batch * heads * kQueries * columns, 3);
+  Buffer<int32_t> range(kBatch * kQueries * 2);
+  Buffer<uint8_t> key_mask(n);
+  fill(logits, 1);
+  fill(query_scale, 2);
+  fill(row, 3);
+  fill(column, 40000);
+  const std::vector<Acc> before(logits.data(), logits.data() + logits.size());
+  for (int64_t i = 0; i < kBatch * kQueries; ++i) {
+    range[2 * i] = static_cast<int32_t>(k) + static_cast<int32_t>(lane_of(5, i, 0) % (n + 4)) - 2;
+    range[2 * i + 1] = static_cast<int32_t>(k) + static_cast<int32_t>(lane_of(6, i, 0) % (2 * n + 4)) - 2;
+  }
+  for (int64_t i = 0; i < n; ++i) key_mask[i] = lane_of(7, i, 0) % 4 != 0;
+  for (const Acc softcap : {Acc(0), Acc(1.5)})
+    for (int rules = 0; rules < 4; ++rules)
+      for (const bool scaled : {false, true}) {
+        std::memcpy(logits.data(), before.data(), before.size() * sizeof(Acc));
+        LogitTile<T> tile{};
+        tile.b = b, tile.h = h, tile.q = q, tile.k = k, tile.rows = rows, tile.keys = n;
+        tile.logits = logits.data(), tile.stride = stride, tile.scale = Acc(0.7), tile.softcap = softcap;
+        tile.query_scale = scaled ? query_scale.data() : nullptr;
+        tile.bias.columns = 1;
+        if (kind != kNone) {
+          tile.bias.row = row.data(), tile.bias.row_query = keys / columns;
+          if (!shared) tile.bias.row_head = kQueries * (keys / columns), tile.bias.row_batch = kHeads * tile.bias.row_head;
+        }
+        if (kind == kPair) {
+          tile.bias.column = column.data(), tile.bias.columns = columns, tile.bias.column_query = columns;
+          if (!shared) tile.bias.column_head = kQueries * columns, tile.bias.column_batch = kHeads * tile.bias.column_head;
+        }
+        tile.rules = {-1, -1, nullptr, 0, keys};
+        if (rules == 1) tile.rules.left = 2 * n / 3, tile.rules.right = 0;
+        if (rules == 2) tile.rules.range = range.data(), tile.rules.range_stride = 2 * kQueries;
+        if (rules == 3) tile.rules.left = q + 2 - k, tile.key_mask = key_mask.data();
+        kernels.scale(tile);
+        const std::vector<Acc> capped(logits.data(), logits.data() + logits.size());
+        kernels.hide(tile);
+        for (int64_t i = 0; i < logits.size(); ++i) {
+          const int64_t r = i / stride, c = i % stride;
+          if (c >= n) {  // between the rows
+            CHECK(same_bits(logits[i], before[i]), "%s: %zu bytes, row %ld, past its %ld keys", set, sizeof(T), r, n);
+            continue;
+          }
+          double x = double(before[i]) * 0.7 * (scaled ? double(query_scale[r]) : 1);
+          if (softcap > 0) x = softcap * std::tanh(x / softcap);
+          CHECK(near(capped[i], x, 8), "%s: scale %zu bytes, cap %g, row %ld, key %ld: %g, expected %g", set, sizeof(T),
+                double(softcap), r, c, double(capped[i]), x);
+          x = capped[i];
+          const int64_t of = ((shared ? 0 : b * kHeads + h) * kQueries + q + r), key = k + c;
+          double bias = 0;
+          if (kind != kNone) bias = plain::widen(row[of * (keys / columns) + key / columns]);
+          if (kind == kPair) bias += plain::widen(column[of * columns + key % columns]);
+          const KeyRange seen = tile.rules.of(b, q + r);
+          const bool visible = key >= seen.first && key < seen.last && !(rules == 3 && !key_mask[c]);
+          const double expected = visible ? x + bias : -std::numeric_limits<double>::infinity();
+          const double slack = 4 * (std::abs(x) + std::abs(bias)) * (sizeof(Acc) == 8 ? 0x1p-52 : 0x1p-23);
+          CHECK(visible ? std::abs(double(logits[i]) - expected) <= slack : same_bits(double(logits[i]), expected),
+                "%s: hide %zu bytes, bias %d of %ld columns, rules %d, %ld keys from %ld, row %ld, key %ld: %g, expected %g",
+                set, sizeof(T), kind, columns, rules, n, k, r, c, double(logits[i]), expected);
+        }
+      }
+}
+
+template <typename T>
+void test_tanh(const char* set, const LogitKernels<T>& kernels) {
+  using Acc = accumulate_t<T>;
+  std::vector<Acc> x{0, Acc(-0.0), Acc(1e-30), Acc(0.625), Acc(-0.625), Acc(0.6249999), 9, 10, 11, 1000, Acc(1e30),
+                     Acc(INFINITY), Acc(-INFINITY), Acc(NAN)};
+  for (int i = 0; i < 300; ++i) x.push_back(static_cast<Acc>(normal(900 + i) * std::pow(10.0, i % 7 - 5)));
+  for (size_t from = 0; from < x.size(); from += kLogitKeys) {
+    LogitTile<T> tile{};
+    std::vector<Acc> logits(x.begin() + from, x.begin() + std::min(x.size(), from + kLogitKeys));
+    tile.rows = 1, tile.keys = static_cast<int64_t>(logits.size()), tile.logits = logits.data(), tile.scale = 1;
+    tile.softcap = 1;
+    kernels.scale(tile);
+    for (size_t i = 0; i < logits.size(); ++i) {
+      const double expected = std::tanh(double(x[from + i]));
+      const double tolerance = 2 * (sizeof(Acc) == 8 ? 0x1p-52 : 0x1p-23) * std::abs(expected);
+      CHECK(std::isnan(expected) ? logits[i] != logits[i] : std::abs(double(logits[i]) - expected) <= tolerance,
+            "%s: tanh of %g: %.9g, expected %.9g", set, double(x[from + i]), double(logits[i]), expected);
+    }
+  }
+}
+
+template <typename T>
+void test_type(const char* set, const LogitKernels<T>& kernels) {
+  test_tanh<T>(set, kernels);
+  for (const int64_t n : {1, 3, 16, 31, 64, 100, 128})
+    for (const int64_t k : {int64_t(0), int64_t(128)})
+      for (const bool shared : {false, true}) {
+        test_logits<T>(set, kernels, 240, std::min(k, 240 - n), n, kNone, 1, shared);
+        test_logits<T>(set, kernels, 240, std::min(k, 240 - n), n, kRow, 1, shared);
+        for (const int64_t columns : {1, 2, 5, 15, 16, 20, 80, 120, 240})
+          test_logits<T>(set, kernels, 240, std::min(k, 240 - n), n, kPair, columns, shared);
+      }
+}
+
+#define TEST_SET(name)                                        \
+  test_type<float>(#name, name::logit_table<float>());        \
+  test_type<double>(#name, name::logit_table<double>());      \
+  test_type<bfloat16>(#name, name::logit_table<bfloat16>());  \
+  test_type<float16>(#name, name::logit_table<float16>());
+
+}  // namespace
+
+int main() {
+  TEST_SET(plain)
+#ifdef PYRX_X86
+  const Isa best = detect_isa();
+  if (best != Isa::plain) { TEST_SET(avx2) }
+  if (best == Isa::avx512) { TEST_SET(avx512) }
+#endif
+  return report("cpu_attention");
+}
