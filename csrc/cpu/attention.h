@@ -20,6 +20,14 @@
 
 namespace pyrx::cpu {
 
+// Empty (B, H, S, `size`) laid out (B, S, H, D) where the tensor is, else contiguous: pyrx/ops.
+inline at::Tensor empty_like_tokens(const at::Tensor& tensor, int64_t size) {
+  const int64_t batch = tensor.size(0), heads = tensor.size(1), tokens = tensor.size(2);
+  if (tensor.transpose(1, 2).is_contiguous() && !tensor.is_contiguous())
+    return at::empty({batch, tokens, heads, size}, tensor.options()).transpose(1, 2);
+  return at::empty({batch, heads, tokens, size}, tensor.options());
+}
+
 // (B, H, S, D), the last dimension contiguous, rows at least D apart.
 template <typename T>
 struct TokenRows {
@@ -198,7 +206,7 @@ inline Reach reach(const KeyRules& rules, int64_t b, int64_t q, int64_t rows) {
 template <typename T, typename F>
 void dispatch_operand(at::ScalarType dtype, F f) {
   if constexpr (sizeof(T) == 2) {
-    if (native_half(dtype)) return f(T());
+    if (native_half(dtype) || (dtype == at::kBFloat16 && native_bfloat16())) return f(T());
   }
   f(accumulate_t<T>());
 }

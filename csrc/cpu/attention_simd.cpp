@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numbers>
 
 #include "cpu/isa.h"
 
@@ -24,6 +25,15 @@ template const LogitKernels<float>& logit_kernels<float>();
 template const LogitKernels<double>& logit_kernels<double>();
 template const LogitKernels<bfloat16>& logit_kernels<bfloat16>();
 template const LogitKernels<float16>& logit_kernels<float16>();
+
+template <typename G>
+const GradientKernels<G>& gradient_kernels() {
+  PYRX_PICK(gradient_table<G>())
+}
+template const GradientKernels<float>& gradient_kernels<float>();
+template const GradientKernels<double>& gradient_kernels<double>();
+template const GradientKernels<bfloat16>& gradient_kernels<bfloat16>();
+template const GradientKernels<float16>& gradient_kernels<float16>();
 
 template <typename G>
 const SoftmaxKernels<G>& softmax_kernels() {

@@ -63,4 +63,36 @@ const LogitKernels<T>& logit_kernels();
 template <typename G>
 const SoftmaxKernels<G>& softmax_kernels();
 
+// A tile of the backward, keys by queries: row k is a key, column c a query; operands of the products are G. Arrays of columns
+// and the tile's rows are contiguous, the width is a multiple of sixteen.
+template <typename G>
+struct GradientTile {
+  using Acc = accumulate_t<G>;
+  int64_t keys, width;
+  const Acc* logits;    // (keys, width) products, or capped logits
+  const Acc* upstream;  // (keys, width) products of value and grad; null: the weights alone are made
+  const Acc* bias;      // (keys, width) or null
+  // per column: logit = factor * logits + bias; log-sum-exp, +inf where nothing is seen; see block_sparse_attention_backward
+  const Acc *factor, *lse, *delta, *entropy;  // entropy: the gradient of it, or null
+  const Acc *low, *high;                      // keys low <= k < high are seen; null: all
+  const uint8_t* key_mask;                    // (keys,) bytes of 0 or 1, or null
+  const uint8_t* bits;  // kept weights: bit j of bits[i * bits_stride + k] is of column 8 i + j; null: all
+  int64_t bits_stride;
+  Acc keep_scale, softcap;  // softcap: of the logits whose gradient is wanted, 0: none
+  G* weights;    // (keys, width) out, kept ones not scaled; or null; may be the logits
+  G* gradients;  // (keys, width) out, of the logits; or null; may be the upstream
+  G* pairs;      // the same as (keys / 2, width, 2), of 16-bit G; or null
+};
+
+template <typename G>
+struct GradientKernels {
+  using Acc = accumulate_t<G>;
+  void (*gradients)(const GradientTile<G>& tile);
+  // sum of x[i] * y[i]
+  Acc (*dot)(const G* x, const Acc* y, int64_t n);
+};
+
+template <typename G>
+const GradientKernels<G>& gradient_kernels();
+
 }  // namespace pyrx::cpu

@@ -2,3 +2,4 @@
 #include "cpu/vec.inl"
 #include "cpu/attention_logits.inl"
 #include "cpu/attention_softmax.inl"
+#include "cpu/attention_gradients.inl"

@@ -19,14 +19,6 @@ constexpr std::string_view kOp = "block_sparse_attention";
 constexpr int64_t kTaskRows = 128;   // most queries of a task, more where a block has more
 constexpr int64_t kPackPanels = 4;   // panels that a task packs
 
-// Empty (B, H, S, `size`) laid out (B, S, H, D) where the tensor is, else contiguous: pyrx/ops.
-at::Tensor empty_like_tokens(const at::Tensor& tensor, int64_t size) {
-  const int64_t batch = tensor.size(0), heads = tensor.size(1), tokens = tensor.size(2);
-  if (tensor.transpose(1, 2).is_contiguous() && !tensor.is_contiguous())
-    return at::empty({batch, tokens, heads, size}, tensor.options()).transpose(1, 2);
-  return at::empty({batch, heads, tokens, size}, tensor.options());
-}
-
 template <typename T>
 struct AttentionResults {
   using Acc = accumulate_t<T>;

@@ -29,4 +29,19 @@ class Workspace {
   at::Tensor memory_;
 };
 
+// Uninitialised elements on a cache line.
+template <typename U>
+class Array {
+ public:
+  explicit Array(int64_t count)
+      : memory_(at::empty({count * static_cast<int64_t>(sizeof(U))}, at::kByte)),
+        data_(static_cast<U*>(memory_.mutable_data_ptr())) {}
+  operator U*() const { return data_; }
+  const at::Tensor& memory() const { return memory_; }
+
+ private:
+  at::Tensor memory_;
+  U* data_;
+};
+
 }  // namespace pyrx::cpu
