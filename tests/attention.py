@@ -282,9 +282,9 @@ def raw(call):
 
 
 def upstreams(results, seed=7):
-    """A random gradient of each result."""
+    """A random gradient of each result, of sixteenths, which every dtype represents."""
     generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(each.shape, generator=generator, dtype=torch.float64) for each in results]
+    made = [torch.randint(-24, 25, each.shape, generator=generator).double() / 8 + 1 / 16 for each in results]
     return [one.to(each.device, each.dtype) for one, each in zip(made, results, strict=True)]
 
 
@@ -304,24 +304,26 @@ def gradients(call, function, needs=NAMES, through=RESULTS):
     return [each.detach() for each in results], dict(zip(leaves, found, strict=True))
 
 
-def assert_results(got, plain, exact, what=""):
-    """Minus infinity where exact is, and within the error budget elsewhere."""
-    # the entropy is a difference of terms as large as the log-sum-exp
+def assert_results(got, plain, exact, what="", largest=1.0):
+    """Minus infinity where exact is, and within the error budget elsewhere; `largest`: the size of the logits, whose
+    rounding the weights feel."""
     finite = exact[1].masked_fill(exact[1] == -torch.inf, 0)
-    largest = finite.abs().max().item() if finite.numel() else 0.0
-    for name, one, other, truth, floor in zip(RESULTS, got, plain, exact, (1.0, 1.0, largest), strict=True):
+    # the entropy is a difference of terms as large as the log-sum-exp
+    floors = (1.0, 1.0, finite.abs().max().item() if finite.numel() else 0.0)
+    for name, one, other, truth, floor in zip(RESULTS, got, plain, exact, floors, strict=True):
         hidden = truth == -torch.inf
         assert torch.equal(one == -torch.inf, hidden), f"{what} {name}: minus infinity elsewhere than expected"
         one, other, truth = (each.masked_fill(hidden, 0) for each in (one, other, truth))
         assert one.isfinite().all(), f"{what} {name}"
-        assert_within_budget(one, other, truth, f"{what} {name}", floor=floor)
+        slack = SLACK[one.dtype] + largest * torch.finfo(got[1].dtype).eps / torch.finfo(one.dtype).eps
+        assert_within_budget(one, other, truth, f"{what} {name}", slack=slack, floor=floor)
 
 
-def assert_attends(call, backend, what=""):
+def assert_attends(call, backend, what="", largest=1.0):
     """The results on a backend beside PyTorch's in the same dtype and the formula in float64."""
     need(backend, call.query.device.type, call.query.dtype, (ROW,))
     with torch.no_grad():
-        assert_results(call(backend), pytorch(call), formula(call.to(torch.float64)), what)
+        assert_results(call(backend), pytorch(call), formula(call.to(torch.float64)), what, largest)
 
 
 def assert_gradients(call, backend, what="", through=RESULTS):
@@ -330,11 +332,13 @@ def assert_gradients(call, backend, what="", through=RESULTS):
     _, exact = gradients(call.to(torch.float64), formula, through=through)
     _, plain = gradients(call, pytorch, through=through)
     results, got = gradients(call, lambda each: each(backend), through=through)
-    slack = 4 * SLACK[call.query.dtype]
+    eps = torch.finfo(call.query.dtype).eps
     for name, gradient in got.items():
         leaf = getattr(call, name)
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape, (what, name)
         assert gradient.isfinite().all(), f"{what} gradient of {name}"
+        # products of gradients are of the query's dtype, whatever the leaf's
+        slack = 2 * SLACK[call.query.dtype] * eps / torch.finfo(gradient.dtype).eps
         assert_within_budget(gradient, plain[name], exact[name], f"{what} gradient of {name}", slack=slack, floor=1.0)
     return results, got
 
