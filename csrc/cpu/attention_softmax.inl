@@ -33,31 +33,71 @@ inline Vec<Acc> exp2(const Vec<Acc>& x) {
   return Vec<Acc>::get(v);
 }
 
-// The rows of a tile of `vectors` vectors of keys; a constant, so that a row stays in registers.
-template <typename G, bool kWeighted, typename Vectors>
+// A weight, which is not negative, to an operand: halves are rounded up, which saves what rounding to even takes.
+template <typename G>
+inline void store_weight(G* p, const Vec<accumulate_t<G>>& x) {
+#if PYRX_ISA == 512
+  if constexpr (std::is_same_v<G, bfloat16>) {
+    const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x8000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    return;
+  }
+#endif
+  store(p, x);
+}
+
+// factor * the greatest of each row; minus infinity where there is none but NaN.
+template <typename G, typename Vectors>
+inline void greatest_of_rows(const SoftmaxTile<G>& tile, int64_t first, int64_t last, Vectors vectors,
+                             accumulate_t<G>* found) {
+  using Acc = accumulate_t<G>;
+  using V = Vec<Acc>;
+  for (int64_t r = first; r < last; ++r) {
+    const Acc* row = tile.logits + r * tile.stride;
+    V even = V::fill(-std::numeric_limits<Acc>::infinity()), odd = even;
+    for (int i = 0; i + 1 < vectors; i += 2) {
+      even = V::max(load(row + i * kLanes), even);
+      odd = V::max(load(row + (i + 1) * kLanes), odd);
+    }
+    if (vectors % 2 != 0) even = V::max(load(row + (vectors - 1) * kLanes), even);
+    found[r - first] = tile.factor * V::max(even, odd).greatest();
+  }
+}
+
+// Rows of a tile of `vectors` vectors of keys. The greatest of some rows are found before the first weight: the chain of
+// what a row waits for is long, and a processor looks ahead over few rows.
+template <typename G, bool kWeighted, bool kDropped, typename Vectors>
 inline void softmax_rows(const SoftmaxTile<G>& tile, Vectors vectors) {
   using Acc = accumulate_t<G>;
   using V = Vec<Acc>;
   constexpr Acc kNothing = -std::numeric_limits<Acc>::infinity();
+  constexpr int64_t kAhead = 16;
   const V factor = V::fill(tile.factor);
+  Acc greatest[kAhead];
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const Acc* row = tile.logits + r * tile.stride;
-    V most = V::fill(kNothing);
-    for (int i = 0; i < vectors; ++i) most = V::max(load(row + i * kLanes), most);
-    const Acc before = tile.most[r], found = tile.factor * most.greatest(), now = found > before ? found : before;
+    if (r % kAhead == 0) greatest_of_rows(tile, r, std::min(r + kAhead, tile.rows), vectors, greatest);
+    const Acc before = tile.most[r], found = greatest[r % kAhead], now = found > before ? found : before;
     const Acc base = now == kNothing ? 0 : now;
     const V offset = V::fill(-base);
-    V total = V::fill(0), weighted = V::fill(0);
+    const Acc* row = tile.logits + r * tile.stride;
     G* out = tile.weights + r * tile.weights_stride;
-    const uint8_t* bits = tile.bits ? tile.bits + r * tile.bits_stride : nullptr;
-    for (int i = 0; i < vectors; ++i) {
+    V even = V::fill(0), odd = even, weighted = even;
+    const auto weigh = [&](int i, V& total) {
       const V exponent = V::multiply_add(load(row + i * kLanes), factor, offset), weight = exp2(exponent);
       total = total + weight;
       // a weight of 0 has an exponent of minus infinity, perhaps
       if constexpr (kWeighted) weighted = V::multiply_add(weight, V::max(exponent, V::fill(-1000)), weighted);
-      store(out + i * kLanes, bits ? weight.keep(bits_of(bits, i * kLanes, kLanes)) : weight);
+      if constexpr (kDropped)
+        store_weight(out + i * kLanes, weight.keep(bits_of(tile.bits + r * tile.bits_stride, i * kLanes, kLanes)));
+      else
+        store_weight(out + i * kLanes, weight);
+    };
+    for (int i = 0; i + 1 < vectors; i += 2) {
+      weigh(i, even);
+      weigh(i + 1, odd);
     }
-    const Acc sum = total.sum();
+    if (vectors % 2 != 0) weigh(vectors - 1, even);
+    const Acc sum = (even + odd).sum();
     if (now == before) {
       tile.total[r] += sum;
       if constexpr (kWeighted) tile.weighted[r] += weighted.sum();
@@ -85,9 +125,12 @@ void softmax_step(const SoftmaxTile<G>& tile) {
     for (int64_t r = 0; r < tile.rows; ++r)
       std::fill(tile.logits + r * tile.stride + tile.keys, tile.logits + r * tile.stride + vectors * kLanes,
                 -std::numeric_limits<Acc>::infinity());
-  if (tile.weighted) return softmax_rows<G, true>(tile, static_cast<int>(vectors));
-  if (vectors == kLogitKeys / kLanes) return softmax_rows<G, false>(tile, std::integral_constant<int, kLogitKeys / kLanes>());
-  softmax_rows<G, false>(tile, static_cast<int>(vectors));
+  const auto run = [&](auto width) {
+    if (tile.weighted) return tile.bits ? softmax_rows<G, true, true>(tile, width) : softmax_rows<G, true, false>(tile, width);
+    tile.bits ? softmax_rows<G, false, true>(tile, width) : softmax_rows<G, false, false>(tile, width);
+  };
+  constexpr int64_t kWhole = kLogitKeys / kLanes;  // known to the compiler, so that the loops are unrolled
+  vectors == kWhole ? run(std::integral_constant<int, kWhole>()) : run(static_cast<int>(vectors));
 }
 
 template <typename G>

@@ -2,10 +2,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <numbers>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -47,17 +49,29 @@ class Forward {
                             problem.value.token == values_),
         queries_as_they_are_(std::is_same_v<T, G> && depth_ == shape_.size && problem.query.token == depth_) {}
 
+  // A head of keys is packed one head before it is needed, so that it is still in cache then and nobody waits long.
   void run() {
-    pack();
-    const int64_t group = std::max<int64_t>(1, kTaskRows / shape_.q_block), blocks = shape_.q_blocks();
-    const int64_t groups = (blocks + group - 1) / group;
+    reserve();
+    const int64_t heads = shape_.batch * shape_.kv_heads, packs = (panels_ + kPackPanels - 1) / kPackPanels;
+    const int64_t together = std::max<int64_t>(1, kTaskRows / shape_.q_block), blocks = shape_.q_blocks();
+    const int64_t runs = (blocks + together - 1) / together, attends = shape_.group() * runs;
+    std::vector<std::atomic<int64_t>> packed(heads);
     run_tasks<G>(
-        shape_.batch * shape_.heads * groups, [&] { return Scratch(*this); },
+        heads * (packs + attends), [&] { return Scratch(*this); },
         [&](int64_t task, Scratch& scratch) {
+          const int64_t since = task - packs, head = since < 0 ? -1 : since / (packs + attends);
+          const int64_t own = since < 0 ? task : since % (packs + attends), first = head + 1 < heads ? packs : 0;
+          if (own < first) {
+            pack(head + 1, own, scratch);
+            packed[head + 1].fetch_add(1, std::memory_order_release);
+            return;
+          }
+          while (packed[head].load(std::memory_order_acquire) < packs) std::this_thread::yield();
+          const int64_t part = own - first, b = head / shape_.kv_heads;
+          const int64_t h = head % shape_.kv_heads * shape_.group() + part / runs;
           // the last blocks first: they see most where attention is causal
-          const int64_t head = task / groups, first = (groups - 1 - task % groups) * group;
-          for (int64_t i = first; i < std::min(first + group, blocks); ++i)
-            attend(head / shape_.heads, head % shape_.heads, i, scratch);
+          const int64_t begin = (runs - 1 - part % runs) * together;
+          for (int64_t i = begin; i < std::min(begin + together, blocks); ++i) attend(b, h, i, scratch);
         });
   }
 
@@ -74,7 +88,7 @@ class Forward {
       const int64_t rows = f.shape_.q_block;
       const auto acc = [&](int64_t n) { return memory.reserve<Acc>(n); };
       const auto operand = [&](int64_t n) { return memory.reserve<G>(n); };
-      const int64_t at[] = {operand(rows * f.depth_), operand(rows * kLogitKeys), operand(f.depth_ * kLogitKeys),
+      const int64_t at[] = {operand(rows * f.depth_), operand(rows * kLogitKeys), operand(f.depth_ * f.width_),
                             operand(kLogitKeys * f.values_), acc(rows * kLogitKeys), acc(rows * f.values_), acc(rows),
                             acc(rows), acc(rows), memory.reserve<uint8_t>(rows * kLogitKeys / 8),
                             memory.reserve<uint8_t>(kLogitKeys / 8 + 2)};
@@ -102,28 +116,25 @@ class Forward {
     return memory;
   }
 
-  void pack() {
-    const int64_t heads = shape_.batch * shape_.kv_heads, runs = (panels_ + kPackPanels - 1) / kPackPanels;
+  void reserve() {
+    const int64_t heads = shape_.batch * shape_.kv_heads;
     key_memory_ = operands(heads * panels_ * width_ * depth_);
     keys_ = static_cast<G*>(key_memory_.mutable_data_ptr());
-    if (!values_as_they_are_) {
-      value_memory_ = operands(heads * panels_ * width_ * values_);
-      packed_values_ = static_cast<G*>(value_memory_.mutable_data_ptr());
+    if (values_as_they_are_) return;
+    value_memory_ = operands(heads * panels_ * width_ * values_);
+    packed_values_ = static_cast<G*>(value_memory_.mutable_data_ptr());
+  }
+
+  void pack(int64_t head, int64_t run, const Scratch& scratch) const {
+    const int64_t b = head / shape_.kv_heads, h = head % shape_.kv_heads, first = run * kPackPanels;
+    for (int64_t panel = first; panel < std::min(first + kPackPanels, panels_); ++panel) {
+      const int64_t token = panel * width_, n = tokens_of(panel);
+      pack_transposed<T, G>(in_.key.at(b, h, token), in_.key.token, n, shape_.size, width_, scratch.keys,
+                            keys_of(head, panel));
+      if (!values_as_they_are_)
+        pack_rows<T, G>(in_.value.at(b, h, token), in_.value.token, n, shape_.value_size, values_,
+                        packed_values_ + (head * panels_ + panel) * width_ * values_);
     }
-    run_tasks<G>(
-        heads * runs, [&] { return std::vector<G>(width_ * depth_); },
-        [&](int64_t task, std::vector<G>& scratch) {
-          const int64_t head = task / runs, b = head / shape_.kv_heads, h = head % shape_.kv_heads;
-          const int64_t first = task % runs * kPackPanels;
-          for (int64_t panel = first; panel < std::min(first + kPackPanels, panels_); ++panel) {
-            const int64_t token = panel * width_, n = tokens_of(panel);
-            pack_transposed<T, G>(in_.key.at(b, h, token), in_.key.token, n, shape_.size, width_, scratch.data(),
-                                  keys_of(head, panel));
-            if (!values_as_they_are_)
-              pack_rows<T, G>(in_.value.at(b, h, token), in_.value.token, n, shape_.value_size, values_,
-                              packed_values_ + (head * panels_ + panel) * width_ * values_);
-          }
-        });
   }
 
   const G* queries_of(int64_t b, int64_t h, int64_t q, int64_t rows, const Scratch& scratch) const {

@@ -25,26 +25,6 @@ constexpr int64_t pairing = sizeof(G) == 2 ? 2 : 1;
 // Whether brgemm multiplies 16-bit operands on this processor; where not, they are widened to float32 first.
 inline bool native_half(at::ScalarType dtype) { return at::native::cpublas::could_pack(dtype); }
 
-// Whether it multiplies bfloat16 in pairs without AMX, which could_pack asks for: AVX512_BF16 does too.
-inline bool native_bfloat16() {
-  static const bool found = [] {
-#if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx512bf16")) return false;
-    const at::BFloat16 a[2 * 16] = {}, b[2 * 16] = {};
-    float c[16 * 16];
-    try {
-      at::native::cpublas::brgemm(16, 16, 2, 2, 16, 16, false, a, b, c, true);
-      at::native::cpublas::brgemm_release();
-      return true;
-    } catch (const c10::Error&) {  // ONEDNN_MAX_CPU_ISA may forbid it
-    }
-#endif
-    return false;
-  }();
-  return found;
-}
-
 // c (m, n) = a (m, k) b (k, n), or += where `add`; b in the layout of its type, k even for 16-bit types.
 inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                      int64_t ldc, bool add) {
