@@ -163,6 +163,8 @@ def logits_of(
     elif bias is not None:
         check_tensor(op, "bias", bias)
         row_bias = bias
+    if key_mask is not None:
+        check_tensor(op, "key_mask", key_mask)
     if query_scale is not None:
         check_float(op, "query_scale", query_scale)
         query_scale = query_scale.to(accumulation_dtype(query.dtype))

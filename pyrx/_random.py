@@ -14,11 +14,11 @@ MAX_SAMPLE = 2**32 - 1
 SAMPLINGS = ("independent", "antithetic")
 
 
-def threshold(op: str, p: float) -> int:
+def threshold(op: str, p: float, argument: str = "p") -> int:
     """round(65536 p), at most 65535: an element is kept iff its 16-bit lane is at least this."""
-    check_number(op, "p", p)
+    check_number(op, argument, p)
     if not 0 <= p < 1:
-        fail(op, "p", "in [0, 1)", p)
+        fail(op, argument, "in [0, 1)", p)
     return min(round(LEVELS * p), LEVELS - 1)
 
 

@@ -252,7 +252,8 @@ def attention(
     args = (query, key, value, *block_mask.lists, *block_mask.block_size, *logits, seed, level)
     if chosen == "reference":
         _check(ROW, *args)
-        return reference.block_sparse_attention(*args, want_entropy)
+        with torch.autocast(query.device.type, enabled=False):  # its products are in the accumulation dtype
+            return reference.block_sparse_attention(*args, want_entropy)
     return _library.namespace(chosen).block_sparse_attention(*args, want_entropy)
 
 
@@ -327,7 +328,7 @@ def block_sparse_attention(
     Sequences with Sparse Transformers" (2019), for block lists.
     """
     op = ROW
-    level = threshold(op, dropout_p)
+    level = threshold(op, dropout_p, "dropout_p")
     query, key, value, mask, logits, chosen = prepare(
         op,
         query,

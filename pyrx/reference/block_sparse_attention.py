@@ -90,7 +90,8 @@ def softmax(logits: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     probabilities = weights / total
     lse = (most + torch.log(total)).squeeze(-1)
     empty = empty.squeeze(-1)
-    mean = (probabilities * torch.where(visible, logits, 0)).sum(-1)
+    # a bias of minus infinity hides as well
+    mean = (probabilities * torch.where(hidden == -torch.inf, 0, hidden)).sum(-1)
     return probabilities, torch.where(empty, -torch.inf, lse), torch.where(empty, 0, lse - mean)
 
 
