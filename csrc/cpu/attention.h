@@ -284,15 +284,21 @@ void pack_rows(const T* rows, int64_t stride, int64_t n, int64_t size, int64_t w
   }
 }
 
-// f(task, scratch, next) for task < count: a thread that is free takes the next one, with what `make()` gave it. `next`
-// is the one that is taken next, perhaps by this thread.
+// f(task, scratch) for task < count: a thread that is free takes the next one, with what `make()` gave it. Where f asks
+// for it, `next` is the one that is taken next, perhaps by this thread.
 template <typename G, typename Make, typename F>
 void run_tasks(int64_t count, Make make, F f) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(std::max(1, at::get_num_threads()), count), 1, [&](int64_t begin, int64_t end) {
     auto scratch = make();
     for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) f(i, scratch, next);
+      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
+        if constexpr (std::is_invocable_v<F&, int64_t, decltype(scratch)&>) {
+          f(i, scratch);
+        } else {
+          f(i, scratch, next);
+        }
+      }
     if constexpr (sizeof(G) == 2) at::native::cpublas::brgemm_release();
   });
 }
