@@ -1,5 +1,5 @@
-// The arguments of block_lists and select_blocks, their checks and results, shared by the CPU and CUDA entries, with the
-// texts of pyrx/ops/block_mask.py.
+// The arguments of block_lists and select_blocks, their checks and results, shared by the CPU and CUDA entries, with
+// the texts of pyrx/ops/block_mask.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -119,7 +119,7 @@ def check_logits(op: str, query: Tensor, key: Tensor, logits: Logits) -> None:
         if columns == 0 or keys % columns != 0:
             fail(op, "column_bias", f"of a last dimension that divides the {keys} keys", columns)
         _check_bias(op, "row_bias", logits.row_bias, query, keys // columns)
-    # comparisons, which torch.compile traces for a scale of a dynamic head size; math.isfinite it does not
+    # comparisons: torch.compile cannot trace math.isfinite of a head size that it does not know
     if not -math.inf < logits.scale < math.inf:
         fail(op, "scale", "to be finite", logits.scale)
     if not 0 <= logits.softcap < math.inf:

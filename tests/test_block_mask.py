@@ -1,48 +1,14 @@
-"""Block masks: lists and selection of every backend against the definition, the class against masks of elements."""
+"""Lists of blocks and the choice of blocks by score: every backend against the definition, and that by hand."""
 
 import pytest
 import torch
 from helpers import name_of, threads
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pyrx import BlockMask
 from pyrx.ops import block_mask as op
 from pyrx.reference import block_mask as reference
-from pyrx.reference.block_sparse_attention import expand_blocks, visible_keys
-
-SIZES = [(16, 16), (64, 16), (16, 128), (32, 64)]
-LENGTHS = [(1, 1), (16, 33), (100, 63), (128, 128), (257, 300)]
-each_size = pytest.mark.parametrize("size", SIZES, ids=name_of)
-each_length = pytest.mark.parametrize("lengths", LENGTHS, ids=name_of)
-
-
-def covered(elements, size):
-    """bool blocks of bool elements (..., Sq, Sk): those that have one."""
-    queries, keys = elements.shape[-2:]
-    rows, columns = -(-queries // size[0]), -(-keys // size[1])
-    blocks = torch.zeros(*elements.shape[:-2], rows, columns, dtype=torch.bool)
-    for i in range(rows):
-        for j in range(columns):
-            tile = elements[..., i * size[0] : (i + 1) * size[0], j * size[1] : (j + 1) * size[1]]
-            blocks[..., i, j] = tile.flatten(-2).any(-1)
-    return blocks
-
-
-def elements_of(mask):
-    """bool (B or 1, H or 1, Sq, Sk): which pairs the mask lets see each other."""
-    blocks = expand_blocks(mask.to_dense(), *mask.block_size, *mask.seq_lengths)
-    return blocks & visible_keys(*mask.seq_lengths, -1, -1, mask.key_range, None, mask.device)
-
-
-def assert_lists(mask):
-    """The two pairs of lists agree, within their bounds."""
-    assert all(each.dtype == torch.int32 and each.is_contiguous() for each in mask.lists)
-    batch, heads, rows, columns = mask.shape
-    assert (rows, columns) == tuple(-(-a // b) for a, b in zip(mask.seq_lengths, mask.block_size, strict=True))
-    assert mask.kv_counts.shape == (batch, heads, rows) and mask.q_counts.shape == (batch, heads, columns)
-    transposed = reference.dense_blocks(mask.q_counts, mask.q_indices, rows)
-    assert torch.equal(mask.to_dense(), transposed.transpose(-1, -2))
 
 
 def random_blocks(*shape, density=0.4):
@@ -240,169 +206,100 @@ def test_opcheck(cpu):
         torch.library.opcheck(ops.select_blocks.default, (scores, None, 0.5, always))
 
 
-# The class: what its constructors cover.
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_instruction_sets_agree(cpu, python, capability, tmp_path):
+    rows = {(kind, shape): scores_of(kind, shape) for kind in KINDS for shape in ROWS}
+    torch.save(rows, tmp_path / "in.pt")
+    script = """
+import sys, torch
+from pathlib import Path
+from pyrx.ops import block_mask as op
+folder, found = Path(sys.argv[1]), {}
+for name, scores in torch.load(folder / "in.pt").items():
+    count = torch.full((1, 1, 1), scores.shape[-1] // 3, dtype=torch.int32)
+    found[name] = [op.select_blocks(scores, count, 1.0, None, "cpu"), op.select_blocks(scores, None, 0.7, None, "cpu")]
+torch.save(found, folder / "out.pt")
+"""
+    python(script, tmp_path, ATEN_CPU_CAPABILITY=capability)
+    for name, (by_count, by_mass) in torch.load(tmp_path / "out.pt").items():
+        scores = rows[name]
+        count = torch.full((1, 1, 1), scores.shape[-1] // 3, dtype=torch.int32)
+        assert torch.equal(by_count, reference.select_blocks(scores, count, 1.0, None)), name
+        assert torch.equal(by_mass, reference.select_blocks(scores, None, 0.7, None)), name
 
 
-@each_size
-@each_length
-def test_causal_and_windows(lengths, size):
-    q, k = torch.arange(lengths[0])[:, None], torch.arange(lengths[1])
-    mask = BlockMask.causal(lengths, size)
-    assert_lists(mask)
-    assert torch.equal(mask.to_dense()[0, 0], covered(k <= q, size))
-    for left, right in ((0, 0), (5, 0), (0, 7), (40, -1), (-1, 70), (-1, -1), (1000, 1000)):
-        allowed = torch.ones(lengths, dtype=torch.bool)
-        if left >= 0:
-            allowed &= k >= q - left
-        if right >= 0:
-            allowed &= k <= q + right
-        mask = BlockMask.sliding_window(lengths, (left, right), size)
-        assert_lists(mask)
-        assert torch.equal(mask.to_dense()[0, 0], covered(allowed, size))
-        mask = BlockMask.sliding_window(lengths, (left, right), size, is_causal=True)
-        assert torch.equal(mask.to_dense()[0, 0], covered(allowed & (k <= q) if right != 0 else allowed, size))
+# Errors: the same from the public function, the kernels' own entry and the fake.
+
+BLOCKS, SCORES = torch.ones(2, 3, 4, 5, dtype=torch.bool), torch.ones(2, 3, 4, 5)
+COUNT, ALWAYS = torch.ones(1, 3, 1, dtype=torch.int32), torch.ones(1, 1, 4, 5, dtype=torch.bool)
+BAD_LISTS = [
+    ({"blocks": SCORES}, TypeError, "blocks of dtype torch.bool, got torch.float32"),
+    ({"blocks": BLOCKS[0]}, ValueError, "blocks of shape [B or 1, H or 1, NQ, NK], got [3, 4, 5]"),
+    ({"kv_width": 6}, ValueError, "kv_width in [0, 5], got 6"),
+    ({"kv_width": -1}, ValueError, "kv_width in [0, 5], got -1"),
+    ({"q_width": 5}, ValueError, "q_width in [0, 4], got 5"),
+]
+BAD_SELECTION = [
+    ({"scores": SCORES.double()}, TypeError, "scores of dtype torch.float32, got torch.float64"),
+    ({"scores": SCORES[0]}, ValueError, "scores of shape [B, H, NQ, NK], got [3, 4, 5]"),
+    ({"count": COUNT.long()}, TypeError, "count of dtype torch.int32, got torch.int64"),
+    (
+        {"count": COUNT[0]},
+        ValueError,
+        "count of shape [B or 1, H or 1, NQ or 1] of scores of [2, 3, 4, 5], got [3, 1]",
+    ),
+    (
+        {"count": COUNT.repeat(1, 1, 3)},
+        ValueError,
+        "count of shape [B or 1, H or 1, NQ or 1] of scores of [2, 3, 4, 5], got [1, 3, 3]",
+    ),
+    ({"count": COUNT.to("meta")}, RuntimeError, "count on device cpu, got meta"),
+    ({"count": None, "mass": 1.5}, ValueError, "mass in [0, 1], got 1.5"),
+    ({"count": None, "mass": -0.5}, ValueError, "mass in [0, 1], got -0.5"),
+    ({"count": None, "mass": float("nan")}, ValueError, "mass in [0, 1], got nan"),
+    ({"always": SCORES}, TypeError, "always of dtype torch.bool, got torch.float32"),
+    (
+        {"always": BLOCKS[:, :, :3]},
+        ValueError,
+        "always of a shape that broadcasts to the scores' [2, 3, 4, 5], got [2, 3, 3, 5]",
+    ),
+    (
+        {"always": BLOCKS[0]},
+        ValueError,
+        "always of a shape that broadcasts to the scores' [2, 3, 4, 5], got [3, 4, 5]",
+    ),
+    ({"always": ALWAYS.to("meta")}, RuntimeError, "always on device cpu, got meta"),
+]
 
 
-@each_size
-@each_length
-@pytest.mark.parametrize("batch", [1, 3])
-def test_key_range(lengths, size, batch):
-    first = torch.randint(-5, lengths[1] + 5, (batch, lengths[0]))
-    key_range = torch.stack([first, first + torch.randint(-3, 60, first.shape)], -1).int()
-    mask = BlockMask.from_key_range(key_range, lengths, size)
-    assert_lists(mask)
-    expected = visible_keys(*lengths, -1, -1, key_range, None, torch.device("cpu"))
-    assert torch.equal(mask.to_dense(), covered(expected, size))
-    assert torch.equal(elements_of(mask), expected)
+def each_way(name, arguments, backend):
+    """The op by its Python function, by its own entry, and by its fake."""
+    yield lambda: getattr(op, name)(*arguments, backend=backend)
+    if backend == "cpu":
+        yield lambda: getattr(torch.ops.pyrx, name)(*arguments)
+
+    def fake():
+        with FakeTensorMode() as mode:
+            getattr(torch.ops.pyrx, name)(
+                *(mode.from_tensor(each) if isinstance(each, torch.Tensor) else each for each in arguments)
+            )
+
+    yield fake
 
 
-@each_size
-@pytest.mark.parametrize("lengths", [[], [1], [0, 5, 0], [100, 1, 37, 64, 16], [16] * 9], ids=str)
-def test_documents(lengths, size):
-    total = sum(lengths)
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
-    same = document[:, None] == document
-    for given_lengths in (lengths, torch.tensor(lengths, dtype=torch.int32)):
-        for seq_lengths in (None, total, (total, total)):
-            mask = BlockMask.document(given_lengths, size, seq_lengths=seq_lengths)
-            assert_lists(mask)
-            assert mask.seq_lengths == (total, total)
-            assert torch.equal(elements_of(mask)[0, 0], same)
-            assert torch.equal(mask.to_dense()[0, 0], covered(same, size))
-
-
-@each_size
-def test_documents_of_other_keys_and_of_a_batch(size):
-    lengths, key_lengths = [[30, 0, 11], [1, 40, 0]], [[5, 70, 0], [0, 25, 50]]
-    mask = BlockMask.document(torch.tensor(lengths), size, key_lengths=torch.tensor(key_lengths))
-    assert_lists(mask)
-    assert mask.seq_lengths == (41, 75) and mask.key_range.shape == (2, 41, 2)
-    for b in range(2):
-        query, key = (
-            torch.repeat_interleave(torch.arange(3), torch.tensor(each[b])) for each in (lengths, key_lengths)
-        )
-        assert torch.equal(elements_of(mask)[b, 0], query[:, None] == key)
-
-
-@each_size
-def test_global_tokens(size):
-    queries, keys = 130, 200
-    q, k = torch.arange(queries)[:, None], torch.arange(keys)
-    for count in (0, 1, 17, 500):
-        mask = BlockMask.global_tokens(count, (queries, keys), size)
-        assert_lists(mask)
-        assert torch.equal(mask.to_dense()[0, 0], covered((q < count) | (k < count), size))
-    tokens = torch.rand(3, keys) < 0.02
-    mask = BlockMask.global_tokens(tokens, block_size=size)
-    assert_lists(mask)
-    assert torch.equal(mask.to_dense()[:, 0], covered(tokens[:, :, None] | tokens[:, None, :], size))
-    assert torch.equal(BlockMask.global_tokens(tokens[1], keys, size).to_dense(), mask.to_dense()[1:2])
-
-
-@each_size
-@pytest.mark.parametrize("stride, local, summary", [(1, 0, 0), (3, 2, 0), (4, 1, 1), (4, 0, 4), (5, 3, 2), (3, 0, 0)])
-def test_strided(size, stride, local, summary):
-    lengths, unit = (700, 1000), max(size)
-    mask = BlockMask.strided(lengths, stride, size, local=local, summary=summary)
-    assert_lists(mask)
-    i, j = torch.arange(lengths[0])[:, None] // unit, torch.arange(lengths[1]) // unit
-    far = j % stride >= stride - summary if summary else (i - j) % stride == 0
-    expected = covered(((i - j).abs() < local) | far.expand(lengths), size)
-    assert torch.equal(mask.to_dense()[0, 0], expected)
-
-
-@each_size
-@pytest.mark.parametrize("lengths", LENGTHS, ids=name_of)
-def test_key_blocks(lengths, size):
-    regions = torch.rand(2, lengths[1]) < 0.02
-    expected = covered(regions[:, None].expand(2, *lengths), size)
-    mask = BlockMask.key_blocks(regions, lengths, size)
-    assert_lists(mask)
-    assert torch.equal(mask.to_dense()[:, 0], expected)
-    assert torch.equal(BlockMask.key_blocks(regions[1], lengths, size).to_dense()[0, 0], expected[1])
-    assert BlockMask.key_blocks(regions, block_size=size).seq_lengths == (lengths[1], lengths[1])
-
-
-def test_lists_in_any_order_twice_and_of_zero_length():
-    blocks = random_blocks(2, 3, 5, 7)
-    counts = blocks.sum(-1)
-    listed = torch.full((2, 3, 5, 11), 2**31 - 1, dtype=torch.int32)
-    for at in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5)).tolist():
-        own = blocks[tuple(at)].nonzero()[:, 0]
-        own = own[torch.randperm(len(own))]
-        own = torch.cat([own, own[:1]])  # one of them twice
-        listed[tuple(at)][: len(own)] = own
-        counts[tuple(at)] = len(own)
-    mask = BlockMask.from_lists(counts.int(), listed, (70, 100), 16)
-    assert_lists(mask)
-    assert torch.equal(mask.to_dense(), blocks)
-    one = BlockMask.from_lists(counts[1, 2].int(), listed[1, 2], (70, 100), 16)
-    assert one.shape == (1, 1, 5, 7) and torch.equal(one.to_dense()[0, 0], blocks[1, 2])
-    empty = BlockMask.from_lists(torch.zeros(3, 5).int(), torch.zeros(3, 5, 0).int(), (70, 100), 16)
-    assert_lists(empty)
-    assert empty.density() == 0 and empty.shape == (1, 3, 5, 7)
-
-
-@pytest.mark.parametrize("sides", [((1, 1), (2, 3)), ((2, 1), (1, 3)), ((2, 3), (2, 3))], ids=str)
-def test_combinations(sides):
-    a, b = (BlockMask.from_dense(random_blocks(*lead, 4, 6), (60, 90), 16) for lead in sides)
-    for got, expected in (
-        (a & b, a.to_dense() & b.to_dense()),
-        (a | b, a.to_dense() | b.to_dense()),
-        (~a, ~a.to_dense()),
-    ):
-        assert_lists(got)
-        assert torch.equal(got.to_dense(), expected)
-        assert got.seq_lengths == (60, 90) and got.block_size == (16, 16)
-
-
-def test_intersection_of_key_ranges():
-    documents = BlockMask.document(torch.tensor([[40, 60], [70, 30]]), 16)
-    first = torch.randint(0, 80, (1, 100))
-    ranges = BlockMask.from_key_range(torch.stack([first, first + 25], -1).int(), 100, 16)
-    blocks = BlockMask.from_dense(random_blocks(2, 3, 7, 7), 100, 16)
-    for a, b in ((documents, ranges), (ranges, documents), (documents, blocks), (blocks, ranges)):
-        both = a & b
-        assert_lists(both)
-        assert torch.equal(elements_of(both), elements_of(a) & elements_of(b))
-    for combine in (lambda: documents | blocks, lambda: blocks | documents, lambda: ~documents):
-        with pytest.raises(ValueError, match="without a key_range"):
-            combine()
-
-
-@pytest.mark.parametrize("lead", [(1, 1), (2, 1), (1, 3), (2, 3)], ids=str)
-@pytest.mark.parametrize("keep_shape", [(3,), (1, 3), (2, 3)], ids=str)
-def test_keep_heads(lead, keep_shape):
-    mask = BlockMask.from_dense(random_blocks(*lead, 4, 6), (60, 90), 16)
-    keep = torch.rand(keep_shape) < 0.5
-    kept = mask.keep_heads(keep)
-    assert_lists(kept)
-    expected = mask.to_dense() & (keep if keep.dim() == 2 else keep[None])[..., None, None]
-    assert torch.equal(kept.to_dense(), expected)
-    assert torch.equal(elements_of(mask), elements_of(BlockMask.from_dense(mask.to_dense(), (60, 90), 16)))
-
-
-def test_density_counts_listed_blocks():
-    blocks = random_blocks(2, 3, 4, 6)
-    torch.testing.assert_close(BlockMask.from_dense(blocks).density(), blocks.float().mean())
-    assert BlockMask.from_dense(torch.ones(0, 0, dtype=torch.bool)).density() == 0
+@pytest.mark.parametrize(
+    "name, given_, changes, error, text",
+    [
+        *(("block_lists", {"blocks": BLOCKS, "kv_width": 5, "q_width": 4}, *each) for each in BAD_LISTS),
+        *(
+            ("select_blocks", {"scores": SCORES, "count": COUNT, "mass": 1.0, "always": ALWAYS}, *each)
+            for each in BAD_SELECTION
+        ),
+    ],
+)
+def test_bad_arguments(backend, name, given_, changes, error, text):
+    for call in each_way(name, list((given_ | changes).values()), backend):
+        with pytest.raises(error) as caught:
+            call()
+        assert type(caught.value) is error
+        assert str(caught.value) == f"pyrx::{name}: expected {text}"

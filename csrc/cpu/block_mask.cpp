@@ -123,7 +123,8 @@ at::Tensor select_blocks(const at::Tensor& scores, const std::optional<at::Tenso
   const float* from = dense.const_data_ptr<float>();
   uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   const auto& kernels = select_kernels();
-  at::parallel_for(0, out.numel() / columns, std::max<int64_t>(1, kTask / 16 / columns), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kTask / 16 / columns);
+  at::parallel_for(0, out.numel() / columns, grain, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> keys(columns);
     std::vector<uint64_t> units(count ? 0 : columns);
     for (int64_t row = begin; row < end; ++row) {

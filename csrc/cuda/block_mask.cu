@@ -36,9 +36,10 @@ void select(const at::Tensor& scores, const SelectRows& rows, const at::Tensor& 
   };
   const int64_t warps = ceil_div(rows.count, kSelectThreads / kWarp);
   const int64_t threads = ceil_div(rows.columns, kHeldKeys * kWarp) * kWarp;
+  constexpr int kHeld = kHeldKeys;
   if (rows.columns <= 4 * kWarp) return launch(&select_blocks_kernel<4, false, kMass>, warps, kSelectThreads);
-  if (rows.columns <= kHeldKeys * kWarp) return launch(&select_blocks_kernel<kHeldKeys, false, kMass>, warps, kSelectThreads);
-  if (threads <= kMostSelectThreads) return launch(&select_blocks_kernel<kHeldKeys, true, kMass>, rows.count, threads);
+  if (rows.columns <= kHeld * kWarp) return launch(&select_blocks_kernel<kHeld, false, kMass>, warps, kSelectThreads);
+  if (threads <= kMostSelectThreads) return launch(&select_blocks_kernel<kHeld, true, kMass>, rows.count, threads);
   launch(&select_blocks_kernel<0, true, kMass>, rows.count, kMostSelectThreads);
 }
 

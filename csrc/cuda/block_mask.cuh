@@ -143,7 +143,7 @@ struct RowTeam {
   }
 };
 
-// A thread's keys: scores rank, rank + size, ... of a row. kItems 0: any number, read again wherever they are asked for.
+// A thread's keys: scores rank, rank + size, ... of a row. kItems 0: any number, read again wherever they are needed.
 template <int kItems, bool kBlock, bool kMass>
 struct RowKeys {
   using Team = RowTeam<kBlock>;
@@ -219,8 +219,8 @@ template <int kItems, bool kBlock, bool kMass>
 __global__ void __launch_bounds__(kBlock ? kMostSelectThreads : kSelectThreads)
     select_blocks_kernel(const float* __restrict__ scores, uint8_t* __restrict__ out, SelectRows rows) {
   using Team = RowTeam<kBlock>;
-  const int64_t teams = kBlock ? 1 : blockDim.x / kWarp;
-  for (int64_t row = blockIdx.x * teams + (kBlock ? 0 : threadIdx.x / kWarp); row < rows.count; row += gridDim.x * teams) {
+  const int64_t teams = kBlock ? 1 : blockDim.x / kWarp, own = kBlock ? 0 : threadIdx.x / kWarp;
+  for (int64_t row = blockIdx.x * teams + own; row < rows.count; row += gridDim.x * teams) {
     const int64_t b = row / rows.rows / rows.heads, h = row / rows.rows % rows.heads, i = row % rows.rows;
     const RowKeys<kItems, kBlock, kMass> keys(scores + row * rows.columns, rows.columns);
     int64_t wanted = 0;

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from pyrx import _block_patterns as patterns
 from pyrx import _library
-from pyrx._attention import BLOCK_SIZES, UNLIMITED, window_of
+from pyrx._attention import UNLIMITED, window_of
 from pyrx._backends import select
+from pyrx._block_checks import (
+    MOST_TOKENS,
+    check_block_size,
+    check_documents,
+    check_key_range,
+    check_lengths,
+    check_tokens,
+    check_values,
+    is_read,
+)
 from pyrx._checks import check_device, check_dtype, check_integer, check_shape, check_tensor, fail
 from pyrx.reference import block_mask as reference
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
 ROW = "block_mask"
-MOST_TOKENS = 2**31 - 1
 
 
 def _check_block_lists(blocks: Tensor, kv_width: int, q_width: int) -> None:
@@ -80,6 +92,8 @@ _library.define(
 def block_lists(
     blocks: Tensor, kv_width: int, q_width: int, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(kv_counts, kv_indices, q_counts, q_indices) of bool blocks (B or 1, H or 1, NQ, NK): at most `kv_width` of a row
+    and `q_width` of a column are listed, the first ones, in ascending order, then zeros."""
     chosen = select(ROW, blocks.device.type, torch.float32, backend)
     if chosen == "reference":
         _check_block_lists(blocks, kv_width, q_width)
@@ -94,6 +108,12 @@ def select_blocks(
     always: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
+    """bool of the scores' shape (B, H, NQ, NK): what each row keeps of its blocks, ranked by float32 score.
+
+    The `count` first ones, int32 (B or 1, H or 1, NQ or 1); or, without it, the longest run of first ones whose scores,
+    each taken as in [0, 1024] and in units of 2**-36, sum to at most `mass` of the row's, at least one. NaN ranks
+    first, equal scores by index. Minus infinity is kept only by `always`, bool that broadcasts to the scores.
+    """
     chosen = select(ROW, scores.device.type, torch.float32, backend)
     if chosen == "reference":
         _check_select(scores, count, mass, always)
@@ -117,8 +137,9 @@ class BlockMask:
     128. Where blocks cover a rule of elements they are those with a pair of positions that it allows: the attention
     gets the rule itself by is_causal=, window= or key_mask=, but for key_range, which the mask brings.
 
-    Masks combine by &, | and ~, of the same seq_lengths and block_size, broadcast over batch and heads. They are
-    pytrees, compile, pickle, deepcopy and torch.save.
+    Masks combine by &, | and ~, of the same seq_lengths and block_size, broadcast over batch and heads: & meets
+    key_ranges, | and ~ take none. They are pytrees, and go through torch.compile (which needs ~mask spelled
+    mask.__invert__()), pickle, deepcopy and torch.save.
 
     Raises, from every method: ValueError: shapes, block sizes, values out of range. TypeError: types and dtypes.
     RuntimeError: devices, or a backend that cannot serve.
@@ -220,10 +241,10 @@ class BlockMask:
             fail(op, "kv_indices", f"of shape {[*kv_counts.shape, 'W']}", list(kv_indices.shape))
         width = kv_indices.shape[-1]
         check_shape(op, "kv_indices", kv_indices, "[..., NQ, W]", [*kv_counts.shape, width])
-        _check_values(op, "kv_counts", f"in [0, {width}]", ((kv_counts >= 0) & (kv_counts <= width)).all(), kv_counts)
+        check_values(op, "kv_counts", f"in [0, {width}]", ((kv_counts >= 0) & (kv_counts <= width)).all(), kv_counts)
         listed = torch.arange(width, device=kv_indices.device) < kv_counts[..., None]
         inside = (((kv_indices >= 0) & (kv_indices < columns)) | ~listed).all()
-        _check_values(op, "kv_indices", f"in [0, {columns}) where they are listed", inside, kv_indices)
+        check_values(op, "kv_indices", f"in [0, {columns}) where they are listed", inside, kv_indices)
         blocks = reference.dense_blocks(kv_counts, kv_indices, columns)
         return BlockMask.from_dense(blocks, lengths, size, key_range=key_range, backend=backend)
 
@@ -295,7 +316,7 @@ class BlockMask:
         op = "BlockMask.global_tokens"
         size = check_block_size(op, block_size)
         if isinstance(tokens, Tensor):
-            flags = _check_tokens(op, "tokens", tokens)
+            flags = check_tokens(op, "tokens", tokens)
             lengths = check_lengths(op, tokens.shape[-1] if seq_lengths is None else seq_lengths)
             if lengths != (flags.shape[-1], flags.shape[-1]):
                 fail(op, "seq_lengths", f"of tokens of shape {list(tokens.shape)}, the same twice", list(lengths))
@@ -356,19 +377,19 @@ class BlockMask:
         """
         op = "BlockMask.document"
         size = check_block_size(op, block_size)
-        packed = _check_documents(op, "lengths", lengths, device)
-        keys = packed if key_lengths is None else _check_documents(op, "key_lengths", key_lengths, packed.device)
+        packed = check_documents(op, "lengths", lengths, device)
+        keys = packed if key_lengths is None else check_documents(op, "key_lengths", key_lengths, packed.device)
         check_device(op, "key_lengths", keys, packed.device)
         check_shape(op, "key_lengths", keys, "[B or 1, N]", packed.shape)
         sums = packed.sum(-1), keys.sum(-1)
         if seq_lengths is None:
-            if not _is_read(packed):
+            if not is_read(packed):
                 fail(op, "seq_lengths", "of lengths that are on a GPU or compiled", None)
             seq_lengths = int(sums[0].amax()), int(sums[1].amax())
         both = check_lengths(op, seq_lengths)
         for name, each, total, expected in zip(("lengths", "key_lengths"), (packed, keys), sums, both, strict=True):
-            _check_values(op, name, "of at least 0", (each >= 0).all(), each)
-            _check_values(op, name, f"that sum to {expected}", (total == expected).all(), total)
+            check_values(op, name, "of at least 0", (each >= 0).all(), each)
+            check_values(op, name, f"that sum to {expected}", (total == expected).all(), total)
         if packed.shape[1] == 0:
             packed = keys = packed.new_zeros(packed.shape[0], 1)
         key_range = patterns.document_ranges(packed, keys, both[0])
@@ -389,13 +410,52 @@ class BlockMask:
         """
         op = "BlockMask.key_blocks"
         size = check_block_size(op, block_size)
-        flags = _check_tokens(op, "regions", regions)
+        flags = check_tokens(op, "regions", regions)
         lengths = check_lengths(op, regions.shape[-1] if seq_lengths is None else seq_lengths)
         if lengths[1] != flags.shape[-1]:
             fail(op, "seq_lengths", f"of regions of {flags.shape[-1]} keys", list(lengths))
         rows, columns = patterns.blocks_of(lengths, size)
         blocks = patterns.touched_blocks(flags, size[1])[:, None, None].expand(flags.shape[0], 1, rows, columns)
         return _of(blocks, lengths, size, None, backend)
+
+    @staticmethod
+    def from_flex(mask: FlexBlockMask, *, partial: str | None = None, backend: str | None = None) -> BlockMask:
+        """Of FlexAttention's, its partial and full blocks.
+
+        What its mask_mod does inside partial blocks does not come along. A mask that has one other than noop_mask is
+        refused unless `partial="whole"`: its partial blocks then become whole ones, and is_causal=, window=,
+        key_mask= or `& BlockMask.from_key_range(...)` bring the rule back.
+        """
+        from pyrx import _block_flex  # here, as it loads FlexAttention
+
+        blocks = _block_flex.blocks_of_flex("BlockMask.from_flex", mask, partial)
+        lengths, size = tuple(mask.seq_lengths), tuple(mask.BLOCK_SIZE)
+        return BlockMask.from_dense(blocks, lengths, size, backend=backend)  # type: ignore[arg-type]
+
+    def to_flex(self) -> FlexBlockMask:
+        """FlexAttention's, with a mask_mod that knows blocks, key_range and lengths, in eager mode too."""
+        from pyrx import _block_flex
+
+        return _block_flex.flex_of_blocks(self.to_dense(), self.block_size, self.seq_lengths, self.key_range)
+
+    def plot(self, batch: int = 0, most_heads: int = 16) -> Figure:
+        """A matplotlib Figure: a panel a head, dark where blocks are listed. Waits for the GPU."""
+        from matplotlib.figure import Figure
+
+        check_integer("BlockMask.plot", "batch", batch, 0, self.shape[0] - 1)
+        check_integer("BlockMask.plot", "most_heads", most_heads, 1, MOST_TOKENS)
+        heads = self.to_dense()[batch, :most_heads].cpu()
+        across = min(4, max(1, len(heads)))
+        down = -(-len(heads) // across)
+        figure = Figure(figsize=(3 * across, 3 * max(1, down)), layout="constrained")
+        for i, blocks in enumerate(heads):
+            axes = figure.add_subplot(down, across, i + 1)
+            extent = (0, self.shape[3] * self.block_size[1], self.shape[2] * self.block_size[0], 0)
+            axes.imshow(
+                blocks.numpy(), cmap="Greys", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest"
+            )
+            axes.set(title=f"head {i}: {blocks.float().mean():.0%}", xlabel="key", ylabel="query")
+        return figure
 
     def to_dense(self) -> Tensor:
         """bool (B or 1, H or 1, NQ, NK)."""
@@ -481,81 +541,33 @@ def _of(
     return BlockMask(*block_lists(blocks, blocks.shape[3], blocks.shape[2], backend), size, lengths, key_range)
 
 
-def _is_read(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: on the CPU, and not while a graph is made of it."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+_TENSORS = ("kv_counts", "kv_indices", "q_counts", "q_indices", "key_range")
 
 
-def _check_values(op: str, argument: str, expected: str, passed: Tensor, values: Tensor) -> None:
-    """Of a bool scalar that tells of values: an error on the CPU, on the device an assertion."""
-    if not _is_read(passed):
-        torch._assert_async(passed, f"pyrx::{op}: expected {argument} {expected}")
-    elif not passed:
-        fail(op, argument, expected, values.tolist())
+def _flatten(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
+    ranges = [] if mask.key_range is None else [mask.key_range]
+    return [*mask.lists, *ranges], (mask.block_size, mask.seq_lengths)
 
 
-def _check_tokens(op: str, name: str, tokens: Tensor) -> Tensor:
-    """bool (B or 1, S) of bool (S,) or (B, S)."""
-    check_dtype(op, name, tokens, torch.bool)
-    if not 1 <= tokens.dim() <= 2:
-        fail(op, name, "of shape [S] or [B, S]", list(tokens.shape))
-    return tokens[None] if tokens.dim() == 1 else tokens
-
-
-def _check_documents(op: str, name: str, lengths: object, device: torch.device | str | None) -> Tensor:
-    """int64 (B or 1, N) of ints, or of an integer tensor (N,) or (B, N)."""
-    if isinstance(lengths, Tensor):
-        if lengths.dtype not in (torch.int32, torch.int64):
-            fail(op, name, "of dtype torch.int32 or torch.int64", lengths.dtype, TypeError)
-        if not 1 <= lengths.dim() <= 2:
-            fail(op, name, "of shape [N] or [B, N]", list(lengths.shape))
-        return lengths.long() if lengths.dim() == 2 else lengths.long()[None]
-    if not isinstance(lengths, (list, tuple)):
-        fail(op, name, "to be a list of ints or a Tensor", type(lengths).__name__, TypeError)
-    for each in lengths:
-        check_integer(op, name, each, 0, MOST_TOKENS)
-    return torch.tensor([lengths], dtype=torch.int64, device=device)
-
-
-def check_lengths(op: str, seq_lengths: object) -> tuple[int, int]:
-    """(Sq, Sk) of an int for both, or a pair."""
-    pair = (seq_lengths, seq_lengths) if isinstance(seq_lengths, (int, torch.SymInt)) else seq_lengths
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        fail(op, "seq_lengths", "to be an int or a pair (queries, keys)", repr(seq_lengths), TypeError)
-    for each in pair:
-        check_integer(op, "seq_lengths", each, 0, MOST_TOKENS)
-    return pair[0], pair[1]
-
-
-def check_key_range(op: str, key_range: Tensor, queries: int) -> None:
-    check_dtype(op, "key_range", key_range, torch.int32)
-    shape = list(key_range.shape)
-    if len(shape) != 3 or shape[1:] != [queries, 2]:
-        fail(op, "key_range", f"of shape [B or 1, Sq, 2] = [B or 1, {queries}, 2]", shape)
-
-
-def check_block_size(op: str, block_size: object) -> tuple[int, int]:
-    pair = (block_size, block_size) if isinstance(block_size, int) else block_size
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        fail(op, "block_size", "to be an int or a pair (queries, keys)", repr(block_size), TypeError)
-    for each in pair:
-        if each not in BLOCK_SIZES:
-            fail(op, "block_size", "to be one of " + ", ".join(map(str, BLOCK_SIZES)), each)
-    return pair[0], pair[1]
+def _flatten_with_keys(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
+    tensors, context = _flatten(mask)
+    return [(pytree.GetAttrKey(name), each) for name, each in zip(_TENSORS, tensors, strict=False)], context
 
 
 def _unflatten(tensors: Iterable[Any], context: tuple[Any, ...]) -> BlockMask:
     # no checks: trees hold anything in a tensor's place
-    kv_counts, kv_indices, q_counts, q_indices, key_range = tensors
-    block_size, seq_lengths = context
-    return BlockMask(kv_counts, kv_indices, q_counts, q_indices, block_size, seq_lengths, key_range)
+    kv_counts, kv_indices, q_counts, q_indices, *ranges = tensors
+    return BlockMask(kv_counts, kv_indices, q_counts, q_indices, *context, *ranges)
 
 
 pytree.register_pytree_node(
     BlockMask,
-    lambda mask: ([*mask.lists, mask.key_range], (mask.block_size, mask.seq_lengths)),
+    _flatten,
     _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="pyrx.BlockMask",
+    to_dumpable_context=list,
+    from_dumpable_context=lambda context: tuple(map(tuple, context)),
 )
 torch.serialization.add_safe_globals([BlockMask])
 

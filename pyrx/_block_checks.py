@@ -1,0 +1,75 @@
+"""Checks of what block masks are made of; each error names op, argument, expected and got."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from pyrx._attention import BLOCK_SIZES
+from pyrx._checks import check_dtype, check_integer, fail
+
+MOST_TOKENS = 2**31 - 1
+
+
+def check_block_size(op: str, block_size: object) -> tuple[int, int]:
+    pair = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        fail(op, "block_size", "to be an int or a pair (queries, keys)", repr(block_size), TypeError)
+    for each in pair:
+        if each not in BLOCK_SIZES:
+            fail(op, "block_size", "to be one of " + ", ".join(map(str, BLOCK_SIZES)), each)
+    return pair[0], pair[1]
+
+
+def is_read(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: on the CPU, and not while a graph is made of it."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+
+
+def check_values(op: str, argument: str, expected: str, passed: Tensor, values: Tensor) -> None:
+    """Of a bool scalar that tells of values: an error on the CPU, on the device an assertion."""
+    if not is_read(passed):
+        torch._assert_async(passed, f"pyrx::{op}: expected {argument} {expected}")
+    elif not passed:
+        fail(op, argument, expected, values.tolist())
+
+
+def check_tokens(op: str, name: str, tokens: Tensor) -> Tensor:
+    """bool (B or 1, S) of bool (S,) or (B, S)."""
+    check_dtype(op, name, tokens, torch.bool)
+    if not 1 <= tokens.dim() <= 2:
+        fail(op, name, "of shape [S] or [B, S]", list(tokens.shape))
+    return tokens[None] if tokens.dim() == 1 else tokens
+
+
+def check_documents(op: str, name: str, lengths: object, device: torch.device | str | None) -> Tensor:
+    """int64 (B or 1, N) of ints, or of an integer tensor (N,) or (B, N)."""
+    if isinstance(lengths, Tensor):
+        if lengths.dtype not in (torch.int32, torch.int64):
+            fail(op, name, "of dtype torch.int32 or torch.int64", lengths.dtype, TypeError)
+        if not 1 <= lengths.dim() <= 2:
+            fail(op, name, "of shape [N] or [B, N]", list(lengths.shape))
+        return lengths.long() if lengths.dim() == 2 else lengths.long()[None]
+    if not isinstance(lengths, (list, tuple)):
+        fail(op, name, "to be a list of ints or a Tensor", type(lengths).__name__, TypeError)
+    for each in lengths:
+        check_integer(op, name, each, 0, MOST_TOKENS)
+    return torch.tensor([lengths], dtype=torch.int64, device=device)
+
+
+def check_lengths(op: str, seq_lengths: object) -> tuple[int, int]:
+    """(Sq, Sk) of an int for both, or a pair."""
+    pair = (seq_lengths, seq_lengths) if isinstance(seq_lengths, (int, torch.SymInt)) else seq_lengths
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        fail(op, "seq_lengths", "to be an int or a pair (queries, keys)", repr(seq_lengths), TypeError)
+    for each in pair:
+        check_integer(op, "seq_lengths", each, 0, MOST_TOKENS)
+    return pair[0], pair[1]
+
+
+def check_key_range(op: str, key_range: Tensor, queries: int) -> None:
+    check_dtype(op, "key_range", key_range, torch.int32)
+    shape = list(key_range.shape)
+    if len(shape) != 3 or shape[1:] != [queries, 2]:
+        fail(op, "key_range", f"of shape [B or 1, Sq, 2] = [B or 1, {queries}, 2]", shape)
