@@ -375,6 +375,14 @@ def test_all_heads_dropped(backend):
     assert all(each.isfinite().all() for each in gradients(got, (query, key, value)))
 
 
+def test_head_dropout_of_nothing(backend):
+    query, key, value = inputs(heads=H)
+    shape = pyrx.head_dropout_attention(
+        query[:0], key[:0], value[:0], head_dropout_p=0.5, seed=0, backend=backend
+    ).shape
+    assert shape == (0, H, S, D - 2)
+
+
 def test_dropped_heads_have_no_blocks(monkeypatch):
     """Their cost is nothing: no block of theirs is listed, on either side."""
     from pyrx.ops import attention_edits

@@ -251,6 +251,13 @@ def test_no_lengths_lead_out_of_bounds(cu_q, cu_k):
     assert ranges.shape == (1, 40, 2) and (ranges >= 0).all() and (ranges <= 30).all()
 
 
+def test_queries_outside_of_all_sequences_see_nothing():
+    """Lengths that only a GPU has: it does not raise."""
+    for cu, inside in (([0, 4], range(4)), ([2, 4], range(2, 4)), ([0], ())):
+        ranges = sequence_ranges(7, 9, torch.tensor(cu), torch.tensor([0, 9][: len(cu)]), -1, -1)[0]
+        assert ranges.tolist() == [[0, 9] if i in inside else [0, 0] for i in range(7)]
+
+
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=5), st.integers(-1, 200), st.integers(-1, 200))
 def test_only_blocks_with_something_to_see_are_listed(lengths, left, right):
     seen = []

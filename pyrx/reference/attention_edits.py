@@ -49,16 +49,18 @@ def with_own_key(
 ) -> Tensor:
     """The attention whose result over other keys is `out`, of log-sum-exp `lse`, when each query sees the key of its
     position too, where `visible` (B, S)."""
-    dtype, group = accumulation_dtype(query.dtype), query.shape[1] // max(key.shape[1], 1)
-    key, value = (each.to(dtype).repeat_interleave(group, dim=1) for each in (key, value))
-    logit = (query.to(dtype) * key).sum(-1) * scale
+    kind, dtype, kv_heads = query.dtype, accumulation_dtype(query.dtype), key.shape[1]
+    group = query.shape[1] // max(kv_heads, 1)
+    # (B, Hkv, G, S, D) beside (B, Hkv, 1, S, D): grouped queries share their key without copies of it
+    out, query, lse = (each.to(dtype).unflatten(1, (kv_heads, group)) for each in (out, query, lse))
+    key, value = key.to(dtype)[:, :, None], value.to(dtype)[:, :, None]
+    logit = (query * key).sum(-1) * scale
     if softcap > 0:
         logit = softcap * torch.tanh(logit / softcap)
     share = torch.sigmoid(logit - lse)
     if visible is not None:
-        share = torch.where(visible[:, None], share, 0)
-    share = share[..., None]
-    return (share * value + (1 - share) * out.to(dtype)).to(query.dtype)
+        share = torch.where(visible[:, None, None], share, 0)
+    return torch.lerp(out, value, share[..., None]).flatten(1, 2).to(kind)
 
 
 def kept_tokens(importance: Tensor, keep_rate: float, keyframe: tuple[int, int]) -> Tensor:

@@ -4,6 +4,7 @@
 #include "cuda/block_mask.cuh"
 #include "cuda_test.h"
 
+#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <numeric>
@@ -116,7 +117,7 @@ void test_select(const Select& launch, Kind kind, double share) {
 template <int kItems, bool kBlock>
 void test_both(const Select& launch,
                std::initializer_list<Kind> kinds = {kNormal, kTies, kSpecial, kProbabilities, kHidden},
-               std::initializer_list<double> shares = {0.0, 0.3, 0.9, 1.0}) {
+               std::initializer_list<double> shares = {0.0, 0.3, 0.5, 1.0}) {
   for (const Kind kind : kinds)
     for (const double share : shares) {
       test_select<kItems, kBlock, false>(launch, kind, share);
@@ -140,10 +141,50 @@ void test_keys() {
   CHECK_EQUAL(score_units(0x1.8p-36f), 1u, "rounded down");
 }
 
+// Cuts of a few neighbouring scores, where bounds fall on keys and sums meet limits.
+void test_cuts() {
+  for (int64_t row = 0; row < 200; ++row) {
+    const int64_t n = 1 + row % 6;
+    std::vector<float> scores(n);
+    for (int64_t i = 0; i < n; ++i) scores[i] = 1 + (lane_of(33, 8 * row + i, 0) % 6) * 0x1p-23f;
+    std::vector<uint32_t> keys(n);
+    std::transform(scores.begin(), scores.end(), keys.begin(), block_key);
+    const auto [low, high] = std::minmax_element(keys.begin(), keys.end());
+    std::vector<float> order = scores;
+    std::sort(order.begin(), order.end(), std::greater<>());
+    const auto kept = [&](const BlockCut& cut) {
+      int64_t ties = 0, above = 0;
+      for (const uint32_t key : keys) above += key > cut.least, ties += key == cut.least;
+      return above + std::min(ties, cut.ties);
+    };
+    const auto count_from = [&](uint32_t key) {
+      return int64_t(std::count_if(keys.begin(), keys.end(), [&](uint32_t other) { return other >= key; }));
+    };
+    const auto sum_from = [&](uint32_t key) {
+      uint64_t sum = 0;
+      for (const uint32_t other : keys) sum += other >= key ? score_units(score_of(other)) : 0;
+      return sum;
+    };
+    uint64_t sum = 0;
+    const uint64_t total = sum_from(0);
+    for (int64_t count = 0; count <= n; ++count) {
+      CHECK_EQUAL(kept(cut_by_count(count, n, *low, *high, count_from)), count, "row %lld", (long long)row);
+      for (const int shift : {-1, 0, 1}) {
+        if (sum + shift > total) continue;  // sum - 1 of 0 too
+        const int64_t expected = std::max<int64_t>(1, shift < 0 ? count - 1 : count);
+        CHECK_EQUAL(kept(cut_by_mass(sum + shift, total, n, *low, *high, sum_from)), expected,
+                    "row %lld, the units of %lld scores and %d", (long long)row, (long long)count, shift);
+      }
+      if (count < n) sum += score_units(order[count]);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   test_keys();
+  test_cuts();
   using shim::Order;
   for (const Order order : {Order::kForward, Order::kBackward, Order::kShuffled, Order::kWarpByWarp}) {
     shim::order = order;
