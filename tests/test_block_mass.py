@@ -239,13 +239,16 @@ def test_block_sizes(backend, q_block, k_block):
                 assert_recall(backend, query, key, logits, blocks_of(shape, block_size), block_size, block_size)
 
 
-@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 63), (3, 100), (63, 3), (100, 1311), (1311, 17), (128, 128)])
+@pytest.mark.parametrize(
+    "queries, keys", [(1, 1), (1, 63), (3, 100), (63, 3), (16, 80), (100, 1311), (1311, 17), (128, 128)]
+)
 def test_lengths(backend, queries, keys):
     for size, dtype in ((16, torch.float32), (33, torch.bfloat16), (64, torch.float16), (8, torch.float64)):
         shape = (1, 2, 2, queries, keys, size)
         query, key = operands(shape, dtype)
         for logits in (plain(size), plain(size, left=50, right=10)):
-            assert_mass(backend, query, key, logits, (32, 32), shape)
+            for block_size in ((32, 32), (16, 64)):
+                assert_mass(backend, query, key, logits, block_size, shape)
             assert_recall(backend, query, key, logits, blocks_of(shape, (128, 64)), (128, 64), shape)
 
 

@@ -77,27 +77,36 @@ inline Acc sum_block(const ExponentTile<Acc>& tile, const Acc* offset, const uin
   return sums[0].sum();
 }
 
-template <int kVectors, typename Acc>
-void sum_blocks(const ExponentTile<Acc>& tile, const Acc* offset, int64_t q_block, Acc* mass, int64_t stride) {
+template <int kVectors, bool kMasked, typename Acc>
+inline void sum_blocks(const ExponentTile<Acc>& tile, const Acc* offset, int64_t q_block, Acc* mass, int64_t stride) {
   constexpr int64_t kBlock = kVectors * kLanes;
   uint32_t masked[kLogitKeys / kLanes];
-  if (tile.first) key_bits(tile, masked);
+  if constexpr (kMasked) key_bits(tile, masked);
   for (int64_t row = 0; row < tile.rows; row += q_block, mass += stride) {
     const int64_t rows = std::min(q_block, tile.rows - row);
-    for (int64_t key = 0; key < tile.keys; key += kBlock)
-      mass[key / kBlock] = tile.first ? sum_block<kVectors, true>(tile, offset, masked, row, rows, key)
-                                      : sum_block<kVectors, false>(tile, offset, masked, row, rows, key);
+    int64_t key = 0;
+    for (; key + kBlock <= tile.keys; key += kBlock)
+      mass[key / kBlock] = sum_block<kVectors, kMasked>(tile, offset, masked, row, rows, key);
+    if (key == tile.keys) continue;
+    Acc& rest = mass[key / kBlock] = 0;
+    for (; key < tile.keys; key += kLanes) rest += sum_block<1, kMasked>(tile, offset, masked, row, rows, key);
   }
+}
+
+template <int kVectors, typename Acc>
+void mass_of_blocks(const ExponentTile<Acc>& tile, const Acc* offset, int64_t q_block, Acc* mass, int64_t stride) {
+  if (tile.first) sum_blocks<kVectors, true>(tile, offset, q_block, mass, stride);
+  else sum_blocks<kVectors, false>(tile, offset, q_block, mass, stride);
 }
 
 template <typename Acc>
 void mass_of_tile(const ExponentTile<Acc>& tile, const Acc* offset, int64_t q_block, int64_t k_block, Acc* mass,
                   int64_t stride) {
   switch (k_block) {
-    case 16: return sum_blocks<1>(tile, offset, q_block, mass, stride);
-    case 32: return sum_blocks<2>(tile, offset, q_block, mass, stride);
-    case 64: return sum_blocks<4>(tile, offset, q_block, mass, stride);
-    default: return sum_blocks<8>(tile, offset, q_block, mass, stride);
+    case 16: return mass_of_blocks<1>(tile, offset, q_block, mass, stride);
+    case 32: return mass_of_blocks<2>(tile, offset, q_block, mass, stride);
+    case 64: return mass_of_blocks<4>(tile, offset, q_block, mass, stride);
+    default: return mass_of_blocks<8>(tile, offset, q_block, mass, stride);
   }
 }
 

@@ -13,9 +13,10 @@ struct ExponentTile {
   int64_t rows, keys;
   const Acc* products;  // (rows, keys) in rows of `stride`, readable up to a multiple of sixteen keys
   int64_t stride;
-  const Acc* factor;           // (rows,) log2(e) times what makes a product a logit
-  const int32_t *first, *last;  // (rows,) the keys first .. last - 1 of the tile are visible; null: all are
-  const uint8_t* key_mask;     // (keys,) bytes of 0 or 1, or null: all are; null where `first` is
+  const Acc* factor;  // (rows,) log2(e) times what makes a product a logit
+  // (rows,) the keys first .. last - 1 are visible; null: all are, which are a multiple of sixteen then
+  const int32_t *first, *last;
+  const uint8_t* key_mask;  // (keys,) bytes, 0 where nobody sees the key; null: all are seen; unread where `first` is null
 };
 
 // What part of a total was kept; of nothing all of it is.
