@@ -198,9 +198,20 @@ def test_text_blocks_are_always_kept(backend, text):
     assert dense[:, :, always].all()
     room = (~always).sum(-1)
     chosen = (dense & ~always).sum(-1)
-    assert ((chosen - 0.25 * room).abs() <= 0.5 + 0.25 * room).all() and (
-        chosen.double().mean() - 0.25 * room.double().mean()
-    ).abs() < 1
+    for head, share in zip(range(4), chosen.double().mean((0, 2)), strict=True):
+        assert abs(share - 0.25 * room.double().mean()) <= 0.25 * room.max(), head
+    uniform = search.lse_cached(
+        query,
+        key,
+        lse,
+        block_size=size,
+        sparsity=0.75,
+        text_tokens=text,
+        head_adaptive=False,
+        backend=backend,
+    )
+    expected = torch.minimum((0.25 * room).round().clamp(min=1).long(), room)
+    assert torch.equal((uniform.to_dense() & ~always).sum(-1), expected.expand(2, 4, -1))
 
 
 def test_always_blocks_are_kept_beside_the_others():
@@ -230,9 +241,9 @@ def test_no_query_is_left_without_a_key(options):
         ]
     for find in searches:
         mask = find()
-        _, lse = pyrx.block_sparse_attention(query, key, key, mask, enable_gqa=True, return_lse=True, **options)
-        assert lse.isfinite().all()
-        assert mask.density() < 0.5
+        _, own = pyrx.block_sparse_attention(query, key, key, mask, enable_gqa=True, return_lse=True, **options)
+        assert own.isfinite().all()
+        assert mask.density() < 0.7
 
 
 # SpargeAttn.

@@ -64,9 +64,11 @@ def pooled(
     heads, pool = key.shape[1], backend_of("block_pool", backend)
     q_mean, q_similarity = block_pool(query, size[0], backend=pool)
     k_mean, k_similarity = block_pool(key, size[1], key.mean(2, dtype=q_mean.dtype), pool)
-    k_alike = (k_similarity > similarity_threshold).repeat_interleave(query.shape[1] // max(heads, 1), 1)[:, :, None, :]
+    group = query.shape[1] // max(heads, 1)
+    k_mean, k_similarity = k_mean.repeat_interleave(group, 1), k_similarity.repeat_interleave(group, 1)
     q_alike = (q_similarity > similarity_threshold)[..., None]
-    products = (by_group(q_mean, heads) @ k_mean[:, :, None].transpose(-1, -2)).flatten(1, 2) * logits.scale
+    k_alike = (k_similarity > similarity_threshold)[:, :, None]
+    products = q_mean @ k_mean.transpose(-1, -2) * logits.scale
     reachable, diagonal = reach(query, key, size, logits.left, logits.right)
     candidates = reachable & k_alike
     # a row without candidates is all NaN until the second line
