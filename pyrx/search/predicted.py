@@ -72,10 +72,10 @@ def pooled(
     reachable, diagonal = reach(query, key, size, logits.left, logits.right)
     candidates = reachable & k_alike
     # a row without candidates is all NaN until the second line
-    scores = torch.softmax(products.masked_fill(~candidates, -torch.inf), -1).float()
-    scores = scores.masked_fill(~candidates, -torch.inf)
+    scores = torch.softmax(torch.where(candidates, products, -torch.inf), -1)
+    scores = torch.where(candidates, scores, -torch.inf).float()
     count = None if topk is None else (topk * reachable.sum(-1)).round().clamp(min=1).to(torch.int32)
-    kept = reachable & ~(q_alike & k_alike) | diagonal
+    kept = torch.where(q_alike & k_alike, diagonal, reachable)
     blocks = select_blocks(scores, count, mass, kept, backend_of("block_mask", backend))
     return mask_of(blocks, query, key, size, backend)
 
