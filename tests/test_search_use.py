@@ -64,9 +64,15 @@ def test_adaptive_forgets():
     y = draw()
     torch.testing.assert_close(attention(*y, 1), pyrx.block_sparse_attention(*y))
     assert attention.block_mask is not mask
+    late = search.AdaptiveSparseAttention(block_size=16, warmup=2, search_steps=(2,))
+    for step, found in ((1, False), (2, True), (3, True), (1, False), (2, True)):
+        late(*x, step)
+        assert (late.block_mask is not None) == found
     z = draw(80)
     torch.testing.assert_close(attention(*z, 3), pyrx.block_sparse_attention(*z))
     assert attention.block_mask.seq_lengths == (80, 80)
+    more = [torch.randn(2, 2, 80, 16) for _ in range(3)]
+    torch.testing.assert_close(attention(*more, 4), pyrx.block_sparse_attention(*more))
     attention.reset()
     assert attention.block_mask is None and attention.lse is None
     torch.testing.assert_close(attention(*x, 7), pyrx.block_sparse_attention(*x))
