@@ -64,16 +64,18 @@ def pooled(
     heads, pool = key.shape[1], backend_of("block_pool", backend)
     q_mean, q_similarity = block_pool(query, size[0], backend=pool)
     k_mean, k_similarity = block_pool(key, size[1], key.mean(2, dtype=q_mean.dtype), pool)
-    k_alike = (k_similarity > similarity_threshold).repeat_interleave(query.shape[1] // max(heads, 1), 1)[:, :, None, :]
+    group = query.shape[1] // max(heads, 1)
+    k_mean, k_similarity = k_mean.repeat_interleave(group, 1), k_similarity.repeat_interleave(group, 1)
     q_alike = (q_similarity > similarity_threshold)[..., None]
-    products = (by_group(q_mean, heads) @ k_mean[:, :, None].transpose(-1, -2)).flatten(1, 2) * logits.scale
+    k_alike = (k_similarity > similarity_threshold)[:, :, None]
+    products = q_mean @ k_mean.transpose(-1, -2) * logits.scale
     reachable, diagonal = reach(query, key, size, logits.left, logits.right)
     candidates = reachable & k_alike
     # a row without candidates is all NaN until the second line
-    scores = torch.softmax(products.masked_fill(~candidates, -torch.inf), -1).float()
-    scores = scores.masked_fill(~candidates, -torch.inf)
+    scores = torch.softmax(torch.where(candidates, products, -torch.inf), -1)
+    scores = torch.where(candidates, scores, -torch.inf).float()
     count = None if topk is None else (topk * reachable.sum(-1)).round().clamp(min=1).to(torch.int32)
-    kept = reachable & ~(q_alike & k_alike) | diagonal
+    kept = torch.where(q_alike & k_alike, diagonal, reachable)
     blocks = select_blocks(scores, count, mass, kept, backend_of("block_mask", backend))
     return mask_of(blocks, query, key, size, backend)
 
