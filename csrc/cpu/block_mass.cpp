@@ -158,7 +158,7 @@ void for_passes(const at::Tensor& query, const at::Tensor& key, int64_t q_block,
       const int64_t tiles = tiles_of(shape.queries, kRows);
       run_tasks<G>(
           shape.batch * shape.heads * tiles, [] { return Scratch<T, G>(); },
-          [&](int64_t task, Scratch<T, G>& scratch, const std::atomic<int64_t>&) {
+          [&](int64_t task, Scratch<T, G>& scratch) {
             const int64_t head = task / tiles, b = head / shape.heads, h = head % shape.heads;
             Pass<T, G> pass(problem, keys, b, h, task % tiles * kRows, scratch);
             f(pass, b, h, task % tiles * kRows, scratch);
