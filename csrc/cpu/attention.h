@@ -231,11 +231,11 @@ void dispatch_operand(at::ScalarType dtype, F f) {
   f(accumulate_t<T>());
 }
 
-// n rows of `size` elements, `stride` apart, transposed: (depth, width) with depth `size`, columns past n zero, in the
-// layout of the GEMM's second operand (pairs of depth for 16-bit types). `scratch` holds width * transposed_depth().
 template <typename G>
 int64_t transposed_depth(int64_t size) { return round_up(size, pairing<G>); }
 
+// n rows of `size` elements, `stride` apart, transposed: (transposed_depth, width), columns past n zero, in the layout of a
+// GEMM's second operand (pairs of depth for 16-bit types). `scratch` holds as much.
 template <typename T, typename G>
 void pack_transposed(const T* rows, int64_t stride, int64_t n, int64_t size, int64_t width, G* scratch, G* out) {
   const auto& kernels = head_kernels<T, G>();
