@@ -1,5 +1,6 @@
-"""Block-sparse attention by Triton on a GPU: large problems, graphs, streams, the same bits; values of every feature are
-in test_triton_block_sparse_attention.py."""
+"""Block-sparse attention by Triton on a GPU: large problems, graphs, streams, the same bits.
+
+Values of every feature are in test_triton_block_sparse_attention.py."""
 
 import helpers
 import pytest

@@ -137,8 +137,8 @@ def kernels(*arguments):
     return torch.ops.pyrx_triton.block_sparse_attention(*arguments)
 
 
-def check(case, rows=True):
-    """Results and gradients are within the budget of errors."""
+def check(case, rows=True, term=0.0):
+    """Results and gradients are within the budget of errors, gradients of terms as large as `term` that cancel."""
     dtype = case.query.dtype
     got, gradients = case.found(kernels, dtype, rows=rows)
     plain, plain_gradients = case.found(reference.block_sparse_attention, dtype, rows=rows)
@@ -156,8 +156,7 @@ def check(case, rows=True):
         true = exact_gradients[name]
         # the query scale's is a sum of products in the inputs' precision
         slack = helpers.SLACK[dtype] * torch.finfo(dtype).eps / torch.finfo(gradient.dtype).eps
-        # of one key a query's is 0, a difference of terms about as large as 1
-        helpers.assert_within_budget(gradient, plain_gradients[name], true, f"gradient of {name}", slack, floor=1.0)
+        helpers.assert_within_budget(gradient, plain_gradients[name], true, f"gradient of {name}", slack, floor=term)
 
 
 FEATURES = {
@@ -187,7 +186,7 @@ FEATURES = {
     "one key head": {"heads": 3, "kv_heads": 1, "dropout_p": 0.2},
     "negative scale": {"scale": -0.3},
     "no scale": {"scale": 0.0},
-    "large scale": {"scale": 3.0},
+    "large scale": {"scale": 1.0},
     "all": {
         "heads": 4, "kv_heads": 2, "right": 20, "key_range": True, "key_mask": 0.8, "query_scale": True, "softcap": 3.0,
         "row_bias": (1, 4), "columns": 8, "dropout_p": 0.25,
@@ -211,7 +210,16 @@ def test_low_precision(device, dtype, name):
 )
 def test_blocks(device, q_block, k_block):
     dtype = torch.bfloat16 if q_block >= 64 else torch.float32
-    case = {"queries": 140, "keys": 136, "blocks": (q_block, k_block), "batch": 1, "density": 0.5, "right": 70}
+    case = {
+        "queries": 132,
+        "keys": 136,
+        "size": 16,
+        "heads": 1,
+        "blocks": (q_block, k_block),
+        "batch": 1,
+        "density": 0.5,
+        "right": 70,
+    }
     check(Case(device=device, dtype=dtype, **case))
     check(Case(device=device, dtype=dtype, dropout_p=0.1, shared_lists=True, row_bias=(1, 1), **case))
 
@@ -224,7 +232,7 @@ def test_head_sizes(device, dtype, size, value_size):
 
 @pytest.mark.parametrize("queries, keys", [(1, 1), (1, 70), (70, 1), (33, 31), (128, 128), (129, 127)])
 def test_lengths(device, queries, keys):
-    check(Case(device=device, queries=queries, keys=keys, density=0.8, kv_heads=1, left=60), rows=False)
+    check(Case(device=device, queries=queries, keys=keys, density=0.8, kv_heads=1, left=60), rows=False, term=4.0)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
@@ -234,8 +242,8 @@ def test_densities(device, density):
 
 def test_lists_in_any_order_with_what_is_no_block(device):
     """Indices out of range are passed over, counts beyond the width cut, and nothing past the count is read."""
-    for seed in range(3):
-        case = Case(device=device, queries=120, keys=130, density=0.5, seed=seed, right=60)
+    for seed in range(2):
+        case = Case(device=device, batch=1, queries=120, keys=130, size=16, density=0.5, seed=seed, right=60)
         for side, blocks in ((0, 5), (2, 4)):
             counts, indices = case.lists[side : side + 2]
             generator = torch.Generator().manual_seed(seed)
@@ -280,14 +288,16 @@ def test_rows_that_see_nothing(device):
 
 @pytest.mark.parametrize("keys", [96, 93])
 def test_dropped_are_those_of_the_mask(device, keys):
-    case = Case(device=device, keys=keys, queries=70, value_size=keys, density=1.0, dropout_p=0.4, blocks=(64, 32))
-    case.value = torch.eye(keys, device=device).expand(2, 2, keys, keys)
+    case = Case(
+        device=device, heads=1, keys=keys, queries=70, value_size=keys, density=1.0, dropout_p=0.4, blocks=(64, 32)
+    )
+    case.value = torch.eye(keys, device=device).expand(2, 1, keys, keys)
     (out, *_), _ = case.found(kernels, torch.float32)
-    assert torch.equal(out.cpu() > 0, helpers.expected_mask((2, 2, 70, keys), 0.4, 5))
-    case.upstream = torch.eye(70, device=device).expand(2, 2, 70, 70)
+    assert torch.equal(out.cpu() > 0, helpers.expected_mask((2, 1, 70, keys), 0.4, 5))
+    case.upstream = torch.eye(70, device=device).expand(2, 1, 70, 70)
     case.value = case.value[..., :70].contiguous()
     _, gradients = case.found(kernels, torch.float32, rows=False)
-    assert torch.equal(gradients["value"].mT.cpu() > 0, helpers.expected_mask((2, 2, 70, keys), 0.4, 5))
+    assert torch.equal(gradients["value"].mT.cpu() > 0, helpers.expected_mask((2, 1, 70, keys), 0.4, 5))
 
 
 @triton.jit
@@ -319,7 +329,7 @@ def test_far_elements(device, keys, aligned):
 
 
 def test_layouts(device):
-    case = Case(device=device, row_bias=(2, 1), columns=8, key_range=True, query_scale=True, key_mask=0.7, kv_heads=1)
+    case = Case(device=device, row_bias=(2, 1), columns=8, key_range=True, query_scale=True, key_mask=0.7, queries=40)
     expected, gradients = case.found(kernels, torch.float32)
 
     def tokens_first(each):
@@ -357,7 +367,9 @@ def test_expanded_inputs(device):
 @pytest.mark.parametrize("needed", [*NAMES, ("query", "value"), ("key",), ("query_scale", "row_bias")], ids=str)
 def test_only_what_needs_a_gradient(device, needed):
     needed = (needed,) if isinstance(needed, str) else needed
-    case = Case(device=device, query_scale=True, row_bias=(1, 2), columns=8, dropout_p=0.2, kv_heads=1)
+    case = Case(
+        device=device, batch=1, queries=40, query_scale=True, row_bias=(1, 2), columns=8, dropout_p=0.2, kv_heads=1
+    )
     _, expected = case.found(kernels, torch.float32)
     _, found = case.found(kernels, torch.float32, needs=needed)
     assert set(found) == set(needed)
@@ -453,7 +465,7 @@ def call(dtype, size, block, kind="plain", threshold=0, tokens=1024, **logits):
     given = dict.fromkeys(
         ("left", "right", "key_range", "key_mask", "query_scale", "row_bias", "column_bias", "scale", "softcap")
     )
-    given.update(left=-1, right=0, scale=0.1, softcap=0.0, **logits)
+    given.update({"left": -1, "right": 0, "scale": 0.1, "softcap": 0.0, **logits})
     seed = torch.tensor(1) if threshold else None
     arguments = (query, query, query, *lists(blocks, blocks), *lists(blocks, blocks), block, block, *given.values())
     rest = kind == "all"
@@ -508,15 +520,13 @@ def test_plain_attention_ahead_of_time(python, tmp_path, architecture):
     found = ahead_of_time(python, tmp_path, script)
     assert {each["kernel"] for each in found} == kernels_of("block_sparse_attention*.py") - {"_bias_kernel"}
     for each in found:
-        assert each["stack"] <= STACK[architecture], each
+        assert each["stack"] == 0, each
         assert each["shared"] <= SHARED_LIMIT[architecture], each
         if each["kernel"] != "_delta_kernel":
             instruction = "wgmma" if architecture == 90 else "mma"
-            assert each[instruction] >= 8 and each["async"] > 0, each
-
-
-# bytes of spills: of registers that are used before and after the loop over tiles
-STACK = {80: 0, 90: 32}
+            # the largest heads leave sm_80 no memory for a second stage
+            single = (architecture, each["kernel"], each["size"]) == (80, "_key_value_kernel", 256)
+            assert each[instruction] >= 8 and (each["async"] > 0 or single), each
 
 
 @pytest.mark.slow
