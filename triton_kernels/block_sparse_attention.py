@@ -43,7 +43,7 @@ _VARYING = ["threshold", "width"]
 FORWARD = {
     ("hopper", 64): (Plan(128, 64, 4, 3), Plan(64, 64, 4, 3)),
     ("hopper", 128): (Plan(128, 64, 8, 3), Plan(64, 64, 4, 3)),
-    ("hopper", 256): (Plan(128, 64, 8, 2), Plan(64, 32, 4, 2)),
+    ("hopper", 256): (Plan(128, 32, 8, 3), Plan(64, 32, 4, 2)),
     ("half", 64): (Plan(128, 64, 8, 3), Plan(64, 64, 4, 3)),
     ("half", 128): (Plan(128, 64, 8, 2), Plan(64, 64, 4, 2)),
     ("half", 256): (Plan(64, 32, 8, 2),),
