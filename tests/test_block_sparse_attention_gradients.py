@@ -17,6 +17,7 @@ from attention import (
     formula,
     gradients,
     listed,
+    pytorch,
     raw,
     visible,
 )
@@ -88,6 +89,23 @@ def test_gradients_with_dropout(backend, p, dtype):
             assert_gradients(call, backend, name)
 
 
+@pytest.mark.parametrize("name", ["dense", "causal", "head_64", "heads_4_2", "together"])
+def test_a_loss_scale_reaches_float16_gradients(backend, name):
+    """Gradients near float16's largest number, and those that only their scale lifts above its smallest."""
+    call = case(name, torch.float16)
+    need(backend, dtype=torch.float16, ops=(ROW,))
+    tiny = call.replace(query=call.query / 64, value=call.value / 64)
+    for each, scale in ((call, 4096.0), (tiny, 2.0**-14)):
+        _, exact = gradients(each.to(torch.float64), formula, scale=scale)
+        _, plain = gradients(each, pytorch, scale=scale)
+        _, found = gradients(each, lambda on: on(backend), scale=scale)
+        for leaf, gradient in found.items():
+            # what is below the smallest number is lost by PyTorch too
+            largest = max(exact[leaf].abs().max().item(), torch.finfo(torch.float16).tiny)
+            wrong, own = ((one[leaf].double() - exact[leaf]).abs().max().item() for one in (found, plain))
+            assert gradient.isfinite().all() and wrong <= own + 8 * 2.0**-10 * largest, (leaf, scale, wrong, own)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -148,7 +166,7 @@ def test_empty(backend, shape, density):
         assert gradient.any() == (density > 0 and 0 not in shape), name
 
 
-def test_lists_with_entries_out_of_range(backend):
+def test_lists_with_entries_out_of_range_and_repeated(backend):
     """In the transpose too, which the backward walks."""
     call = attention(2, 2, 100, 131, 24, lead=(2, 2), block=(32, 16))
     mask = call.mask
@@ -163,6 +181,8 @@ def test_lists_with_entries_out_of_range(backend):
     q = with_junk(mask.q_counts, mask.q_indices, call.blocks.shape[2])
     assert torch.equal(listed(*kv, call.blocks.shape[3]), call.blocks)
     assert_exact(call.replace(mask=pyrx.BlockMask(*kv, *q, mask.block_size, mask.seq_lengths)), backend)
+    twice = [each.repeat_interleave(2, -1) if each.dim() == 4 else 2 * each for each in mask.lists]
+    assert_exact(call.replace(mask=pyrx.BlockMask(*twice, mask.block_size, mask.seq_lengths)), backend, "listed twice")
     narrow = pyrx.BlockMask(*(each[..., :0] if each.dim() == 4 else each for each in mask.lists), (32, 16), (100, 131))
     _, found = gradients(call.replace(mask=narrow), lambda each: each(backend))
     assert not any(each.any() for each in found.values())
