@@ -19,7 +19,7 @@ namespace {
 
 constexpr std::string_view kOp = "block_sparse_attention";
 constexpr int64_t kTaskRows = 128;   // most queries of a task, more where a block has more
-constexpr int64_t kPackPanels = 4;   // panels that a task packs
+constexpr int64_t kPackBlocks = 4;   // blocks of keys that a task packs
 
 template <typename T>
 struct AttentionResults {
@@ -30,7 +30,7 @@ struct AttentionResults {
   Acc* entropy;                // (B, H, Sq) or null
 };
 
-// Keys and values are packed once: keys transposed in panels of `width_` tokens, values in rows padded to 16 columns.
+// Keys and values are packed once: a block of keys transposed, a block of values in rows padded to 16 columns.
 template <typename T, typename G>
 class Forward {
   using Acc = accumulate_t<T>;
@@ -42,40 +42,68 @@ class Forward {
         shape_(problem.shape),
         depth_(transposed_depth<G>(shape_.size)),
         values_(round_up(shape_.value_size, kRound)),
-        width_(std::min(shape_.k_block, kPanel)),
-        panels_((shape_.keys + width_ - 1) / width_),
+        blocks_(shape_.k_blocks()),
+        together_(std::max<int64_t>(1, kTaskRows / shape_.q_block)),
+        packs_((blocks_ + kPackBlocks - 1) / kPackBlocks),
+        attends_(shape_.group() * ((shape_.q_blocks() + together_ - 1) / together_)),
         folded_(problem.plain() && problem.scale > 0),
         values_as_they_are_(std::is_same_v<T, G> && sizeof(G) != 2 && shape_.value_size == values_ &&
                             problem.value.token == values_),
         queries_as_they_are_(std::is_same_v<T, G> && depth_ == shape_.size && problem.query.token == depth_) {}
 
-  // A head of keys is packed one head before it is needed, so that it is still in cache then and nobody waits long.
+  // A head of keys is packed one head before it is needed, so that it is still in cache then and nobody waits long, into
+  // the place of one that is done with.
   void run() {
-    reserve();
-    const int64_t heads = shape_.batch * shape_.kv_heads, packs = (panels_ + kPackPanels - 1) / kPackPanels;
-    const int64_t together = std::max<int64_t>(1, kTaskRows / shape_.q_block), blocks = shape_.q_blocks();
-    const int64_t runs = (blocks + together - 1) / together, attends = shape_.group() * runs;
-    std::vector<std::atomic<int64_t>> packed(heads);
+    const int64_t heads = shape_.batch * shape_.kv_heads;
+    reserve(std::min(heads, 3 + 2 * at::get_num_threads() / attends_));
+    std::vector<std::atomic<int64_t>> packed(heads), attended(heads);
+    const auto wait = [](const std::atomic<int64_t>& done, int64_t count) {
+      while (done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+    };
     run_tasks<G>(
-        heads * (packs + attends), [&] { return Scratch(*this); },
-        [&](int64_t task, Scratch& scratch) {
-          const int64_t since = task - packs, head = since < 0 ? -1 : since / (packs + attends);
-          const int64_t own = since < 0 ? task : since % (packs + attends), first = head + 1 < heads ? packs : 0;
-          if (own < first) {
-            pack(head + 1, own, scratch);
-            packed[head + 1].fetch_add(1, std::memory_order_release);
+        heads * (packs_ + attends_), [&] { return Scratch(*this); },
+        [&](int64_t number, Scratch& scratch, const std::atomic<int64_t>& next) {
+          const Task task = task_of(number);
+          if (task.pack) {
+            if (task.head >= places_) wait(attended[task.head - places_], attends_);
+            pack(task.head, task.part, scratch);
+            packed[task.head].fetch_add(1, std::memory_order_release);
             return;
           }
-          while (packed[head].load(std::memory_order_acquire) < packs) std::this_thread::yield();
-          const int64_t part = own - first, b = head / shape_.kv_heads;
-          const int64_t h = head % shape_.kv_heads * shape_.group() + part / runs;
-          // the last blocks first: they see most where attention is causal
-          const int64_t begin = (runs - 1 - part % runs) * together;
-          for (int64_t i = begin; i < std::min(begin + together, blocks); ++i) attend(b, h, i, scratch);
+          wait(packed[task.head], packs_);
+          const Queries own = queries_of(task);
+          for (int64_t i = own.first; i < own.last; ++i) {
+            if (i + 1 < own.last) attend(own.b, own.h, i, scratch, [&] { fetch_queries(own.b, own.h, i + 1); });
+            else attend(own.b, own.h, i, scratch, [&] { fetch_task(next.load(std::memory_order_relaxed)); });
+          }
+          attended[task.head].fetch_add(1, std::memory_order_release);
         });
   }
 
  private:
+  // Tasks follow each other as: packs of head 0, and for every head packs of the next one and attends of this one. A task
+  // waits for earlier ones alone.
+  struct Task {
+    bool pack;
+    int64_t head, part;
+  };
+  Task task_of(int64_t number) const {
+    if (number < packs_) return {true, 0, number};
+    const int64_t head = (number - packs_) / (packs_ + attends_), own = (number - packs_) % (packs_ + attends_);
+    const int64_t first = head + 1 < shape_.batch * shape_.kv_heads ? packs_ : 0;
+    return own < first ? Task{true, head + 1, own} : Task{false, head, own - first};
+  }
+
+  // Blocks of queries first .. last - 1. The last blocks of a head come first: they see most where attention is causal.
+  struct Queries {
+    int64_t b, h, first, last;
+  };
+  Queries queries_of(const Task& task) const {
+    const int64_t runs = attends_ / shape_.group(), first = (runs - 1 - task.part % runs) * together_;
+    return {task.head / shape_.kv_heads, task.head % shape_.kv_heads * shape_.group() + task.part / runs, first,
+            std::min(first + together_, shape_.q_blocks())};
+  }
+
   // A thread's own, for one block of queries and a tile of keys.
   struct Scratch {
     Workspace memory;
@@ -88,7 +116,7 @@ class Forward {
       const int64_t rows = f.shape_.q_block;
       const auto acc = [&](int64_t n) { return memory.reserve<Acc>(n); };
       const auto operand = [&](int64_t n) { return memory.reserve<G>(n); };
-      const int64_t at[] = {operand(rows * f.depth_), operand(rows * kLogitKeys), operand(f.depth_ * f.width_),
+      const int64_t at[] = {operand(rows * f.depth_), operand(rows * kLogitKeys), operand(f.depth_ * f.shape_.k_block),
                             operand(kLogitKeys * f.values_), acc(rows * kLogitKeys), acc(rows * f.values_), acc(rows),
                             acc(rows), acc(rows), memory.reserve<uint8_t>(rows * kLogitKeys / 8),
                             memory.reserve<uint8_t>(kLogitKeys / 8 + 2)};
@@ -101,13 +129,25 @@ class Forward {
     }
   };
 
+  // Towards the second-level cache, all at once: lists and rows of a few lines defeat the processor's own guesses.
+  template <typename U>
+  static void fetch(const U* from, int64_t n) {
+    const char* line = reinterpret_cast<const char*>(from);
+    for (int64_t i = 0; i < n * int64_t(sizeof(U)); i += 64) __builtin_prefetch(line + i, 0, 2);
+  }
+  template <typename U>
+  static void fetch_rows(const TokenRows<U>& from, int64_t b, int64_t h, int64_t first, int64_t n, int64_t size) {
+    for (int64_t i = 0; i < n; ++i) fetch(from.at(b, h, first + i), size);
+  }
+
   int64_t kv_head(int64_t b, int64_t h) const { return b * shape_.kv_heads + h / shape_.group(); }
-  int64_t tokens_of(int64_t panel) const { return std::min(width_, shape_.keys - panel * width_); }
-  G* keys_of(int64_t head, int64_t panel) const { return keys_ + (head * panels_ + panel) * depth_ * width_; }
-  const G* values_of(int64_t head, int64_t panel) const {
-    if (values_as_they_are_)
-      return reinterpret_cast<const G*>(in_.value.at(head / shape_.kv_heads, head % shape_.kv_heads, panel * width_));
-    return packed_values_ + (head * panels_ + panel) * width_ * values_;
+  int64_t keys_in(int64_t block) const { return std::min(shape_.k_block, shape_.keys - block * shape_.k_block); }
+  int64_t place_of(int64_t head, int64_t block) const { return (head % places_ * blocks_ + block) * shape_.k_block; }
+  G* keys_of(int64_t head, int64_t block) const { return keys_ + place_of(head, block) * depth_; }
+  const G* values_of(int64_t head, int64_t block) const {
+    if (!values_as_they_are_) return packed_values_ + place_of(head, block) * values_;
+    return reinterpret_cast<const G*>(
+        in_.value.at(head / shape_.kv_heads, head % shape_.kv_heads, block * shape_.k_block));
   }
 
   static at::Tensor operands(int64_t n) {
@@ -116,24 +156,26 @@ class Forward {
     return memory;
   }
 
-  void reserve() {
-    const int64_t heads = shape_.batch * shape_.kv_heads;
-    key_memory_ = operands(heads * panels_ * width_ * depth_);
+  void reserve(int64_t places) {
+    places_ = places;
+    key_memory_ = operands(places * blocks_ * shape_.k_block * depth_);
     keys_ = static_cast<G*>(key_memory_.mutable_data_ptr());
     if (values_as_they_are_) return;
-    value_memory_ = operands(heads * panels_ * width_ * values_);
+    value_memory_ = operands(places * blocks_ * shape_.k_block * values_);
     packed_values_ = static_cast<G*>(value_memory_.mutable_data_ptr());
   }
 
   void pack(int64_t head, int64_t run, const Scratch& scratch) const {
-    const int64_t b = head / shape_.kv_heads, h = head % shape_.kv_heads, first = run * kPackPanels;
-    for (int64_t panel = first; panel < std::min(first + kPackPanels, panels_); ++panel) {
-      const int64_t token = panel * width_, n = tokens_of(panel);
-      pack_transposed<T, G>(in_.key.at(b, h, token), in_.key.token, n, shape_.size, width_, scratch.keys,
-                            keys_of(head, panel));
+    const int64_t b = head / shape_.kv_heads, h = head % shape_.kv_heads, first = run * kPackBlocks;
+    for (int64_t block = first; block < std::min(first + kPackBlocks, blocks_); ++block) {
+      const int64_t k = block * shape_.k_block, n = keys_in(block);
+      fetch_rows(in_.key, b, h, k, n, shape_.size);
+      if (!values_as_they_are_) fetch_rows(in_.value, b, h, k, n, shape_.value_size);
+      pack_transposed<T, G>(in_.key.at(b, h, k), in_.key.token, n, shape_.size, shape_.k_block, scratch.keys,
+                            keys_of(head, block));
       if (!values_as_they_are_)
-        pack_rows<T, G>(in_.value.at(b, h, token), in_.value.token, n, shape_.value_size, values_,
-                        packed_values_ + (head * panels_ + panel) * width_ * values_);
+        pack_rows<T, G>(in_.value.at(b, h, k), in_.value.token, n, shape_.value_size, values_,
+                        packed_values_ + place_of(head, block) * values_);
     }
   }
 
@@ -154,7 +196,9 @@ class Forward {
     int64_t count, keys;
   };
 
-  void attend(int64_t b, int64_t h, int64_t block, Scratch& scratch) const {
+  // `ahead()` fetches what comes after this block.
+  template <typename F>
+  void attend(int64_t b, int64_t h, int64_t block, Scratch& scratch, F ahead) const {
     const int64_t q = block * shape_.q_block, rows = std::min(shape_.q_block, shape_.queries - q);
     const Reach seen = reach(in_.rules, b, q, rows);
     std::vector<int64_t>& listed = scratch.listed;
@@ -167,7 +211,13 @@ class Forward {
     std::fill_n(scratch.weighted, rows, Acc(0));
     const G* queries = queries_of(b, h, q, rows, scratch);
     const int64_t together = kLogitKeys / shape_.k_block, blocks = static_cast<int64_t>(listed.size());
+    const auto fetch_tile = [&](int64_t first) {
+      for (int64_t i = first; i < std::min(first + together, blocks); ++i)
+        if (i == 0 || listed[i] != listed[i - 1] + 1) fetch_block(kv_head(b, h), listed[i]);
+    };
+    fetch_tile(0);
     for (int64_t i = 0; i < blocks; i += together) {
+      i + together < blocks ? fetch_tile(i + together) : ahead();
       const int64_t count = std::min(together, blocks - i);
       const Tile tile{listed.data() + i, count, (count - 1) * shape_.k_block + keys_in(listed[i + count - 1])};
       step(b, h, q, rows, queries, tile, seen, i == 0, scratch);
@@ -175,12 +225,32 @@ class Forward {
     finish(b, h, q, rows, blocks == 0, scratch);
   }
 
-  int64_t keys_in(int64_t block) const { return std::min(shape_.k_block, shape_.keys - block * shape_.k_block); }
+  void fetch_queries(int64_t b, int64_t h, int64_t block) const {
+    const int64_t q = block * shape_.q_block;
+    fetch_rows(in_.query, b, h, q, std::min(shape_.q_block, shape_.queries - q), shape_.size);
+  }
+  void fetch_task(int64_t number) const {
+    if (number >= shape_.batch * shape_.kv_heads * (packs_ + attends_)) return;
+    const Task task = task_of(number);
+    if (task.pack) return;
+    const Queries own = queries_of(task);
+    fetch_queries(own.b, own.h, own.first);
+    const int64_t block = in_.kv.any(own.b, own.h, own.first);
+    if (block >= 0) fetch_block(task.head, block);
+  }
+
+  // One that follows another is found by the processor.
+  void fetch_block(int64_t head, int64_t block) const {
+    fetch(keys_of(head, block), shape_.k_block * depth_);
+    fetch(values_of(head, block), keys_in(block) * values_);
+  }
 
   void step(int64_t b, int64_t h, int64_t q, int64_t rows, const G* queries, const Tile& tile, const Reach& seen,
             bool first, const Scratch& scratch) const {
     const int64_t head = kv_head(b, h);
-    products(head, rows, queries, tile, scratch);
+    for (int64_t i = 0; i < tile.count; ++i)
+      multiply(rows, shape_.k_block, depth_, queries, depth_, keys_of(head, tile.listed[i]), shape_.k_block,
+               scratch.logits + i * shape_.k_block, kLogitKeys, false);
     for (int64_t i = 0; i < tile.count; ++i) logits(b, h, q, rows, tile.listed[i], i * shape_.k_block, seen, scratch);
     if (in_.threshold > 0)
       for (int64_t i = 0; i < tile.count; ++i) drop(b, h, q, rows, tile.listed[i], i * shape_.k_block, scratch);
@@ -206,24 +276,11 @@ class Forward {
              values_, !first);
   }
 
-  // logits = queries * keys^T
-  void products(int64_t head, int64_t rows, const G* queries, const Tile& tile, const Scratch& scratch) const {
-    const int64_t each = shape_.k_block / width_;  // panels of a block
-    for (int64_t i = 0; i < tile.count; ++i)
-      for (int64_t p = 0; p < each; ++p) {
-        const int64_t panel = tile.listed[i] * each + p;
-        if (panel >= panels_) return;
-        multiply(rows, width_, depth_, queries, depth_, keys_of(head, panel), width_,
-                 scratch.logits + (i * each + p) * width_, kLogitKeys, false);
-      }
-  }
-
   // The values of a tile's keys one after another.
   const G* values_of_tile(int64_t head, const Tile& tile, const Scratch& scratch) const {
-    const int64_t each = shape_.k_block / width_;
-    if (tile.listed[tile.count - 1] - tile.listed[0] == tile.count - 1) return values_of(head, tile.listed[0] * each);
+    if (tile.listed[tile.count - 1] - tile.listed[0] == tile.count - 1) return values_of(head, tile.listed[0]);
     for (int64_t i = 0; i < tile.count; ++i)
-      std::memcpy(scratch.values + i * shape_.k_block * values_, values_of(head, tile.listed[i] * each),
+      std::memcpy(scratch.values + i * shape_.k_block * values_, values_of(head, tile.listed[i]),
                   round_up(keys_in(tile.listed[i]), pairing<G>) * values_ * sizeof(G));
     return scratch.values;
   }
@@ -249,14 +306,14 @@ class Forward {
 
   void finish(int64_t b, int64_t h, int64_t q, int64_t rows, bool empty, const Scratch& scratch) const {
     if (empty) std::fill_n(scratch.out, rows * values_, Acc(0));
+    const auto store = element_kernels<T>().store;
     const Acc kept = in_.threshold > 0 ? keep_scale<Acc>(in_.threshold) : Acc(1);
     const int64_t at = (b * shape_.heads + h) * shape_.queries + q;
     T* out = out_.out + b * out_.batch + h * out_.head + q * out_.token;
     for (int64_t r = 0; r < rows; ++r) {
       const Acc total = scratch.total[r];
       const bool nothing = total == 0;
-      element_kernels<T>().store(scratch.out + r * values_, shape_.value_size, nothing ? Acc(0) : kept / total,
-                                 out + r * out_.token);
+      store(scratch.out + r * values_, shape_.value_size, nothing ? Acc(0) : kept / total, out + r * out_.token);
       out_.lse[at + r] = nothing ? -std::numeric_limits<Acc>::infinity()
                                  : scratch.most[r] * std::numbers::ln2_v<Acc> + std::log(total);
       if (out_.entropy)
@@ -269,9 +326,11 @@ class Forward {
   const AttentionResults<T>& out_;
   const AttentionShape shape_;
   const int64_t depth_, values_;  // of a head of keys and of values, padded
-  const int64_t width_, panels_;
+  const int64_t blocks_;          // of keys
+  const int64_t together_, packs_, attends_;  // blocks of queries of a task, and tasks of a head of keys
   const bool folded_;  // logits are products times a scale that goes into the softmax's base
   const bool values_as_they_are_, queries_as_they_are_;
+  int64_t places_ = 0;  // heads whose packed operands are kept
   at::Tensor key_memory_, value_memory_;
   G *keys_ = nullptr, *packed_values_ = nullptr;
 };
