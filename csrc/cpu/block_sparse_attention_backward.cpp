@@ -22,6 +22,7 @@ namespace {
 constexpr const char* kOp = "block_sparse_attention_backward";
 constexpr int64_t kQueries = 64;     // most queries of a panel
 constexpr int64_t kTasks = 16;       // at least, where there are blocks: chunks make up for missing heads
+constexpr int64_t kMostChunks = 8;   // each has a dQ of its own
 constexpr int64_t kBitsStride = 16;  // bytes of a query's bits of a block of keys
 
 struct Needs {
@@ -46,7 +47,7 @@ ResultRows<T> result_rows(const at::Tensor& t, bool wanted) {
   return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// The gradient of a bias, contiguous.
+// The gradient of a bias, contiguous; nothing where it is not wanted.
 template <typename T>
 struct ResultBias {
   T* data = nullptr;
@@ -94,8 +95,9 @@ class Backward {
       });
     if (needs.any_query())
       run_tasks<G>(panels(), make, [&](int64_t task, Scratch& scratch) { sum_query(task, scratch); });
-    if (needs.row_bias) sum_bias(in_.to_row, false);
-    if (needs.column_bias) sum_bias(in_.to_column, true);
+    const bool together = in_.to_row.batch == in_.to_column.batch && in_.to_row.heads == in_.to_column.heads;
+    if (needs.bias()) sum_bias(needs.row_bias, needs.column_bias && (together || !needs.row_bias));
+    if (needs.row_bias && needs.column_bias && !together) sum_bias(false, true);
   }
 
  private:
@@ -427,31 +429,43 @@ class Backward {
     }
   }
 
-  // The gradient of a bias: a task has the sums of a panel's rows, over the batch and the heads that share them.
-  void sum_bias(const ResultBias<T>& to, bool column) {
+  // Sums of gradients of logits: (queries, Sk / C) by row of the grid and (queries, C) by column, or null.
+  struct BiasSums {
+    Acc *row, *column;
+  };
+
+  // The gradients of one bias or of two of one shape: a task has the sums of a panel's rows, over the batch and the heads that
+  // share them.
+  void sum_bias(bool want_row, bool want_column) {
+    const ResultBias<T>& shared = want_row ? in_.to_row : in_.to_column;
+    const int64_t row = want_row ? in_.to_row.size : 0, column = want_column ? in_.to_column.size : 0;
     struct BiasScratch : Scratch {
       BiasScratch(const Backward& own, int64_t sums) : Scratch(own), sums(sums) {}
-      Array<Acc> sums;  // (queries, size)
+      Array<Acc> sums;
     };
-    const int64_t shared_batch = shape_.batch / to.batch, shared_heads = shape_.heads / to.heads;
-    run_tasks<G>(to.batch * to.heads * head_panels_, [&] { return BiasScratch(*this, width_ * to.size); },
-                 [&](int64_t task, BiasScratch& scratch) {
-      const int64_t b = task / head_panels_ / to.heads, h = task / head_panels_ % to.heads, p = task % head_panels_;
-      const int64_t first = p * width_, rows = std::min(width_, shape_.queries - first);
+    const int64_t some_batch = shape_.batch / shared.batch, some_heads = shape_.heads / shared.heads;
+    const auto make = [&] { return BiasScratch(*this, width_ * (row + column)); };
+    run_tasks<G>(shared.batch * shared.heads * head_panels_, make, [&](int64_t task, BiasScratch& scratch) {
+      const int64_t head = task / head_panels_, p = task % head_panels_, first = p * width_;
+      const int64_t rows = std::min(width_, shape_.queries - first);
       if (rows <= 0) return;
-      std::fill_n(static_cast<Acc*>(scratch.sums), rows * to.size, Acc(0));
-      for (int64_t i = b * shared_batch; i < (b + 1) * shared_batch; ++i)
-        for (int64_t k = h * shared_heads; k < (h + 1) * shared_heads; ++k)
-          add_bias({i, k, (i * shape_.heads + k) * head_panels_ + p, first, rows}, to.size, column, scratch.sums, scratch);
-      for (int64_t i = 0; i < rows; ++i)
-        rounded_.store(scratch.sums + i * to.size, to.size, 1,
-                       to.data + (((b * to.heads) + h) * shape_.queries + first + i) * to.size);
+      std::fill_n(static_cast<Acc*>(scratch.sums), width_ * (row + column), Acc(0));
+      const BiasSums sums{want_row ? static_cast<Acc*>(scratch.sums) : nullptr,
+                          want_column ? scratch.sums + width_ * row : nullptr};
+      for (int64_t i = 0; i < some_batch; ++i)
+        for (int64_t k = 0; k < some_heads; ++k) {
+          const int64_t b = head / shared.heads * some_batch + i, h = head % shared.heads * some_heads + k;
+          add_bias({b, h, (b * shape_.heads + h) * head_panels_ + p, first, rows}, sums, scratch);
+        }
+      const int64_t to = head * shape_.queries + first;
+      if (want_row) rounded_.store(sums.row, rows * row, 1, in_.to_row.data + to * row);
+      if (want_column) rounded_.store(sums.column, rows * column, 1, in_.to_column.data + to * column);
     });
   }
 
-  // sums (queries, size) += the gradients of a panel's logits, by key, by row or by column of the grid
-  void add_bias(const Panel& own, int64_t size, bool column, Acc* sums, Scratch& scratch) const {
-    const int64_t columns = in_.bias.columns;
+  // Adds the gradients of a panel's logits.
+  void add_bias(const Panel& own, const BiasSums& sums, Scratch& scratch) const {
+    const int64_t columns = in_.bias.columns, grid_rows = shape_.keys / columns;
     in_.kv.of(own.b, own.h, own.first / shape_.q_block, scratch.list);
     for (const int64_t j : scratch.list) {
       const KeyBlock block = key_operands(own.b, own.h / shape_.group(), j, scratch);
@@ -461,22 +475,29 @@ class Backward {
       tile.upstream = scratch.upstream;
       tile.gradients = scratch.upstream;
       wide_gradients_.gradients(tile);
-      Acc* rows = scratch.summed;
-      wide_.transpose(scratch.upstream, width_, block.keys, width_, rows, keys_);
-      for (int64_t i = 0; i < own.rows; ++i, rows += keys_) {
-        Acc* to = sums + i * size;
-        if (columns == 1 && !column) {
-          accumulator_.axpy(1, rows, block.keys, to + block.first);
+      Acc* part = scratch.summed;
+      wide_.transpose(scratch.upstream, width_, block.keys, width_, part, keys_);
+      for (int64_t i = 0; i < own.rows; ++i, part += keys_) {
+        Acc* by_row = sums.row ? sums.row + i * grid_rows : nullptr;
+        if (columns == 1 && !sums.column) {
+          accumulator_.axpy(1, part, block.keys, by_row + block.first);
           continue;
         }
-        for (int64_t k = 0; k < block.keys;) {
-          const int64_t c = (block.first + k) % columns, n = std::min(columns - c, block.keys - k);
-          if (column) accumulator_.axpy(1, rows + k, n, to + c);
-          else for (int64_t e = 0; e < n; ++e) to[(block.first + k) / columns] += rows[k + e];
+        for (int64_t k = 0; k < block.keys;) {  // keys of one row of the grid
+          const int64_t row = (block.first + k) / columns, c = (block.first + k) % columns;
+          const int64_t n = std::min(columns - c, block.keys - k);
+          if (sums.column) accumulator_.axpy(1, part + k, n, sums.column + i * columns + c);
+          if (sums.row) by_row[row] += rows_sum(part + k, n);
           k += n;
         }
       }
     }
+  }
+
+  static Acc rows_sum(const Acc* x, int64_t n) {
+    Acc sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += x[i];
+    return sum;
   }
 
   std::vector<Reach> reaches() const {
@@ -507,7 +528,7 @@ class Backward {
   const int64_t depth_ = transposed_depth<G>(shape_.size), value_depth_ = transposed_depth<G>(shape_.value_size);
   const int64_t padded_ = round_up(shape_.size, kRound), value_padded_ = round_up(shape_.value_size, kRound);
   const int64_t chunks_ =
-      std::clamp<int64_t>(blocks_of(kTasks, shape_.batch * shape_.kv_heads), 1, shape_.k_blocks());
+      std::min({blocks_of(kTasks, shape_.batch * shape_.kv_heads), kMostChunks, shape_.k_blocks()});
   // whether rows serve as second operands where they lie
   const bool plain_type_ = std::is_same_v<T, G> && sizeof(T) >= 4;
   const bool direct_query_ = plain_type_ && padded_ == shape_.size && !in_.query_scale;
