@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from attention import (
+    BLOCKS,
     CASES,
     NAMES,
     RESULTS,
@@ -22,6 +23,8 @@ from attention import (
     visible,
 )
 from helpers import FLOATS, assert_same_bits, name_of, need
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pyrx
 from pyrx import _library
@@ -63,6 +66,44 @@ def test_gradients(backend, name, dtype):
         assert_exact(call, backend, name)
     else:
         assert_gradients(call, backend, name)
+
+
+@st.composite
+def calls(draw):
+    """Arguments of attention(): any of its features beside any other."""
+    batch, heads = draw(st.integers(1, 3)), draw(st.sampled_from((1, 2, 4, 6)))
+    columns = draw(st.sampled_from((0, 0, 1, 3, 20)))
+    keys = columns * draw(st.integers(1, 9)) if columns else draw(st.integers(1, 180))
+    found = {
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": draw(st.sampled_from([each for each in (1, 2, 3, 6) if heads % each == 0])),
+        "queries": draw(st.integers(1, 180)),
+        "keys": keys,
+        "size": draw(st.integers(1, 40)),
+        "value_size": draw(st.integers(1, 40)),
+        "block": (draw(st.sampled_from(BLOCKS)), draw(st.sampled_from(BLOCKS))),
+        "lead": (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads)))),
+        "density": draw(st.sampled_from((0.2, 0.6, 1.0))),
+        "ranges": draw(st.sampled_from((0, 0, 1, batch))),
+        "key_mask": draw(st.booleans()),
+        "query_scale": draw(st.booleans()),
+        "is_causal": draw(st.booleans()),
+    }
+    if columns or draw(st.booleans()):
+        found |= {"bias": (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads)))), "columns": columns}
+    if draw(st.booleans()):
+        found["window"] = (draw(st.integers(-1, 60)), draw(st.integers(-1, 60)))
+    if draw(st.booleans()):
+        found["softcap"] = draw(st.sampled_from((0.5, 4.0)))
+    if draw(st.booleans()):
+        found |= {"dropout_p": draw(st.sampled_from((0.1, 0.7))), "seed": draw(st.integers(0, 2**63 - 1))}
+    return found
+
+
+@given(arguments=calls())
+def test_any_call(backend, arguments):
+    assert_exact(attention(**arguments), backend, str(arguments))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
