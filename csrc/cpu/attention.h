@@ -87,14 +87,6 @@ struct BlockLists {
   int64_t rows = 0, width = 0, limit = 0;               // limit: blocks of the other side
   int64_t batch = 0, head = 0;                          // strides in rows, 0 where a dimension is one
 
-  // The first that a row lists, -1 where there is none or it is out of range.
-  int64_t any(int64_t b, int64_t h, int64_t row) const {
-    const int64_t at = b * batch + h * head + row;
-    if (counts[at] <= 0 || width == 0) return -1;
-    const int64_t first = indices[at * width];
-    return first < limit ? first : -1;
-  }
-
   // Those of a row, ascending, each once; entries out of range are passed over.
   void of(int64_t b, int64_t h, int64_t row, std::vector<int64_t>& found) const {
     const int64_t at = b * batch + h * head + row, n = std::clamp<int64_t>(counts[at], 0, width);
@@ -284,15 +276,14 @@ void pack_rows(const T* rows, int64_t stride, int64_t n, int64_t size, int64_t w
   }
 }
 
-// f(task, scratch, next) for task < count: a thread that is free takes the next one, with what `make()` gave it. `next`
-// is the one that is taken next, perhaps by this thread.
+// f(task, scratch) for task < count: a thread that is free takes the next one, with what `make()` gave it.
 template <typename G, typename Make, typename F>
 void run_tasks(int64_t count, Make make, F f) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(std::max(1, at::get_num_threads()), count), 1, [&](int64_t begin, int64_t end) {
     auto scratch = make();
     for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) f(i, scratch, next);
+      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) f(i, scratch);
     if constexpr (sizeof(G) == 2) at::native::cpublas::brgemm_release();
   });
 }

@@ -48,8 +48,7 @@ class Forward {
         attends_(shape_.group() * ((shape_.q_blocks() + together_ - 1) / together_)),
         folded_(problem.plain() && problem.scale > 0),
         values_as_they_are_(std::is_same_v<T, G> && sizeof(G) != 2 && shape_.value_size == values_ &&
-                            problem.value.token == values_),
-        queries_as_they_are_(std::is_same_v<T, G> && depth_ == shape_.size && problem.query.token == depth_) {}
+                            problem.value.token == values_) {}
 
   // A head of keys is packed one head before it is needed, so that it is still in cache then and nobody waits long, into
   // the place of one that is done with.
@@ -62,25 +61,26 @@ class Forward {
     };
     run_tasks<G>(
         heads * (packs_ + attends_), [&] { return Scratch(*this); },
-        [&](int64_t number, Scratch& scratch, const std::atomic<int64_t>& next) {
+        [&](int64_t number, Scratch& scratch) {
           const Task task = task_of(number);
           if (task.pack) {
             if (task.head >= places_) wait(attended[task.head - places_], attends_);
-            pack(task.head, task.part, scratch);
-            packed[task.head].fetch_add(1, std::memory_order_release);
-            return;
+            const Done done{packed[task.head]};
+            return pack(task.head, task.part, scratch);
           }
           wait(packed[task.head], packs_);
-          const Queries own = queries_of(task);
-          for (int64_t i = own.first; i < own.last; ++i) {
-            if (i + 1 < own.last) attend(own.b, own.h, i, scratch, [&] { fetch_queries(own.b, own.h, i + 1); });
-            else attend(own.b, own.h, i, scratch, [&] { fetch_task(next.load(std::memory_order_relaxed)); });
-          }
-          attended[task.head].fetch_add(1, std::memory_order_release);
+          const Done done{attended[task.head]};
+          attend(task, scratch);
         });
   }
 
  private:
+  // Counts a task when it ends, by an exception too: nobody waits for what does not come.
+  struct Done {
+    std::atomic<int64_t>& count;
+    ~Done() { count.fetch_add(1, std::memory_order_release); }
+  };
+
   // Tasks follow each other as: packs of head 0, and for every head packs of the next one and attends of this one. A task
   // waits for earlier ones alone.
   struct Task {
@@ -92,16 +92,6 @@ class Forward {
     const int64_t head = (number - packs_) / (packs_ + attends_), own = (number - packs_) % (packs_ + attends_);
     const int64_t first = head + 1 < shape_.batch * shape_.kv_heads ? packs_ : 0;
     return own < first ? Task{true, head + 1, own} : Task{false, head, own - first};
-  }
-
-  // Blocks of queries first .. last - 1. The last blocks of a head come first: they see most where attention is causal.
-  struct Queries {
-    int64_t b, h, first, last;
-  };
-  Queries queries_of(const Task& task) const {
-    const int64_t runs = attends_ / shape_.group(), first = (runs - 1 - task.part % runs) * together_;
-    return {task.head / shape_.kv_heads, task.head % shape_.kv_heads * shape_.group() + task.part / runs, first,
-            std::min(first + together_, shape_.q_blocks())};
   }
 
   // A thread's own, for one block of queries and a tile of keys.
@@ -179,15 +169,14 @@ class Forward {
     }
   }
 
-  const G* queries_of(int64_t b, int64_t h, int64_t q, int64_t rows, const Scratch& scratch) const {
-    const T* from = in_.query.at(b, h, q);
-    if (queries_as_they_are_) return reinterpret_cast<const G*>(from);
+  // A copy: rows read one after another come from memory faster than as the GEMM takes them.
+  void copy_queries(int64_t b, int64_t h, int64_t q, int64_t rows, const Scratch& scratch) const {
+    const auto select = head_kernels<T, G>().select;
     for (int64_t i = 0; i < rows; ++i) {
       G* to = scratch.queries + i * depth_;
-      head_kernels<T, G>().select(from + i * in_.query.token, nullptr, shape_.size, to);
+      select(in_.query.at(b, h, q + i), nullptr, shape_.size, to);
       std::fill(to + shape_.size, to + depth_, G{});
     }
-    return scratch.queries;
   }
 
   // Blocks listed[0 .. count) of a tile, the keys of which follow each other in it: all but the last block are whole.
@@ -196,9 +185,15 @@ class Forward {
     int64_t count, keys;
   };
 
-  // `ahead()` fetches what comes after this block.
-  template <typename F>
-  void attend(int64_t b, int64_t h, int64_t block, Scratch& scratch, F ahead) const {
+  void attend(const Task& task, Scratch& scratch) const {
+    const int64_t runs = attends_ / shape_.group(), b = task.head / shape_.kv_heads;
+    const int64_t h = task.head % shape_.kv_heads * shape_.group() + task.part / runs;
+    // the last blocks of a head come first: they see most where attention is causal
+    const int64_t first = (runs - 1 - task.part % runs) * together_;
+    for (int64_t i = first; i < std::min(first + together_, shape_.q_blocks()); ++i) attend(b, h, i, scratch);
+  }
+
+  void attend(int64_t b, int64_t h, int64_t block, Scratch& scratch) const {
     const int64_t q = block * shape_.q_block, rows = std::min(shape_.q_block, shape_.queries - q);
     const Reach seen = reach(in_.rules, b, q, rows);
     std::vector<int64_t>& listed = scratch.listed;
@@ -209,34 +204,20 @@ class Forward {
     std::fill_n(scratch.most, rows, -std::numeric_limits<Acc>::infinity());
     std::fill_n(scratch.total, rows, Acc(0));
     std::fill_n(scratch.weighted, rows, Acc(0));
-    const G* queries = queries_of(b, h, q, rows, scratch);
     const int64_t together = kLogitKeys / shape_.k_block, blocks = static_cast<int64_t>(listed.size());
     const auto fetch_tile = [&](int64_t first) {
       for (int64_t i = first; i < std::min(first + together, blocks); ++i)
         if (i == 0 || listed[i] != listed[i - 1] + 1) fetch_block(kv_head(b, h), listed[i]);
     };
     fetch_tile(0);
+    if (blocks > 0) copy_queries(b, h, q, rows, scratch);
     for (int64_t i = 0; i < blocks; i += together) {
-      i + together < blocks ? fetch_tile(i + together) : ahead();
+      fetch_tile(i + together);
       const int64_t count = std::min(together, blocks - i);
       const Tile tile{listed.data() + i, count, (count - 1) * shape_.k_block + keys_in(listed[i + count - 1])};
-      step(b, h, q, rows, queries, tile, seen, i == 0, scratch);
+      step(b, h, q, rows, tile, seen, i == 0, scratch);
     }
     finish(b, h, q, rows, blocks == 0, scratch);
-  }
-
-  void fetch_queries(int64_t b, int64_t h, int64_t block) const {
-    const int64_t q = block * shape_.q_block;
-    fetch_rows(in_.query, b, h, q, std::min(shape_.q_block, shape_.queries - q), shape_.size);
-  }
-  void fetch_task(int64_t number) const {
-    if (number >= shape_.batch * shape_.kv_heads * (packs_ + attends_)) return;
-    const Task task = task_of(number);
-    if (task.pack) return;
-    const Queries own = queries_of(task);
-    fetch_queries(own.b, own.h, own.first);
-    const int64_t block = in_.kv.any(own.b, own.h, own.first);
-    if (block >= 0) fetch_block(task.head, block);
   }
 
   // One that follows another is found by the processor.
@@ -245,11 +226,11 @@ class Forward {
     fetch(values_of(head, block), keys_in(block) * values_);
   }
 
-  void step(int64_t b, int64_t h, int64_t q, int64_t rows, const G* queries, const Tile& tile, const Reach& seen,
-            bool first, const Scratch& scratch) const {
+  void step(int64_t b, int64_t h, int64_t q, int64_t rows, const Tile& tile, const Reach& seen, bool first,
+            const Scratch& scratch) const {
     const int64_t head = kv_head(b, h);
     for (int64_t i = 0; i < tile.count; ++i)
-      multiply(rows, shape_.k_block, depth_, queries, depth_, keys_of(head, tile.listed[i]), shape_.k_block,
+      multiply(rows, shape_.k_block, depth_, scratch.queries, depth_, keys_of(head, tile.listed[i]), shape_.k_block,
                scratch.logits + i * shape_.k_block, kLogitKeys, false);
     for (int64_t i = 0; i < tile.count; ++i) logits(b, h, q, rows, tile.listed[i], i * shape_.k_block, seen, scratch);
     if (in_.threshold > 0)
@@ -329,7 +310,7 @@ class Forward {
   const int64_t blocks_;          // of keys
   const int64_t together_, packs_, attends_;  // blocks of queries of a task, and tasks of a head of keys
   const bool folded_;  // logits are products times a scale that goes into the softmax's base
-  const bool values_as_they_are_, queries_as_they_are_;
+  const bool values_as_they_are_;
   int64_t places_ = 0;  // heads whose packed operands are kept
   at::Tensor key_memory_, value_memory_;
   G *keys_ = nullptr, *packed_values_ = nullptr;

@@ -10,7 +10,7 @@ namespace {
 using namespace pyrx;
 using namespace pyrx::cpu;
 
-constexpr int64_t kBatch = 2, kHeads = 3, kQueries = 20;
+constexpr int64_t kLanes = plain::kLanes, kBatch = 2, kHeads = 3, kQueries = 20;
 
 template <typename T>
 bool near(T got, double expected, double tolerance) {
@@ -117,6 +117,95 @@ void test_tanh(const char* set, const LogitKernels<T>& kernels) {
   }
 }
 
+// Steps of tiles of `keys` keys, the last of `rest`, against the sums over all of them at once.
+template <typename G>
+void test_softmax(const char* set, const SoftmaxKernels<G>& kernels, int64_t keys, int64_t rest, bool dropped,
+                  bool weighted, bool in_place) {
+  using Acc = accumulate_t<G>;
+  constexpr double kHidden = -std::numeric_limits<double>::infinity(), unit = sizeof(Acc) == 8 ? 0x1p-52 : 0x1p-23;
+  const int64_t rows = 19, stride = 144, size = 21, out_stride = 24, bits_stride = 17, tiles = 4;
+  const Acc factor = Acc(0.3);
+  Buffer<Acc> most(rows), total(rows), sums(rows), out(rows * out_stride, 1);
+  std::vector<double> seen(rows, kHidden), sum(rows, 0), moment(rows, 0), shrunk(rows, 1);
+  for (int64_t r = 0; r < rows; ++r) most[r] = static_cast<Acc>(kHidden), total[r] = sums[r] = 0;
+  const std::vector<Acc> ones(rows * out_stride, 1);
+  std::copy(ones.begin(), ones.end(), out.data());
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t n = t + 1 == tiles ? rest : keys, padded = (n + kLanes - 1) / kLanes * kLanes;
+    Buffer<Acc> logits((rows - 1) * stride + padded, 16);
+    Buffer<G> weights((rows - 1) * stride + padded, 16);
+    Buffer<uint8_t> bits((rows - 1) * bits_stride + padded / 8);
+    for (int64_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint8_t>(lane_of(11 + t, i, 0));
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < n; ++c) {
+        const uint64_t i = (t * rows + r) * 128 + c;
+        // a row of nothing in the first tiles, one of nothing at all, one that is hidden here and there, large ones
+        const bool hidden = (r == 2 && t < 2) || r == 3 || (r == 4 && lane_of(12, i, 0) % 2);
+        logits[r * stride + c] = static_cast<Acc>(hidden ? kHidden : normal(i) * (r == 5 ? 1000 : 10));
+      }
+    const std::vector<Acc> before(logits.data(), logits.data() + logits.size());
+    G* to = weights.data();
+    if constexpr (std::is_same_v<G, Acc>) to = in_place ? logits.data() : to;
+    kernels.step({rows, n, logits.data(), stride, factor, most.data(), total.data(), weighted ? sums.data() : nullptr,
+                  t == 0 ? nullptr : out.data(), size, out_stride, dropped ? bits.data() : nullptr, bits_stride, to,
+                  stride});
+    for (int64_t r = 0; r < rows; ++r) {
+      double now = seen[r], here = 0, moved = 0;
+      for (int64_t c = 0; c < n; ++c) now = std::max(now, double(factor) * double(before[r * stride + c]));
+      const double base = now == kHidden ? 0 : now, shrink = seen[r] == kHidden ? (now == kHidden ? 1 : 0) : std::exp2(seen[r] - base);
+      for (int64_t c = 0; c < padded; ++c) {
+        const double exponent = c < n ? double(factor) * double(before[r * stride + c]) - base : kHidden;
+        const double weight = std::exp2(exponent);
+        here += weight;
+        if (weight > 0) moved += weight * exponent;
+        const bool kept = !dropped || bits[r * bits_stride + c / 8] >> c % 8 & 1;
+        const double got = plain::widen(to[r * stride + c]), expected = kept ? weight : 0;
+        const double step = std::max(sizeof(G) == 2 ? 0x1p-8 : 0.0, 4 * unit * (1 + std::abs(base)));
+        CHECK(kept && weight > 0 ? std::abs(got - expected) <= step * expected + 0x1p-24 * (sizeof(G) == 2) + 1e-37 : got == 0,
+              "%s: weight %zu bytes, tile %ld of %ld keys, row %ld, key %ld: %g, expected %g", set, sizeof(G), t, n, r,
+              c, got, expected);
+      }
+      moment[r] = (seen[r] == kHidden ? 0 : moment[r] + (seen[r] - base) * sum[r]) * shrink + moved;
+      sum[r] = sum[r] * shrink + here;
+      seen[r] = now;
+      if (t > 0) shrunk[r] *= shrink;
+      const double slack = 64 * unit * (1 + std::abs(base));
+      CHECK(same_bits(double(most[r]), now) || std::abs(double(most[r]) - now) <= unit * std::abs(now),
+            "%s: greatest of row %ld: %g, expected %g", set, r, double(most[r]), now);
+      CHECK(std::abs(double(total[r]) - sum[r]) <= slack * sum[r], "%s: total of row %ld: %g, expected %g", set, r,
+            double(total[r]), sum[r]);
+      if (weighted)
+        CHECK(std::abs(double(sums[r]) - moment[r]) <= slack * (sum[r] + std::abs(moment[r])),
+              "%s: weighted sum of row %ld, tile %ld: %g, expected %g", set, r, t, double(sums[r]), moment[r]);
+      for (int64_t c = 0; c < out_stride; ++c) {
+        const double expected = c < size ? shrunk[r] : 1, got = double(out[r * out_stride + c]);
+        CHECK(std::abs(got - expected) <= slack * expected + 1e-37, "%s: out of row %ld, column %ld: %g, expected %g", set, r,
+              c, got, expected);
+      }
+    }
+  }
+}
+
+template <typename G>
+void test_nan(const char* set, const SoftmaxKernels<G>& kernels) {
+  using Acc = accumulate_t<G>;
+  Buffer<Acc> logits(16), most(1), total(1);
+  Buffer<G> weights(16);
+  for (int64_t i = 0; i < 16; ++i) logits[i] = static_cast<Acc>(i == 5 ? NAN : double(i));
+  most[0] = static_cast<Acc>(-INFINITY), total[0] = 0;
+  kernels.step({1, 16, logits.data(), 16, 1, most.data(), total.data(), nullptr, nullptr, 16, 16, nullptr, 0, weights.data(), 16});
+  CHECK(total[0] != total[0], "%s: the total of a row with NaN: %g", set, double(total[0]));
+}
+
+template <typename G>
+void test_softmax_type(const char* set, const SoftmaxKernels<G>& kernels) {
+  test_nan(set, kernels);
+  for (const int64_t keys : {16, 32, 48, 64, 128})
+    for (const int64_t rest : {1, 15, 16, 33, 100, 128})
+      for (int flags = 0; flags < 8; ++flags)
+        if (rest <= keys) test_softmax<G>(set, kernels, keys, rest, flags & 1, flags & 2, flags & 4);
+}
+
 template <typename T>
 void test_type(const char* set, const LogitKernels<T>& kernels) {
   test_tanh<T>(set, kernels);
@@ -130,11 +219,14 @@ void test_type(const char* set, const LogitKernels<T>& kernels) {
       }
 }
 
-#define TEST_SET(name)                                        \
-  test_type<float>(#name, name::logit_table<float>());        \
-  test_type<double>(#name, name::logit_table<double>());      \
-  test_type<bfloat16>(#name, name::logit_table<bfloat16>());  \
-  test_type<float16>(#name, name::logit_table<float16>());
+#define TEST_TYPE(name, T)                       \
+  test_type<T>(#name, name::logit_table<T>());   \
+  test_softmax_type<T>(#name, name::softmax_table<T>());
+#define TEST_SET(name)      \
+  TEST_TYPE(name, float)    \
+  TEST_TYPE(name, double)   \
+  TEST_TYPE(name, bfloat16) \
+  TEST_TYPE(name, float16)
 
 }  // namespace
 
