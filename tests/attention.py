@@ -288,11 +288,11 @@ def upstreams(results, seed=7):
     return [one.to(each.device, each.dtype) for one, each in zip(made, results, strict=True)]
 
 
-def gradients(call, function, needs=NAMES, through=RESULTS):
-    """The results of `function(call)` and {name: gradient} of random gradients of those of `through`."""
+def gradients(call, function, needs=NAMES, through=RESULTS, scale=1.0):
+    """The results of `function(call)` and {name: gradient} of random gradients, times `scale`, of `through`."""
     held, leaves = call.leaves(needs)
     results = function(held)
-    grads = [each if name in through else None for name, each in zip(RESULTS, upstreams(results), strict=True)]
+    grads = [each * scale if name in through else None for name, each in zip(RESULTS, upstreams(results), strict=True)]
     # plain PyTorch knows that statistics have no gradient to values
     pairs = [(each, grad) for each, grad in zip(results, grads, strict=True) if grad is not None and each.requires_grad]
     found = torch.autograd.grad(

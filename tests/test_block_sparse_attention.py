@@ -218,6 +218,13 @@ def test_order_and_width_of_lists_do_not_matter(backend):
                 torch.testing.assert_close(call.replace(mask=mask)(backend), expected, **CLOSE)
 
 
+def test_a_block_that_is_listed_twice_counts_once(backend):
+    call = attention(2, 2, 100, 131, 24, block=(16, 32))
+    twice = [each.repeat_interleave(2, -1) if each.dim() == 4 else 2 * each for each in call.mask.lists]
+    mask = pyrx.BlockMask(*twice, call.mask.block_size, call.mask.seq_lengths)
+    torch.testing.assert_close(call.replace(mask=mask)(backend), formula(call), **CLOSE)
+
+
 def test_lists_of_no_width(backend):
     call = attention(2, 3, 100, 131, 24, lead=(2, 3))
     for counts in (0, 1, 2**31 - 1):

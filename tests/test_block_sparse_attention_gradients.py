@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from attention import (
+    BLOCKS,
     CASES,
     NAMES,
     RESULTS,
@@ -17,10 +18,13 @@ from attention import (
     formula,
     gradients,
     listed,
+    pytorch,
     raw,
     visible,
 )
 from helpers import FLOATS, assert_same_bits, name_of, need
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pyrx
 from pyrx import _library
@@ -64,6 +68,44 @@ def test_gradients(backend, name, dtype):
         assert_gradients(call, backend, name)
 
 
+@st.composite
+def calls(draw):
+    """Arguments of attention(): any of its features beside any other."""
+    batch, heads = draw(st.integers(1, 3)), draw(st.sampled_from((1, 2, 4, 6)))
+    columns = draw(st.sampled_from((0, 0, 1, 3, 20)))
+    keys = columns * draw(st.integers(1, 9)) if columns else draw(st.integers(1, 180))
+    found = {
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": draw(st.sampled_from([each for each in (1, 2, 3, 6) if heads % each == 0])),
+        "queries": draw(st.integers(1, 180)),
+        "keys": keys,
+        "size": draw(st.integers(1, 40)),
+        "value_size": draw(st.integers(1, 40)),
+        "block": (draw(st.sampled_from(BLOCKS)), draw(st.sampled_from(BLOCKS))),
+        "lead": (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads)))),
+        "density": draw(st.sampled_from((0.2, 0.6, 1.0))),
+        "ranges": draw(st.sampled_from((0, 0, 1, batch))),
+        "key_mask": draw(st.booleans()),
+        "query_scale": draw(st.booleans()),
+        "is_causal": draw(st.booleans()),
+    }
+    if columns or draw(st.booleans()):
+        found |= {"bias": (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads)))), "columns": columns}
+    if draw(st.booleans()):
+        found["window"] = (draw(st.integers(-1, 60)), draw(st.integers(-1, 60)))
+    if draw(st.booleans()):
+        found["softcap"] = draw(st.sampled_from((0.5, 4.0)))
+    if draw(st.booleans()):
+        found |= {"dropout_p": draw(st.sampled_from((0.1, 0.7))), "seed": draw(st.integers(0, 2**63 - 1))}
+    return found
+
+
+@given(arguments=calls())
+def test_any_call(backend, arguments):
+    assert_exact(attention(**arguments), backend, str(arguments))
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @pytest.mark.parametrize("name", ["dense", "causal", "bias_2_3", "heads_4_2", "head_64", "head_128", "lengths_1311"])
 def test_gradients_of_the_output_alone(backend, name, dtype):
@@ -86,6 +128,23 @@ def test_gradients_with_dropout(backend, p, dtype):
             assert_exact(call, backend, name)
         else:
             assert_gradients(call, backend, name)
+
+
+@pytest.mark.parametrize("name", ["dense", "causal", "head_64", "heads_4_2", "together"])
+def test_a_loss_scale_reaches_float16_gradients(backend, name):
+    """Gradients near float16's largest number, and those that only their scale lifts above its smallest."""
+    call = case(name, torch.float16)
+    need(backend, dtype=torch.float16, ops=(ROW,))
+    tiny = call.replace(query=call.query / 64, value=call.value / 64)
+    for each, scale in ((call, 4096.0), (tiny, 2.0**-14)):
+        _, exact = gradients(each.to(torch.float64), formula, scale=scale)
+        _, plain = gradients(each, pytorch, scale=scale)
+        _, found = gradients(each, lambda on: on(backend), scale=scale)
+        for leaf, gradient in found.items():
+            # what is below the smallest number is lost by PyTorch too
+            largest = max(exact[leaf].abs().max().item(), torch.finfo(torch.float16).tiny)
+            wrong, own = ((one[leaf].double() - exact[leaf]).abs().max().item() for one in (found, plain))
+            assert gradient.isfinite().all() and wrong <= own + 8 * 2.0**-10 * largest, (leaf, scale, wrong, own)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +207,7 @@ def test_empty(backend, shape, density):
         assert gradient.any() == (density > 0 and 0 not in shape), name
 
 
-def test_lists_with_entries_out_of_range(backend):
+def test_lists_with_entries_out_of_range_and_repeated(backend):
     """In the transpose too, which the backward walks."""
     call = attention(2, 2, 100, 131, 24, lead=(2, 2), block=(32, 16))
     mask = call.mask
@@ -163,6 +222,8 @@ def test_lists_with_entries_out_of_range(backend):
     q = with_junk(mask.q_counts, mask.q_indices, call.blocks.shape[2])
     assert torch.equal(listed(*kv, call.blocks.shape[3]), call.blocks)
     assert_exact(call.replace(mask=pyrx.BlockMask(*kv, *q, mask.block_size, mask.seq_lengths)), backend)
+    twice = [each.repeat_interleave(2, -1) if each.dim() == 4 else 2 * each for each in mask.lists]
+    assert_exact(call.replace(mask=pyrx.BlockMask(*twice, mask.block_size, mask.seq_lengths)), backend, "listed twice")
     narrow = pyrx.BlockMask(*(each[..., :0] if each.dim() == 4 else each for each in mask.lists), (32, 16), (100, 131))
     _, found = gradients(call.replace(mask=narrow), lambda each: each(backend))
     assert not any(each.any() for each in found.values())
