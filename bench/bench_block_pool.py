@@ -46,9 +46,9 @@ def test_block_pool(dtype: torch.dtype, layout: str, benchmark: Any) -> None:
         Contender("eager", partial(eager, x)),
         Contender("compiled", partial(torch.compile(eager, dynamic=False, fullgraph=True), x)),
         Contender("pyrx", partial(block_pool, x, BLOCK), "pyrx"),
-        Contender("floor", x.sum, "floor", note="the sum of the tokens: one read"),
+        Contender("one read", x.sum, "floor", note="the sum of the tokens"),
     ]
-    contenders, floors = with_graphs(contenders, {"pyrx": "floor"})
+    contenders, floors = with_graphs(contenders, {"pyrx": "one read"})
 
     def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
         truth = block_pool(x, BLOCK, backend="reference")
@@ -103,5 +103,5 @@ def test_searches(benchmark: Any) -> None:
         contenders,
         benchmark,
         check=check,
-        targets=[Target("lse_cached", "dense attention, pyrx", 1 / 0.6)],
+        targets=[Target("lse_cached", "dense attention, pyrx", 1.67)],
     )
