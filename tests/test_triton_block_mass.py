@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 launcher = importlib.import_module("pyrx._triton.block_mass")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="one process holds either interpreted or compiled kernels")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SHAPE = (1, 2, 1, 150, 210, 16)
+SHAPE = (2, 2, 1, 150, 210, 16)
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_features(i, name):
     query, key = cases.operands(SHAPE, dtype)
     logits = cases.feature(name, SHAPE, dtype)
     cases.assert_mass("triton", query, key, logits, block_size, f"{name} {dtype}")
-    blocks = cases.blocks_of(SHAPE, block_size, lead=(1, 1 + i % 2))
+    blocks = cases.blocks_of(SHAPE, block_size, lead=(1 + i // 2 % 2, 1 + i % 2))
     cases.assert_recall("triton", query, key, logits, blocks, block_size, f"{name} {dtype}")
 
 
