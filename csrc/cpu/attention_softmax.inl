@@ -8,7 +8,8 @@ inline Vec<Acc> exp2(const Vec<Acc>& x) {
     // minimax of 2^r on |r| <= 1/2, highest first
     constexpr float power[] = {1.326472712e-3f, 9.671512645e-3f, 5.550733743e-2f, 2.402224209e-1f, 6.931469776e-1f, 1.0f};
 #if PYRX_ISA == 512
-    const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), x.v);  // the second operand, NaN too, where they do not compare
+    // the second operand, NaN too, where they do not compare
+    const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), x.v);
     const __m512 n = _mm512_roundscale_ps(v, 0), r = _mm512_sub_ps(v, n);
     __m512 y = _mm512_set1_ps(power[0]);
     for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(power[i]));
@@ -126,7 +127,8 @@ void softmax_step(const SoftmaxTile<G>& tile) {
       std::fill(tile.logits + r * tile.stride + tile.keys, tile.logits + r * tile.stride + vectors * kLanes,
                 -std::numeric_limits<Acc>::infinity());
   const auto run = [&](auto width) {
-    if (tile.weighted) return tile.bits ? softmax_rows<G, true, true>(tile, width) : softmax_rows<G, true, false>(tile, width);
+    if (tile.weighted)
+      return tile.bits ? softmax_rows<G, true, true>(tile, width) : softmax_rows<G, true, false>(tile, width);
     tile.bits ? softmax_rows<G, false, true>(tile, width) : softmax_rows<G, false, false>(tile, width);
   };
   constexpr int64_t kWhole = kLogitKeys / kLanes;  // known to the compiler, so that the loops are unrolled

@@ -14,7 +14,8 @@ constexpr int64_t kLanes = plain::kLanes, kBatch = 2, kHeads = 3, kQueries = 20;
 
 template <typename T>
 bool near(T got, double expected, double tolerance) {
-  if (std::isinf(expected) || std::isnan(expected)) return same_bits(double(got), expected) || (got != got && expected != expected);
+  if (std::isinf(expected) || std::isnan(expected))
+    return same_bits(double(got), expected) || (got != got && expected != expected);
   const double unit = sizeof(T) == 8 ? 0x1p-52 : 0x1p-23;
   return std::abs(double(got) - expected) <= tolerance * unit * std::max(1e-6, std::abs(expected));
 }
@@ -57,11 +58,13 @@ void test_logits(const char* set, const LogitKernels<T>& kernels, int64_t keys, 
         tile.bias.columns = 1;
         if (kind != kNone) {
           tile.bias.row = row.data(), tile.bias.row_query = keys / columns;
-          if (!shared) tile.bias.row_head = kQueries * (keys / columns), tile.bias.row_batch = kHeads * tile.bias.row_head;
+          if (!shared) tile.bias.row_head = kQueries * (keys / columns);
+          tile.bias.row_batch = kHeads * tile.bias.row_head;
         }
         if (kind == kPair) {
           tile.bias.column = column.data(), tile.bias.columns = columns, tile.bias.column_query = columns;
-          if (!shared) tile.bias.column_head = kQueries * columns, tile.bias.column_batch = kHeads * tile.bias.column_head;
+          if (!shared) tile.bias.column_head = kQueries * columns;
+          tile.bias.column_batch = kHeads * tile.bias.column_head;
         }
         tile.rules = {-1, -1, nullptr, 0, keys};
         if (rules == 1) tile.rules.left = 2 * n / 3, tile.rules.right = 0;
@@ -90,7 +93,7 @@ void test_logits(const char* set, const LogitKernels<T>& kernels, int64_t keys, 
           const double expected = visible ? x + bias : -std::numeric_limits<double>::infinity();
           const double slack = 4 * (std::abs(x) + std::abs(bias)) * (sizeof(Acc) == 8 ? 0x1p-52 : 0x1p-23);
           CHECK(visible ? std::abs(double(logits[i]) - expected) <= slack : same_bits(double(logits[i]), expected),
-                "%s: hide %zu bytes, bias %d of %ld columns, rules %d, %ld keys from %ld, row %ld, key %ld: %g, expected %g",
+                "%s: hide %zu bytes, bias %d of %ld columns, rules %d, %ld keys from %ld, row %ld, key %ld: %g, not %g",
                 set, sizeof(T), kind, columns, rules, n, k, r, c, double(logits[i]), expected);
         }
       }
@@ -152,7 +155,8 @@ void test_softmax(const char* set, const SoftmaxKernels<G>& kernels, int64_t key
     for (int64_t r = 0; r < rows; ++r) {
       double now = seen[r], here = 0, moved = 0;
       for (int64_t c = 0; c < n; ++c) now = std::max(now, double(factor) * double(before[r * stride + c]));
-      const double base = now == kHidden ? 0 : now, shrink = seen[r] == kHidden ? (now == kHidden ? 1 : 0) : std::exp2(seen[r] - base);
+      const double base = now == kHidden ? 0 : now;
+      const double shrink = seen[r] != kHidden ? std::exp2(seen[r] - base) : now == kHidden ? 1 : 0;
       for (int64_t c = 0; c < padded; ++c) {
         const double exponent = c < n ? double(factor) * double(before[r * stride + c]) - base : kHidden;
         const double weight = std::exp2(exponent);
@@ -161,7 +165,8 @@ void test_softmax(const char* set, const SoftmaxKernels<G>& kernels, int64_t key
         const bool kept = !dropped || bits[r * bits_stride + c / 8] >> c % 8 & 1;
         const double got = plain::widen(to[r * stride + c]), expected = kept ? weight : 0;
         const double step = std::max(sizeof(G) == 2 ? 0x1p-8 : 0.0, 4 * unit * (1 + std::abs(base)));
-        CHECK(kept && weight > 0 ? std::abs(got - expected) <= step * expected + 0x1p-24 * (sizeof(G) == 2) + 1e-37 : got == 0,
+        const double least = sizeof(G) == 2 ? 0x1p-24 : 1e-37;
+        CHECK(kept && weight > 0 ? std::abs(got - expected) <= step * expected + least : got == 0,
               "%s: weight %zu bytes, tile %ld of %ld keys, row %ld, key %ld: %g, expected %g", set, sizeof(G), t, n, r,
               c, got, expected);
       }
@@ -179,9 +184,32 @@ void test_softmax(const char* set, const SoftmaxKernels<G>& kernels, int64_t key
               "%s: weighted sum of row %ld, tile %ld: %g, expected %g", set, r, t, double(sums[r]), moment[r]);
       for (int64_t c = 0; c < out_stride; ++c) {
         const double expected = c < size ? shrunk[r] : 1, got = double(out[r * out_stride + c]);
-        CHECK(std::abs(got - expected) <= slack * expected + 1e-37, "%s: out of row %ld, column %ld: %g, expected %g", set, r,
-              c, got, expected);
+        CHECK(std::abs(got - expected) <= slack * expected + 1e-37, "%s: out of row %ld, column %ld: %g, expected %g", set,
+              r, c, got, expected);
       }
+    }
+  }
+}
+
+// Weights whose exponents are the logits themselves.
+template <typename G>
+void test_exp2(const char* set, const SoftmaxKernels<G>& kernels) {
+  using Acc = accumulate_t<G>;
+  Buffer<Acc> logits(128), most(1), total(1);
+  Buffer<G> weights(128);
+  for (int round = 0; round < 50; ++round) {
+    for (int64_t i = 0; i < 128; ++i)
+      logits[i] = static_cast<Acc>(i == 0 ? 0 : -double(lane_of(13, round * 128 + i, 0)) / 65536 * (round % 2 ? 1 : 125));
+    std::vector<Acc> x(logits.data(), logits.data() + 128);
+    most[0] = static_cast<Acc>(-INFINITY), total[0] = 0;
+    kernels.step({1, 128, logits.data(), 128, 1, most.data(), total.data(), nullptr, nullptr, 16, 16, nullptr, 0,
+                  weights.data(), 128});
+    for (int64_t i = 0; i < 128; ++i) {
+      const double expected = std::exp2(double(x[i])), got = plain::widen(weights[i]);
+      const bool half = std::is_same_v<G, float16>;
+      const double unit = sizeof(G) == 8 ? 0x1p-52 : sizeof(G) == 4 ? 0x1p-23 : half ? 0x1p-11 : 0x1p-8;
+      CHECK(std::abs(got - expected) <= 2 * unit * expected + (half ? 0x1p-25 : 0),
+            "%s: 2^%.9g to %zu bytes: %.9g, expected %.9g", set, double(x[i]), sizeof(G), got, expected);
     }
   }
 }
@@ -193,12 +221,14 @@ void test_nan(const char* set, const SoftmaxKernels<G>& kernels) {
   Buffer<G> weights(16);
   for (int64_t i = 0; i < 16; ++i) logits[i] = static_cast<Acc>(i == 5 ? NAN : double(i));
   most[0] = static_cast<Acc>(-INFINITY), total[0] = 0;
-  kernels.step({1, 16, logits.data(), 16, 1, most.data(), total.data(), nullptr, nullptr, 16, 16, nullptr, 0, weights.data(), 16});
+  kernels.step({1, 16, logits.data(), 16, 1, most.data(), total.data(), nullptr, nullptr, 16, 16, nullptr, 0,
+                weights.data(), 16});
   CHECK(total[0] != total[0], "%s: the total of a row with NaN: %g", set, double(total[0]));
 }
 
 template <typename G>
 void test_softmax_type(const char* set, const SoftmaxKernels<G>& kernels) {
+  test_exp2(set, kernels);
   test_nan(set, kernels);
   for (const int64_t keys : {16, 32, 48, 64, 128})
     for (const int64_t rest : {1, 15, 16, 33, 100, 128})
