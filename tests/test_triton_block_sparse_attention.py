@@ -538,7 +538,7 @@ def test_ahead_of_time(python, tmp_path, architecture):
     found = ahead_of_time(python, tmp_path, script)
     assert {each["kernel"] for each in found} == kernels_of("block_sparse_attention*.py")
     for each in found:
-        assert each["stack"] <= 512, each
+        assert each["stack"] <= 640, each
         assert each["shared"] <= SHARED_LIMIT[architecture], each
         if each["dtype"] != "float32" and each["kernel"] != "_delta_kernel":
             assert each["wgmma"] + each["mma"] > 0, each

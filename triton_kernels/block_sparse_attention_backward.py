@@ -462,7 +462,9 @@ def block_sparse_attention_backward(
             value_size, padded(value_size), ROWS,
         )  # fmt: skip
         if grad_key is not None or grad_value is not None:
-            plan = plan_of(KEY_VALUE, query, value, *blocks)
+            # logits of many parts, and masks, leave no registers for a tile of 128 keys
+            light = plain(given) and threshold == 0
+            plan = plan_of(KEY_VALUE, query, value, *(each if light else min(each, 64) for each in blocks))
             _key_value_kernel[(triton.cdiv(keys, plan.k_tile) * batch * kv_heads,)](
                 problem(plan.k_tile), grad_key, grad_value, lists_of(q_counts, q_indices), threshold,
                 q_indices.shape[3], *sizes, plain(given), aligned, precision, *blocks, plan.q_tile, plan.k_tile,
