@@ -279,10 +279,8 @@ class Forward {
   void drop(int64_t b, int64_t h, int64_t q, int64_t rows, int64_t block, int64_t column, const Scratch& scratch) const {
     const SampleMask mask = sample_mask(0, in_.threshold, false);
     const int64_t k = block * shape_.k_block, keys = keys_in(block);
-    for (int64_t r = 0; r < rows; ++r) {
-      uint8_t* bits = scratch.bits + r * (kLogitKeys / 8) + column / 8;
-      row_bits(in_.seed, mask, shape_.index(b, h, q + r, k), keys, scratch.shifted, bits);
-    }
+    tile_bits(in_.seed, mask, shape_.index(b, h, q, k), shape_.keys, rows, keys, scratch.shifted,
+              scratch.bits + column / 8, kLogitKeys / 8);
   }
 
   void finish(int64_t b, int64_t h, int64_t q, int64_t rows, bool empty, const Scratch& scratch) const {

@@ -340,9 +340,8 @@ class Backward {
   // Bits of kept weights, eight queries a byte.
   const uint8_t* kept_bits(const Panel& own, const KeyBlock& block, Scratch& scratch) const {
     const SampleMask mask = sample_mask(0, in_.threshold, false);
-    for (int64_t i = 0; i < own.rows; ++i)
-      row_bits(in_.seed, mask, shape_.index(own.b, own.h, own.first + i, block.first), block.keys, scratch.some_bits,
-               scratch.bits + i * kBitsStride);
+    tile_bits(in_.seed, mask, shape_.index(own.b, own.h, own.first, block.first), shape_.keys, own.rows, block.keys,
+              scratch.some_bits, scratch.bits, kBitsStride);
     for (int64_t i = 0; i < width_; i += 8)
       subset_codes(scratch.bits + i * kBitsStride, kBitsStride, std::clamp<int64_t>(own.rows - i, 0, 8), block.keys,
                    scratch.kept + i / 8 * keys_);

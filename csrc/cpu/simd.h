@@ -168,6 +168,9 @@ inline void subset_codes(const uint8_t* bits, int64_t stride, int64_t count, int
 struct MaskKernels {
   // Bits of `groups` groups of eight elements from `first_group`, one byte each.
   void (*group_bits)(uint64_t seed, SampleMask mask, uint64_t first_group, int64_t groups, uint8_t* out);
+  // Those of `rows` such runs, their first groups `step` apart and their bytes `stride`.
+  void (*tile_bits)(uint64_t seed, SampleMask mask, uint64_t first_group, uint64_t step, int64_t rows, int64_t groups,
+                    uint8_t* out, int64_t stride);
   // out[c][r] = in[r][c] of 32-bit elements
   void (*transpose32)(const uint32_t* in, int64_t in_stride, int64_t rows, int64_t columns, uint32_t* out,
                       int64_t out_stride);
@@ -279,6 +282,16 @@ inline void row_bits(uint64_t seed, SampleMask mask, uint64_t first, int64_t n, 
     for (int64_t i = 0; i < bytes; ++i) out[i] = static_cast<uint8_t>((scratch[i] | scratch[i + 1] << 8) >> shift);
   }
   if (n % 8 != 0) out[bytes - 1] &= static_cast<uint8_t>((1 << n % 8) - 1);
+}
+
+// Of `rows` such runs of elements, `step` elements apart, into rows of `stride` bytes.
+inline void tile_bits(uint64_t seed, SampleMask mask, uint64_t first, uint64_t step, int64_t rows, int64_t n,
+                      uint8_t* scratch, uint8_t* out, int64_t stride) {
+  if (first % kGroup == 0 && step % kGroup == 0 && n % kGroup == 0) {
+    mask_kernels().tile_bits(seed, mask, first / kGroup, step / kGroup, rows, n / kGroup, out, stride);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) row_bits(seed, mask, first + r * step, n, scratch, out + r * stride);
 }
 
 // Floats of scratch that `normals` asks for.

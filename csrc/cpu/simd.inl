@@ -461,56 +461,59 @@ accumulate_t<T> logits_cross_entropy(const LogitsRow<T, O>& row) {
   return row_loss<true>(row, greatest, a, b, block, row.scratch, row.gradient);
 }
 
-inline void group_bits(uint64_t seed, SampleMask mask, uint64_t first, int64_t groups, uint8_t* out) {
-  int64_t i = 0;
-  // Groups sit in 64-bit lanes: mul_epu32 reads the low half of a lane, so what stands in the high half never matters.
+#if PYRX_ISA
+// The bits of kCount vectors of groups, each from its own first group on. Groups sit in 64-bit lanes: mul_epu32 reads the
+// low half of a lane, so what stands in the high half never matters.
 #if PYRX_ISA == 512
-  constexpr int kUnroll = 4, kWidth = 8;
+constexpr int kMaskWidth = 8;
+template <int kCount>
+inline void mask_vectors(uint64_t seed, SampleMask mask, const uint64_t* first, uint8_t* const* out) {
   using I = __m512i;
   const I m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
   const I threshold = _mm512_set1_epi16(static_cast<short>(mask.threshold));
   const I flip = _mm512_set1_epi16(mask.complement ? -1 : 0);
   const I iota = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-  for (; i + kUnroll * kWidth <= groups; i += kUnroll * kWidth) {
-    I c0[kUnroll], c1[kUnroll], c2[kUnroll], c3[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) {
-      c0[u] = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first + i + u * kWidth)), iota);
-      c1[u] = _mm512_srli_epi64(c0[u], 32);
-      c2[u] = _mm512_set1_epi64(mask.sample);
-      c3[u] = _mm512_setzero_si512();
-    }
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-      const I key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
-      for (int u = 0; u < kUnroll; ++u) {
-        const I p0 = _mm512_mul_epu32(c0[u], m0), p1 = _mm512_mul_epu32(c2[u], m1);
-        // a shuffle brings the high half down, since a shift would wait for the multiplier's port
-        c0[u] = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(p1, _MM_PERM_DDBB), c1[u], key0, 0x96);
-        c1[u] = p1;
-        c2[u] = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(p0, _MM_PERM_DDBB), c3[u], key1, 0x96);
-        c3[u] = p0;
-      }
-    }
-    for (int u = 0; u < kUnroll; ++u) {
-      const I words[4] = {c0[u], c1[u], c2[u], c3[u]};
-      I bits = _mm512_setzero_si512();
-      for (int w = 0; w < 4; ++w) {
-        const __mmask32 kept = _mm512_cmpge_epu16_mask(_mm512_xor_si512(words[w], flip), threshold);
-        const I bit = _mm512_set1_epi64(static_cast<int64_t>((2ull << 2 * w) << 16 | 1ull << 2 * w));
-        bits = _mm512_or_si512(bits, _mm512_maskz_mov_epi16(kept, bit));
-      }
-      bits = _mm512_or_si512(bits, _mm512_srli_epi64(bits, 16));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i + u * kWidth), _mm512_cvtepi64_epi8(bits));
+  I c0[kCount], c1[kCount], c2[kCount], c3[kCount];
+  for (int u = 0; u < kCount; ++u) {
+    c0[u] = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first[u])), iota);
+    c1[u] = _mm512_srli_epi64(c0[u], 32);
+    c2[u] = _mm512_set1_epi64(mask.sample);
+    c3[u] = _mm512_setzero_si512();
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+    const I key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+    for (int u = 0; u < kCount; ++u) {
+      const I p0 = _mm512_mul_epu32(c0[u], m0), p1 = _mm512_mul_epu32(c2[u], m1);
+      // a shuffle brings the high half down, since a shift would wait for the multiplier's port
+      c0[u] = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(p1, _MM_PERM_DDBB), c1[u], key0, 0x96);
+      c1[u] = p1;
+      c2[u] = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(p0, _MM_PERM_DDBB), c3[u], key1, 0x96);
+      c3[u] = p0;
     }
   }
-#elif PYRX_ISA == 2
-  constexpr int kWidth = 4;
+  for (int u = 0; u < kCount; ++u) {
+    const I words[4] = {c0[u], c1[u], c2[u], c3[u]};
+    I bits = _mm512_setzero_si512();
+    for (int w = 0; w < 4; ++w) {
+      const __mmask32 kept = _mm512_cmpge_epu16_mask(_mm512_xor_si512(words[w], flip), threshold);
+      const I bit = _mm512_set1_epi64(static_cast<int64_t>((2ull << 2 * w) << 16 | 1ull << 2 * w));
+      bits = _mm512_or_si512(bits, _mm512_maskz_mov_epi16(kept, bit));
+    }
+    bits = _mm512_or_si512(bits, _mm512_srli_epi64(bits, 16));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out[u]), _mm512_cvtepi64_epi8(bits));
+  }
+}
+#else
+constexpr int kMaskWidth = 4;
+template <int kCount>
+inline void mask_vectors(uint64_t seed, SampleMask mask, const uint64_t* first, uint8_t* const* out) {
   using I = __m256i;
   const I m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
   const I threshold = _mm256_set1_epi16(static_cast<short>(mask.threshold));
   const I flip = _mm256_set1_epi16(mask.complement ? -1 : 0);
-  for (; i + kWidth <= groups; i += kWidth) {
-    I c0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first + i)), _mm256_setr_epi64x(0, 1, 2, 3));
+  for (int u = 0; u < kCount; ++u) {
+    I c0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first[u])), _mm256_setr_epi64x(0, 1, 2, 3));
     I c1 = _mm256_srli_epi64(c0, 32), c2 = _mm256_set1_epi64x(mask.sample), c3 = _mm256_setzero_si256();
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
@@ -523,20 +526,87 @@ inline void group_bits(uint64_t seed, SampleMask mask, uint64_t first, int64_t g
     const I words[4] = {c0, c1, c2, c3};
     I bits = _mm256_setzero_si256();
     for (int w = 0; w < 4; ++w) {
-      const I u = _mm256_xor_si256(words[w], flip);
-      const I kept = _mm256_cmpeq_epi16(_mm256_max_epu16(u, threshold), u);
+      const I lane = _mm256_xor_si256(words[w], flip);
+      const I kept = _mm256_cmpeq_epi16(_mm256_max_epu16(lane, threshold), lane);
       const I bit = _mm256_set1_epi64x(static_cast<int64_t>((2ull << 2 * w) << 16 | 1ull << 2 * w));
       bits = _mm256_or_si256(bits, _mm256_and_si256(kept, bit));
     }
-    alignas(32) uint64_t lanes[kWidth];
+    alignas(32) uint64_t lanes[kMaskWidth];
     _mm256_store_si256(reinterpret_cast<I*>(lanes), _mm256_or_si256(bits, _mm256_srli_epi64(bits, 16)));
-    for (int j = 0; j < kWidth; ++j) out[i + j] = static_cast<uint8_t>(lanes[j]);
+    for (int j = 0; j < kMaskWidth; ++j) out[u][j] = static_cast<uint8_t>(lanes[j]);
   }
+}
 #endif
-  for (; i < groups; ++i) out[i] = pyrx::group_bits(seed, first + static_cast<uint64_t>(i), mask);
+
+// Vectors of groups wait here until four can go through the rounds side by side: one alone waits for its own products.
+class MaskQueue {
+ public:
+  MaskQueue(uint64_t seed, SampleMask mask) : seed_(seed), mask_(mask) {}
+  // `count` groups from `first` on, at most a vector
+  void push(uint64_t first, int64_t count, uint8_t* out) {
+    const bool whole = count == kMaskWidth;
+    first_[size_] = first;
+    out_[size_] = whole ? out : part_[size_];
+    to_[size_] = out;
+    bytes_[size_] = whole ? 0 : count;
+    if (++size_ == kDepth) flush();
+  }
+  void flush() {
+    switch (size_) {
+      case 4: mask_vectors<4>(seed_, mask_, first_, out_); break;
+      case 3: mask_vectors<3>(seed_, mask_, first_, out_); break;
+      case 2: mask_vectors<2>(seed_, mask_, first_, out_); break;
+      case 1: mask_vectors<1>(seed_, mask_, first_, out_); break;
+      default: break;
+    }
+    for (int u = 0; u < size_; ++u)
+      for (int64_t j = 0; j < bytes_[u]; ++j) to_[u][j] = part_[u][j];
+    size_ = 0;
+  }
+
+ private:
+  static constexpr int kDepth = 4;
+  uint64_t seed_;
+  SampleMask mask_;
+  int size_ = 0;
+  uint64_t first_[kDepth];
+  uint8_t *out_[kDepth], *to_[kDepth];
+  int64_t bytes_[kDepth];
+  uint8_t part_[kDepth][kMaskWidth];
+};
+#endif
+
+inline void tile_bits(uint64_t seed, SampleMask mask, uint64_t first, uint64_t step, int64_t rows, int64_t groups,
+                      uint8_t* out, int64_t stride) {
+#if PYRX_ISA
+  MaskQueue queue(seed, mask);
+#endif
+  for (int64_t r = 0; r < rows; ++r, first += step, out += stride) {
+#if PYRX_ISA
+    int64_t i = 0;
+    for (; i + 4 * kMaskWidth <= groups; i += 4 * kMaskWidth) {
+      const uint64_t at = first + static_cast<uint64_t>(i);
+      const uint64_t firsts[] = {at, at + kMaskWidth, at + 2 * kMaskWidth, at + 3 * kMaskWidth};
+      uint8_t* const to = out + i;
+      uint8_t* const outs[] = {to, to + kMaskWidth, to + 2 * kMaskWidth, to + 3 * kMaskWidth};
+      mask_vectors<4>(seed, mask, firsts, outs);
+    }
+    for (; i < groups; i += kMaskWidth)
+      queue.push(first + static_cast<uint64_t>(i), std::min<int64_t>(kMaskWidth, groups - i), out + i);
+#else
+    for (int64_t i = 0; i < groups; ++i) out[i] = pyrx::group_bits(seed, first + static_cast<uint64_t>(i), mask);
+#endif
+  }
+#if PYRX_ISA
+  queue.flush();
+#endif
 }
 
-constexpr MaskKernels mask_table() { return {&group_bits, &transpose<uint32_t, uint32_t>}; }
+inline void group_bits(uint64_t seed, SampleMask mask, uint64_t first, int64_t groups, uint8_t* out) {
+  tile_bits(seed, mask, first, 0, 1, groups, out, 0);
+}
+
+constexpr MaskKernels mask_table() { return {&group_bits, &tile_bits, &transpose<uint32_t, uint32_t>}; }
 
 template <typename T>
 constexpr ElementKernels<T> element_table() {

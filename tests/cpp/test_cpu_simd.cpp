@@ -110,6 +110,20 @@ void test_masks(const char* set, const MaskKernels& kernels) {
               CHECK_EQUAL(out[g], expected, "%s: group %ld of %ld at %lu", set, g, groups, first);
             }
           }
+  for (const int64_t rows : {1, 2, 7})
+    for (const int64_t groups : {1, 7, 8, 16, 17, 45}) {
+      const SampleMask mask = sample_mask(1, 6554, true);
+      const int64_t stride = groups + 3;
+      const uint64_t seed = 0xfedcba9876543210ull, first = (1ull << 32) - 20, step = 1000;
+      Buffer<uint8_t> out(rows * stride), expected(groups);
+      for (int64_t i = 0; i < out.size(); ++i) out[i] = 0xA5;
+      kernels.tile_bits(seed, mask, first, step, rows, groups, out.data(), stride);
+      for (int64_t r = 0; r < rows; ++r) {
+        kernels.group_bits(seed, mask, first + r * step, groups, expected.data());
+        for (int64_t g = 0; g < stride; ++g)
+          CHECK_EQUAL(out[r * stride + g], g < groups ? expected[g] : 0xA5, "%s: tile_bits %ld, %ld", set, r, g);
+      }
+    }
   for (const int64_t rows : {1, 15, 16, 40})
     for (const int64_t columns : {1, 16, 33}) {
       Buffer<uint32_t> in(rows * columns), out(rows * columns);
