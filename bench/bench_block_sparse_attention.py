@@ -304,7 +304,7 @@ MEMORY_SIZES = (4096, 16384)
 def memory_step(tokens: int) -> None:
     """Forward and backward over a sliding window, 2 heads of 64."""
     tensors = [each.requires_grad_() for each in inputs((1, 2, tokens, 64), torch.float32)]
-    mask = pyrx.BlockMask.sliding_window(tokens, WINDOW, WINDOW, device=SETTINGS.device)
+    mask = pyrx.BlockMask.sliding_window(tokens, WINDOW, device=SETTINGS.device)
     both(partial(pyrx.block_sparse_attention, block_mask=mask), torch.ones_like(tensors[0]), *tensors)
 
 
