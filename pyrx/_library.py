@@ -13,6 +13,8 @@ from pyrx._backends import ABSENT, TRITON_INTERPRETED
 NATIVE = torch.library.Library("pyrx", "DEF")
 TRITON = torch.library.Library("pyrx_triton", "DEF")
 
+ROW_OF: dict[str, str] = {}  # of every op
+
 
 def _launcher(row: str, name: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
@@ -83,6 +85,7 @@ def define(
     where `native_formula`. The Triton op's kernel is the function of the same name in pyrx._triton.<row>, its formula
     is `backward`. With `writes` the arguments that the schema marks are the caller's and are written.
     """
+    ROW_OF[name] = row
     libraries = (NATIVE,) if (row, "triton") in ABSENT else (NATIVE, TRITON)
     for library in libraries:
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pyrx
-from pyrx import _extension
+from pyrx import _backends, _extension, _library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +69,8 @@ def test_every_op_has_its_kernels(module):
         f"{name} for {key}"
         for name in names
         for key in keys
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        if (_library.ROW_OF[name.removeprefix("pyrx::")], key.lower()) not in _backends.ABSENT
+        and not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     ]
     assert not missing, f"no kernel is registered: {missing}"
 

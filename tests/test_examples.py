@@ -13,6 +13,8 @@ pytestmark = pytest.mark.skipif(not (ROOT / "examples").exists(), reason="not a 
 SPARSE = [
     "STE",
     "SR-STE",
+    "MaskedAdamW, hold",
+    "MaskedAdamW, SR-STE",
     "dense, then sparse",
     "SDGF, stepwise",
     "SDGF, geometric",

@@ -19,7 +19,7 @@ SHAPE = (2, 2, 1, 150, 210, 16)
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
 def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 130)
+    triton_helpers.run_interpreted(__file__, 90)
 
 
 @interpreted
