@@ -308,6 +308,7 @@ def erasing_attention(
         one = torch.ones((), dtype=accumulation_dtype(query.dtype), device=query.device)
         factor = torch.where(region, one * query_factor, one)[:, None].expand(query.shape[:3])
         if query_scale is not None:
+            check_float(op, "query_scale", query_scale)
             check_shape(op, "query_scale", query_scale, "[B, H, Sq]", query.shape[:3])
             factor = factor * query_scale
         query_scale = factor
@@ -385,7 +386,7 @@ def head_dropout_attention(
     Source: Zhou et al., "Scheduled DropHead: A Regularization Method for Transformer Models" (EMNLP Findings 2020).
     """
     op = "head_dropout_attention"
-    level = threshold(op, head_dropout_p)
+    level = threshold(op, head_dropout_p, "head_dropout_p")
     _check_four(op, query=query, key=key)
     if level == 0:
         return block_sparse_attention(

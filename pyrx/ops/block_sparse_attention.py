@@ -11,12 +11,12 @@ from pyrx import _library
 from pyrx._attention import (
     LOGITS_SCHEMA,
     MOST_HEAD_SIZE,
-    UNLIMITED,
     Logits,
     check_blocks,
     check_key,
     check_logits,
     logits_of,
+    window_of,
 )
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_float, check_shape, check_tensor, fail
@@ -356,6 +356,5 @@ def default_mask(
     op: str, query: Tensor, key: Tensor, is_causal: bool, window: int | tuple[int, int] | None
 ) -> BlockMask:
     """Every block, or those that is_causal and window reach."""
-    window = UNLIMITED if window is None else window
     lengths = (query.shape[2], key.shape[2])
-    return BlockMask.sliding_window(lengths, window, is_causal=is_causal, device=query.device)
+    return BlockMask.sliding_window(lengths, window_of(op, window, is_causal), device=query.device)
