@@ -14,16 +14,11 @@ import pyrx
 from pyrx import BlockMask
 from pyrx.nn import BlockSparseAttention, replace_attention
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 timm = pytest.importorskip("timm")
 ROWS = ("block_sparse_attention",)
 B, S, C, H = 2, 37, 24, 4
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture
