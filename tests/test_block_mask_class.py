@@ -278,6 +278,8 @@ BAD = [
     ("document", {"lengths": [30.0]}, TypeError, "lengths to be an int, got float"),
     ("document", {"lengths": [30, -1]}, ValueError, "lengths in [0, 2147483647], got -1"),
     ("document", {"lengths": torch.tensor([30, -1])}, ValueError, "lengths of at least 0, got [[30, -1]]"),
+    ("document", {"lengths": torch.tensor([-30, 10])}, ValueError, "lengths of at least 0, got [[-30, 10]]"),
+    ("document", {"lengths": -torch.ones(65).int()}, ValueError, "lengths of at least 0, got 65 values from -1 to -1"),
     (
         "document",
         {"lengths": torch.tensor([30.0])},
