@@ -151,6 +151,10 @@ def test_reversed_attention_under_autocast(backend):
     assert got.dtype == torch.bfloat16
     close(got, pyrx.reversed_attention(query, key, u, backend="reference"), dtype=torch.bfloat16)
     assert all(each.dtype == torch.float32 for each in gradients(got, (query, key, u)))
+    low = [each.detach().bfloat16() for each in (query, key, u)]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = pyrx.reversed_attention(*low, backend=backend)
+    assert torch.equal(got, pyrx.reversed_attention(*low, backend=backend))
 
 
 def test_empty_reversed_attention(backend):

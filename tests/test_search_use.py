@@ -169,6 +169,27 @@ def test_dtypes(name, dtype):
     assert (got.to_dense() == exact.to_dense()).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_autocast_changes_no_search(backend):
+    query, key, lse = arguments(queries=512)
+    mask = pyrx.BlockMask.from_dense(torch.rand(4, 8, 8) < 0.5, 512, 64)
+
+    def found():
+        return [
+            search.lse_cached(query, key, lse, block_size=16, backend=backend).to_dense(),
+            search.pooled(query, key, block_size=16, similarity_threshold=-1.0, mass=0.5, backend=backend).to_dense(),
+            search.topk_blocks(query, key, block_size=16, backend=backend).to_dense(),
+            search.vertical_slash(query, key, block_size=16, vertical=60, slash=130, backend=backend).to_dense(),
+            search.recall(query, key, mask, per="query", backend=backend),
+        ]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = found()
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_any_strides_and_no_gradient(name):
     query, key, lse = arguments()

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._attention import MOST_HEAD_SIZE, check_logits
 from pyrx._checks import check_device, check_dtype, check_float, check_integer, check_number, check_shape, fail
-from pyrx._linear import autocast
+from pyrx._linear import autocast, without_autocast
 from pyrx._losses import accumulation_dtype, differentiable_once
 from pyrx._random import LEVELS, seed_tensor, threshold
 from pyrx.ops.block_mask import BlockMask, check_lists
@@ -139,7 +139,8 @@ def reversed_attention(
         fail(op, "u", f"of a last dimension in [1, {MOST_HEAD_SIZE}]", u.shape[3])
     args = (query, key, *mask.lists, *mask.block_size, *logits)
     if chosen == "reference":
-        return reference.reversed_attention(u, *args)
+        with without_autocast(query.device.type):  # its products are in the accumulation dtype
+            return reference.reversed_attention(u, *args)
     return _Reversed.apply(chosen, u, *args)
 
 

@@ -20,7 +20,7 @@ from pyrx._attention import (
 )
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_float, check_shape, check_tensor, fail
-from pyrx._linear import autocast
+from pyrx._linear import autocast, without_autocast
 from pyrx._losses import accumulation_dtype, differentiable_once
 from pyrx._random import LEVELS, check_seed, seed_tensor, threshold
 from pyrx.ops.block_mask import BlockMask, check_lists
@@ -252,7 +252,7 @@ def attention(
     args = (query, key, value, *block_mask.lists, *block_mask.block_size, *logits, seed, level)
     if chosen == "reference":
         _check(ROW, *args)
-        with torch.autocast(query.device.type, enabled=False):  # its products are in the accumulation dtype
+        with without_autocast(query.device.type):  # its products are in the accumulation dtype
             return reference.block_sparse_attention(*args, want_entropy)
     return _library.namespace(chosen).block_sparse_attention(*args, want_entropy)
 

@@ -11,6 +11,7 @@ from pyrx import _block_patterns as patterns
 from pyrx._attention import Logits, check_logits, check_query_key, logits_of
 from pyrx._backends import ABSENT
 from pyrx._checks import check_number, check_tensor, fail
+from pyrx._linear import without_autocast
 from pyrx.ops.block_mask import BlockMask
 
 MOST_INT = 2**31 - 1
@@ -43,6 +44,12 @@ def reach(
 
 def mask_of(blocks: Tensor, query: Tensor, key: Tensor, size: tuple[int, int], backend: str | None) -> BlockMask:
     return BlockMask.from_dense(blocks, (query.shape[2], key.shape[2]), size, backend=backend_of("block_mask", backend))
+
+
+def products(query: Tensor, key: Tensor) -> Tensor:
+    """Of all pairs (..., Sq, Sk), in their own dtype under autocast too."""
+    with without_autocast(query.device.type):
+        return query @ key.transpose(-1, -2)
 
 
 def by_group(query: Tensor, heads: int) -> Tensor:

@@ -12,7 +12,7 @@ from pyrx._block_checks import check_block_size
 from pyrx._checks import check_integer, check_number
 from pyrx.ops.block_mask import BlockMask, select_blocks
 from pyrx.ops.block_pool import block_pool
-from pyrx.search.common import MOST_INT, backend_of, by_group, check_share, logits_for, mask_of, reach
+from pyrx.search.common import MOST_INT, backend_of, by_group, check_share, logits_for, mask_of, products, reach
 
 # of MInference: how many of the first keys and of the nearest diagonals take part whatever their scores
 FIRST_KEYS, NEAR_DIAGONALS = 30, 100
@@ -70,11 +70,11 @@ def pooled(
     k_mean, k_similarity = k_mean.repeat_interleave(group, 1), k_similarity.repeat_interleave(group, 1)
     q_alike = (q_similarity > similarity_threshold)[..., None]
     k_alike = (k_similarity > similarity_threshold)[:, :, None]
-    products = q_mean @ k_mean.transpose(-1, -2) * logits.scale
+    predicted = products(q_mean, k_mean) * logits.scale
     reachable, diagonal = reach(query, key, size, logits.left, logits.right)
     candidates = reachable & k_alike
     # a row without candidates is all NaN until the second line
-    scores = torch.softmax(torch.where(candidates, products, -torch.inf), -1)
+    scores = torch.softmax(torch.where(candidates, predicted, -torch.inf), -1)
     scores = torch.where(candidates, scores, -torch.inf).float()
     count = None if topk is None else (topk * reachable.sum(-1)).round().clamp(min=1).to(torch.int32)
     kept = torch.where(q_alike & k_alike, diagonal, reachable)
@@ -86,11 +86,11 @@ def _last_probabilities(query: Tensor, key: Tensor, last: int, logits: Logits) -
     """(B, H, L, Sk) float32: the attention of the last L queries."""
     queries = query.shape[2]
     rows = by_group(query[:, :, queries - last :], key.shape[1])
-    products = (rows @ key[:, :, None].transpose(-1, -2)).flatten(1, 2).float() * logits.scale
+    found = products(rows, key[:, :, None]).flatten(1, 2).float() * logits.scale
     if logits.right >= 0:
         position = torch.arange(queries - last, queries, device=query.device)[:, None]
-        products = products.masked_fill(torch.arange(key.shape[2], device=query.device) > position, -torch.inf)
-    return torch.softmax(products, -1)
+        found = found.masked_fill(torch.arange(key.shape[2], device=query.device) > position, -torch.inf)
+    return torch.softmax(found, -1)
 
 
 def _diagonal_sums(values: Tensor) -> Tensor:
@@ -232,8 +232,8 @@ def topk_blocks(
 
     def summed(head: int) -> Tensor:
         """(B, NQ, NK) of one head of keys."""
-        products = (groups[:, head] @ means[:, head, None].transpose(-1, -2)).float() * logits.scale
-        probabilities = torch.softmax(products.masked_fill(~visible, -torch.inf), -1)
+        found = products(groups[:, head], means[:, head, None]).float() * logits.scale
+        probabilities = torch.softmax(found.masked_fill(~visible, -torch.inf), -1)
         # a query that sees no block is all NaN
         each = torch.where(visible, probabilities, 0).sum(1)
         return pad(each, (0, 0, 0, -queries % size[0])).unflatten(1, (q_blocks, size[0])).sum(2)
