@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from harness import SETTINGS, Contender, Target, error, expect, finish, run_case, set_threads, with_graphs
 from peak_memory import added_peak
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import pyrx
 
@@ -264,8 +264,6 @@ def test_window(dtype: torch.dtype, benchmark: Any) -> None:
     def inside(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (q - k <= window)
 
-    from torch.nn.attention.flex_attention import create_block_mask
-
     blocks = create_block_mask(inside, None, None, tokens, tokens, device=SETTINGS.device)
     contenders = [
         Contender(
@@ -304,8 +302,7 @@ MEMORY_SIZES = (4096, 16384)
 def memory_step(tokens: int) -> None:
     """Forward and backward over a sliding window, 2 heads of 64."""
     tensors = [each.requires_grad_() for each in inputs((1, 2, tokens, 64), torch.float32)]
-    mask = pyrx.BlockMask.sliding_window(tokens, WINDOW, device=SETTINGS.device)
-    both(partial(pyrx.block_sparse_attention, block_mask=mask), torch.ones_like(tensors[0]), *tensors)
+    both(partial(pyrx.block_sparse_attention, window=WINDOW), torch.ones_like(tensors[0]), *tensors)
 
 
 def test_memory() -> None:

@@ -50,7 +50,7 @@ class Attention(nn.Module):
         self.qkv, self.out, self.method = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM), method
         self.block_mask: pyrx.BlockMask | None = None  # what was attended to last
         if method.startswith("sliding"):
-            self.block_mask = pyrx.BlockMask.sliding_window(TOKENS, WINDOW, WINDOW, block_size=BLOCK)
+            self.block_mask = pyrx.BlockMask.sliding_window(TOKENS, WINDOW, BLOCK)
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = self.qkv(tokens).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
@@ -134,6 +134,8 @@ class Run:
 def train(options: argparse.Namespace) -> dict[str, list[Run]]:
     """Every method takes a step in turn, so that they share the machine's moods."""
     train_images, test_images, train_target, test_target = load()
+    if options.quick:
+        test_images, test_target = test_images[:100], test_target[:100]
     found: dict[str, list[Run]] = {method: [] for method in METHODS}
     every = max(1, options.steps // 12)
     with tqdm(total=options.seeds * options.steps, unit="step") as bar:

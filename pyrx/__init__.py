@@ -63,7 +63,7 @@ __all__ = [
     "random_erasing",
     "resizemix",
     "reversed_attention",
+    "search",
     "token_dropout",
     "token_importance",
-    "search",
 ]

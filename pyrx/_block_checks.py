@@ -10,6 +10,7 @@ from pyrx._attention import BLOCK_SIZES
 from pyrx._checks import check_dtype, check_integer, fail
 
 MOST_TOKENS = 2**31 - 1
+MOST_SHOWN = 64  # values in an error
 
 
 def check_block_size(op: str, block_size: object) -> tuple[int, int]:
@@ -27,12 +28,16 @@ def is_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
 
 
+def _summary(values: Tensor) -> str:
+    return f"{values.numel()} values from {values.min()} to {values.max()}"
+
+
 def check_values(op: str, argument: str, expected: str, passed: Tensor, values: Tensor) -> None:
     """Of a bool scalar that tells of values: an error on the CPU, on the device an assertion."""
     if not is_read(passed):
         torch._assert_async(passed, f"pyrx::{op}: expected {argument} {expected}")
     elif not passed:
-        fail(op, argument, expected, values.tolist())
+        fail(op, argument, expected, values.tolist() if values.numel() <= MOST_SHOWN else _summary(values))
 
 
 def check_tokens(op: str, name: str, tokens: Tensor) -> Tensor:

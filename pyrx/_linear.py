@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ def autocast(tensors: Sequence[Tensor | None], device_type: str) -> list[Tensor 
     """As F.linear's operands are cast under autocast: to its dtype, float64 left alone."""
     dtype = torch.get_autocast_dtype(device_type)
     return [each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in tensors]
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Products stay in the operands' dtype; the meta device has no autocast to leave."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -38,6 +38,13 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(params=helpers.CPU_BACKENDS)
 def backend(request):
     """Every backend that serves CPU tensors; one that PYRX_REQUIRE names must be there."""

@@ -5,219 +5,35 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from edits import (
+    BLOCK,
+    EYE,
+    ROWS,
+    B,
+    D,
+    H,
+    S,
+    assert_same_gradients,
+    attend,
+    blocks_of,
+    close,
+    gradients,
+    inputs,
+    normal,
+    weights_of,
+)
 from helpers import expected_mask, name_of, need
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyrx
 from pyrx import BlockMask
 
-ROWS = ("block_sparse_attention",)
-B, H, HKV, S, D = 2, 4, 2, 70, 12
-BLOCK = 16
-EYE = torch.eye(S, dtype=torch.bool)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture
 def backend(backend):
     return need(backend, ops=ROWS)
-
-
-def normal(*shape, dtype=torch.float64, seed=0, grad=False):
-    generator = torch.Generator().manual_seed(seed + sum(shape) * 31)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-
-
-def inputs(dtype=torch.float64, heads=HKV, keys=S, grad=False):
-    """Query, key, value of (B, H, S, D), (B, Hkv, Sk, D) and (B, Hkv, Sk, D - 2)."""
-    return (
-        normal(B, H, S, D, dtype=dtype, seed=1, grad=grad),
-        normal(B, heads, keys, D, dtype=dtype, seed=2, grad=grad),
-        normal(B, heads, keys, D - 2, dtype=dtype, seed=3, grad=grad),
-    )
-
-
-def blocks_of(queries=S, keys=S, heads=H, density=0.5, seed=5):
-    """A mask with a row and a column of blocks that are empty, and its (1, H, Sq, Sk)."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = torch.rand(heads, -(-queries // BLOCK), -(-keys // BLOCK), generator=generator) < density
-    blocks[:, 1] = False
-    blocks[:, :, 2] = False
-    full = blocks.repeat_interleave(BLOCK, 1)[:, :queries].repeat_interleave(BLOCK, 2)[..., :keys]
-    return BlockMask.from_dense(blocks, (queries, keys), BLOCK), full[None]
-
-
-def weights_of(query, key, visible, scale=None, softcap=None, query_scale=None, bias=None):
-    """The attention (B, H, Sq, Sk) of the definition; rows without keys 0."""
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if query_scale is not None:
-        logits = logits * query_scale[..., None]
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if bias is not None:
-        logits = logits + bias
-    logits = logits.masked_fill(~visible, -math.inf)
-    some = visible.expand(logits.shape).any(-1, keepdim=True)
-    return torch.where(some, torch.softmax(torch.where(some, logits, 0), -1), 0)
-
-
-def attend(query, key, value, visible, **options):
-    return weights_of(query, key, visible, **options) @ value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-
-
-def close(got, expected, what="", dtype=None):
-    tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}.get(dtype or got.dtype, 1e-10)
-    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance, msg=lambda m: what + m)
-
-
-def gradients(out, tensors, seed=7):
-    return torch.autograd.grad(out, tensors, normal(*out.shape, seed=seed).to(out.dtype))
-
-
-def assert_same_gradients(got, expected, tensors, dtype=None):
-    for a, b, each in zip(gradients(got, tensors), gradients(expected, tensors), tensors, strict=True):
-        assert a.dtype == each.dtype and a.shape == each.shape
-        close(a, b, f"gradient of {tuple(each.shape)}: ", dtype)
-
-
-# The transpose.
-
-
-def reversed_case(name):
-    """(options of pyrx, options of the formula, visible (.., S, S - 8), tensors that take a gradient)."""
-    mask, full = blocks_of(S, S - 8)
-    q, k = torch.arange(S)[:, None], torch.arange(S - 8)
-    every = torch.ones(1, 1, S, S - 8, dtype=torch.bool)
-    key_mask = torch.rand(B, S - 8, generator=torch.Generator().manual_seed(3)) > 0.3
-    scale = normal(B, H, S, seed=9, grad=True)
-    bias = normal(1, H, S, S - 8, seed=10, grad=True)
-    row, column = normal(B, 1, S, 2, seed=11, grad=True), normal(1, H, S, (S - 8) // 2, seed=12, grad=True)
-    return {
-        "dense": ({}, {}, every, ()),
-        "blocks": ({"block_mask": mask}, {}, full, ()),
-        "causal": ({"is_causal": True, "block_mask": mask}, {}, full & (k <= q), ()),
-        "window": ({"window": (20, 3)}, {}, (k >= q - 20) & (k <= q + 3) & every, ()),
-        "key_mask": ({"key_mask": key_mask, "block_mask": mask}, {}, full & key_mask[:, None, None], ()),
-        "scale and softcap": ({"scale": 0.7, "softcap": 2.0}, {"scale": 0.7, "softcap": 2.0}, every, ()),
-        "query_scale": ({"query_scale": scale, "block_mask": mask}, {"query_scale": scale}, full, (scale,)),
-        "bias": ({"bias": bias, "block_mask": mask}, {"bias": bias}, full, (bias,)),
-        "separable bias": (
-            {"bias": (row, column)},
-            {"bias": row.repeat_interleave((S - 8) // 2, 3) + column.repeat(1, 1, 1, 2)},
-            every,
-            (row, column),
-        ),
-    }[name]
-
-
-REVERSED = ["dense", "blocks", "causal", "window", "key_mask", "scale and softcap", "query_scale", "bias",
-            "separable bias"]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REVERSED)
-@pytest.mark.parametrize("heads", [HKV, H])
-def test_reversed_attention(backend, case, heads):
-    options, formula, visible, extra = reversed_case(case)
-    query, key, _ = inputs(heads=heads, keys=S - 8, grad=True)
-    u = normal(B, H, S, 5, seed=4, grad=True)
-    weights = weights_of(query, key, visible, **formula)
-    expected = (weights.mT @ u).unflatten(1, (heads, -1)).sum(2)
-    got = pyrx.reversed_attention(query, key, u, enable_gqa=True, backend=backend, **options)
-    close(got, expected)
-    assert_same_gradients(got, expected, (query, key, u, *extra))
-    assert (got.detach()[(weights.detach().mT == 0).all(-1).unflatten(1, (heads, -1)).all(2)] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=name_of)
-def test_reversed_attention_in_low_precision(backend, dtype):
-    need(backend, "cpu", dtype, ROWS)
-    mask, full = blocks_of()
-    query, key, value = inputs(dtype, H, grad=True)
-    got = pyrx.reversed_attention(query, key, value, mask, backend=backend)
-    assert got.dtype == dtype
-    expected = weights_of(query.double(), key.double(), full).mT @ value.double()
-    close(got, expected, dtype=dtype)
-    found = gradients(got, (query, key, value))
-    for a, b in zip(found, gradients(expected, (query, key, value)), strict=True):
-        assert a.dtype == dtype
-        close(a / b.abs().max(), b.double() / b.abs().max(), dtype=dtype)
-
-
-def test_gradcheck_of_reversed_attention(backend):
-    mask = BlockMask.from_dense(torch.tensor([[True, True], [False, True]]), (20, 19), BLOCK)
-    query, key, u = normal(1, 2, 20, 3, grad=True), normal(1, 1, 19, 3, grad=True), normal(1, 2, 20, 2, grad=True)
-    scale = normal(1, 2, 20, grad=True)
-
-    def run(query, key, u, scale):
-        return pyrx.reversed_attention(
-            query, key, u, mask, window=6, enable_gqa=True, query_scale=scale, softcap=1.5, backend=backend
-        )
-
-    assert torch.autograd.gradcheck(run, (query, key, u, scale))
-
-
-def test_reversed_attention_is_the_adjoint_of_attention(backend):
-    """<A v, u> = <v, A^T u>."""
-    mask, _ = blocks_of()
-    query, key, value = inputs()
-    u = normal(B, H, S, D - 2, seed=6)
-    forth = pyrx.block_sparse_attention(query, key, value, mask, enable_gqa=True, backend=backend)
-    back = pyrx.reversed_attention(query, key, u, mask, enable_gqa=True, backend=backend)
-    close((forth * u).sum(), (value * back).sum())
-
-
-@pytest.mark.parametrize("which", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
-def test_only_the_gradients_of_reversed_attention_that_are_needed(backend, which):
-    tensors = [each.requires_grad_(need) for each, need in zip(inputs(heads=H), which, strict=True)]
-    out = pyrx.reversed_attention(*tensors, backend=backend)
-    assert out.requires_grad == any(which)
-    if any(which):
-        out.backward(torch.ones_like(out))
-    assert [each.grad is not None for each in tensors] == list(which)
-
-
-def test_second_gradient_of_reversed_attention_raises():
-    need("cpu", ops=ROWS)
-    query, key, u = inputs(heads=H, grad=True)
-    out = pyrx.reversed_attention(query, key, u, backend="cpu")
-    (found,) = torch.autograd.grad(out.sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="pyrx::reversed_attention: expected one differentiation, got a second"):
-        found.sum().backward()
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_reversed_attention(backend, dynamic):
-    mask, _ = blocks_of()
-    query, key, u = inputs(heads=H, grad=True)
-    run = torch.compile(pyrx.reversed_attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    got = run(query, key, u, mask, is_causal=True, backend=backend)
-    expected = pyrx.reversed_attention(query, key, u, mask, is_causal=True, backend=backend)
-    close(got, expected)
-    assert_same_gradients(got, expected, (query, key, u))
-
-
-def test_reversed_attention_under_autocast(backend):
-    query, key, u = inputs(torch.float32, H, grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = pyrx.reversed_attention(query, key, u, backend=backend)
-    assert got.dtype == torch.bfloat16
-    close(got, pyrx.reversed_attention(query, key, u, backend="reference"), dtype=torch.bfloat16)
-    assert all(each.dtype == torch.float32 for each in gradients(got, (query, key, u)))
-
-
-def test_empty_reversed_attention(backend):
-    query, key, u = inputs(heads=H)
-    out = pyrx.reversed_attention(query[:, :, :0], key, u[:, :, :0], backend=backend)
-    assert out.shape == (B, H, S, D - 2) and (out == 0).all()
-    assert pyrx.reversed_attention(query, key[:, :, :0], u, backend=backend).shape == (B, H, 0, D - 2)
-    assert pyrx.reversed_attention(query[:0], key[:0], u[:0], backend=backend).shape == (0, H, S, D - 2)
 
 
 # Perturbed attention.
@@ -555,10 +371,11 @@ BAD = [
     ("erasing_attention", {"key": K32[:, :, 1:]}, "expected key of the query's length 70: self-attention, got 69"),
     ("erasing_attention", {"query": Q32[0]}, "expected query of shape [B, H, S, D], got [4, 70, 12]"),
     ("erasing_attention", {"key_mask": REGION[0]}, "expected key_mask of shape [B, Sk] = [2, 70], got [70]"),
+    ("erasing_attention", {"query_scale": 0.5, "query_factor": 0.5}, "expected query_scale to be a Tensor, got float"),
     ("key_zeroed_attention", {"region": REGION[:, 1:]},
      "expected region of shape [Sk] or [B, Sk] = [2, 70], got [2, 69]"),
     ("key_zeroed_attention", {"region": REGION.to("meta")}, "expected region on device cpu, got meta"),
-    ("head_dropout_attention", {"head_dropout_p": 1.0}, "expected p in [0, 1), got 1.0"),
+    ("head_dropout_attention", {"head_dropout_p": 1.0}, "expected head_dropout_p in [0, 1), got 1.0"),
     ("head_dropout_attention", {"block_mask": "x"}, "expected block_mask to be a pyrx.BlockMask, got str"),
     ("head_dropout_attention", {"seed": 1.5}, "expected seed to be an int, got float"),
     ("token_importance", {"keyframe": (0, 71)}, "expected keyframe in [0, 70], got 71"),

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import pyrx
 from pyrx import _library
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 KINDS = {
     "plain": {},
     "heads": {"heads": 4, "kv_heads": 2, "lead": (2, 4), "value_size": 24, "is_causal": True},
@@ -24,13 +26,6 @@ KINDS = {
 
 def call_of(kind, dtype=torch.float32, **changes):
     return attention(**{"queries": 33, "keys": 40, "block": (16, 16), "size": 8} | KINDS[kind] | changes, dtype=dtype)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # Registrations.

@@ -226,6 +226,7 @@ PUBLIC_ROWS = [
         for each in (1.5, (1, 2, 3), "4")
     ],
     (ValueError, {"window": -2}, "window in [-1, 2147483647], got -2"),
+    (ValueError, {"window": -3, "block_mask": None}, "window in [-1, 2147483647], got -3"),
     (ValueError, {"window": (3, 2**31)}, "window in [-1, 2147483647], got 2147483648"),
     (TypeError, {"window": (1.0, 2)}, "window to be an int, got float"),
     (TypeError, {"window": (True, 2)}, "window to be an int, got bool"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from edits import ROWS, normal
 from helpers import expected_mask, name_of, need
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,6 @@ from pyrx import BlockMask
 from pyrx.ops import block_sparse_attention_varlen as varlen
 from pyrx.reference.block_sparse_attention_varlen import sequence_ranges
 
-ROWS = ("block_sparse_attention",)
 H, HKV, D = 4, 2, 12
 # sequences of queries and keys: equal lengths, one empty, one of a single token, some longer than a block
 EQUAL = ([70, 0, 1, 150, 33], None)
@@ -25,11 +25,6 @@ CROSS = ([70, 40, 0, 1, 133], [20, 0, 9, 130, 35])
 @pytest.fixture
 def backend(backend):
     return need(backend, ops=ROWS)
-
-
-def normal(*shape, dtype=torch.float64, seed=0, grad=False):
-    generator = torch.Generator().manual_seed(seed + sum(shape) * 31)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
 
 def packed(lengths, heads=HKV, dtype=torch.float64, grad=False):

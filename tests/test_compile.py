@@ -8,14 +8,9 @@ from helpers import COMBINES, NAMES, REDUCTIONS, SAMPLINGS, TARGETS, assert_same
 import pyrx
 from pyrx import _library
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 SEED = torch.tensor(5)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # opcheck.

@@ -347,13 +347,6 @@ def test_opcheck_of_the_scale(cpu, upstream):
         assert_same_bits(gradient, expected)
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled_equals_eager(backend, reduction, dynamic, fresh_dynamo):

@@ -14,16 +14,11 @@ import pyrx
 from pyrx import BlockMask
 from pyrx.nn import BlockSparseAttention, replace_attention
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 timm = pytest.importorskip("timm")
 ROWS = ("block_sparse_attention",)
 B, S, C, H = 2, 37, 24, 4
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -174,8 +169,8 @@ def test_compiled_module_and_autocast(backend):
         ({"num_heads": 0}, f"expected num_heads in [1, {2**31 - 1}], got 0"),
         ({"num_kv_heads": 3}, "expected num_kv_heads to divide the 4 heads, got 3"),
         ({"num_kv_heads": 8}, "expected num_kv_heads in [1, 4], got 8"),
-        ({"dropout": 1.0}, "expected p in [0, 1), got 1.0"),
-        ({"head_dropout": -0.5}, "expected p in [0, 1), got -0.5"),
+        ({"dropout": 1.0}, "expected dropout in [0, 1), got 1.0"),
+        ({"head_dropout": -0.5}, "expected head_dropout in [0, 1), got -0.5"),
         ({"window": "x"}, "expected window to be an int or a pair (left, right), got 'x'"),
         ({"block_mask": 3}, "expected block_mask to be a pyrx.BlockMask, got int"),
     ],

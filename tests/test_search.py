@@ -298,7 +298,7 @@ def test_planted_lines_are_found():
     angle = torch.arange(keys) * (2 * math.pi / period)
     for x in (query, key):
         x[..., 1], x[..., 2] = 6 * angle.cos(), 6 * angle.sin()
-    found = search.vertical_slash(query, key, block_size=16, vertical=31, slash=101)
+    found = search.vertical_slash(query, key, block_size=16, vertical=31, slash=101, is_causal=True)
     assert found.to_dense()[0, 0, 13:, stripe // 16].all()
     lines = found.to_dense()[0, 0, -1].nonzero().flatten().tolist()
     assert set(range(25, 32)) <= set(lines) and {0, 1, stripe // 16} <= set(lines)
@@ -344,7 +344,7 @@ def test_planted_blocks_are_selected(backend):
     before = torch.ones(8, 8, dtype=torch.bool).tril(-1)
     truth = random_blocks((2, 1, 8, 8), torch.arange(8).clamp(max=2), allowed=before).repeat_interleave(4, 1)
     query, key = planted(truth, (64, 64), (512, 512), group=4)
-    found = search.topk_blocks(query, key, topk=3, initial=0, backend=backend).to_dense()
+    found = search.topk_blocks(query, key, topk=3, initial=0, is_causal=True, backend=backend).to_dense()
     assert (found | ~truth).all() and torch.equal(found[:, :, 3:], (truth | torch.eye(8, dtype=torch.bool))[:, :, 3:])
 
 

@@ -1,5 +1,7 @@
 """Online search in use: across denoising steps, compiled, without the host, in every dtype, with bad input."""
 
+from functools import partial
+
 import pytest
 import torch
 from planted import inputs, lse_of, planted, random_blocks
@@ -113,7 +115,7 @@ SEARCHES = {
     "pooled": lambda q, k, lse: search.pooled(q, k, block_size=32, is_causal=True),
     "pooled topk": lambda q, k, lse: search.pooled(q, k, topk=0.5, similarity_threshold=-1.0),
     "vertical_slash": lambda q, k, lse: search.vertical_slash(q, k, block_size=32, vertical=40, slash=110),
-    "topk_blocks": lambda q, k, lse: search.topk_blocks(q, k, block_size=32, topk=3),
+    "topk_blocks": lambda q, k, lse: search.topk_blocks(q, k, block_size=32, topk=3, is_causal=True),
 }
 
 
@@ -165,6 +167,27 @@ def test_dtypes(name, dtype):
     got = SEARCHES[name](query, key, lse.to(torch.float64 if dtype == torch.float64 else torch.float32))
     exact = SEARCHES[name](query.float(), key.float(), lse)
     assert (got.to_dense() == exact.to_dense()).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_autocast_changes_no_search(backend):
+    query, key, lse = arguments(queries=512)
+    mask = pyrx.BlockMask.from_dense(torch.rand(4, 8, 8) < 0.5, 512, 64)
+
+    def found():
+        return [
+            search.lse_cached(query, key, lse, block_size=16, backend=backend).to_dense(),
+            search.pooled(query, key, block_size=16, similarity_threshold=-1.0, mass=0.5, backend=backend).to_dense(),
+            search.topk_blocks(query, key, block_size=16, backend=backend).to_dense(),
+            search.vertical_slash(query, key, block_size=16, vertical=60, slash=130, backend=backend).to_dense(),
+            search.recall(query, key, mask, per="query", backend=backend),
+        ]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = found()
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -225,6 +248,13 @@ ERRORS = [
         ValueError,
         "always of a shape that broadcasts to the blocks' [1, 4, 2, 2], got [3, 1]",
     ),
+    ("lse_cached", {"lse": None}, TypeError, "lse to be a Tensor, got NoneType"),
+    ("lse_cached", {"lse": LSE.double()}, TypeError, "lse of dtype torch.float32, got torch.float64"),
+    ("lse_cached", {"lse": LSE[:, :2]}, ValueError, "lse of shape [B, H, Sq] = [1, 4, 64], got [1, 2, 64]"),
+    ("lse_cached", {"lse": LSE.to("meta")}, RuntimeError, "lse on device cpu, got meta"),
+    ("lse_cached", {"key_mask": LSE[0, :1] > 0, "key": K[:, :, :9]}, ValueError,
+     "key_mask of shape [B, Sk] = [1, 9], got [1, 64]"),
+    ("recall", {"key_mask": LSE[0] > 0}, ValueError, "key_mask of shape [B, Sk] = [1, 64], got [4, 64]"),
     ("lse_cached", {"softcap": 0.0}, ValueError, "softcap above 0, or None, got 0.0"),
     ("pooled", {"mass": 1.1}, ValueError, "mass in [0, 1], got 1.1"),
     ("pooled", {"topk": 16}, ValueError, "topk in [0, 1], got 16"),
@@ -243,7 +273,7 @@ ERRORS = [
     ("topk_blocks", {"query": Q.half()}, TypeError, "key of dtype torch.float16, got torch.float32"),
     ("recall", {"block_mask": None}, TypeError, "block_mask to be a pyrx.BlockMask, got NoneType"),
     ("recall", {"per": "row"}, ValueError, "per to be one of 'all', 'head', 'query', got 'row'"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, changes, error, text", ERRORS, ids=[f"{each[0]}: {each[3]}"[:90] for each in ERRORS])
@@ -258,10 +288,15 @@ def test_errors(name, changes, error, text):
     assert str(caught.value) == f"pyrx::search.{name}: expected {text}"
 
 
-def test_errors_of_the_ops_below():
-    for lse, error in ((LSE.double(), TypeError), (LSE[:, :2], ValueError), (LSE.to("meta"), RuntimeError)):
-        with pytest.raises(error, match="pyrx::block_mass: expected lse"):
-            search.lse_cached(Q, K, lse)
+def test_a_search_is_for_the_attention_of_its_defaults():
+    # a mask of one default must not lack blocks that the attention of the other sees
+    query, key, lse = arguments(queries=512)
+    for find in (search.topk_blocks, search.vertical_slash, search.pooled, partial(search.lse_cached, lse=lse)):
+        blocks = find(query, key, block_size=16).to_dense()
+        assert blocks.triu(1).any() and blocks.tril(-1).any()
+
+
+def test_a_mask_for_other_lengths():
     other = pyrx.BlockMask.from_dense(torch.ones(2, 1, dtype=torch.bool), (100, 64), 64)
     with pytest.raises(ValueError, match=r"block_mask for the lengths \(Sq, Sk\) = \[64, 64\], got \[100, 64\]"):
         search.recall(Q, K, other)
@@ -271,6 +306,9 @@ ADAPTIVE_ERRORS = [
     ({"sparsity": 2.0}, ValueError, "sparsity in [0, 1], got 2.0"),
     ({"warmup": -1}, ValueError, "warmup in [0, 2147483647], got -1"),
     ({"search_steps": (0,)}, ValueError, "search_steps in [1, 2147483647], got 0"),
+    ({"search_steps": 10}, TypeError, "search_steps to be ints, got int"),
+    ({"text_tokens": 77}, TypeError, "text_tokens to be a pair (start, stop), got 77"),
+    ({"window": "wide"}, TypeError, "window to be an int or a pair (left, right), got 'wide'"),
     ({"block_size": 8}, ValueError, "block_size to be one of 16, 32, 64, 128, got 8"),
 ]
 

@@ -81,8 +81,8 @@ class BlockSparseAttention(nn.Module):
         if block_mask is not None and not isinstance(block_mask, BlockMask):
             fail(NAME, "block_mask", "to be a pyrx.BlockMask", type(block_mask).__name__, TypeError)
         window_of(NAME, window, is_causal)
-        threshold(NAME, dropout)
-        threshold(NAME, head_dropout)
+        threshold(NAME, dropout, "dropout")
+        threshold(NAME, head_dropout, "head_dropout")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, kv_heads
         self.head_dim = embed_dim // num_heads
         self.block_mask = block_mask

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._attention import MOST_HEAD_SIZE, check_logits
 from pyrx._checks import check_device, check_dtype, check_float, check_integer, check_number, check_shape, fail
-from pyrx._linear import autocast
+from pyrx._linear import autocast, without_autocast
 from pyrx._losses import accumulation_dtype, differentiable_once
 from pyrx._random import LEVELS, seed_tensor, threshold
 from pyrx.ops.block_mask import BlockMask, check_lists
@@ -139,7 +139,8 @@ def reversed_attention(
         fail(op, "u", f"of a last dimension in [1, {MOST_HEAD_SIZE}]", u.shape[3])
     args = (query, key, *mask.lists, *mask.block_size, *logits)
     if chosen == "reference":
-        return reference.reversed_attention(u, *args)
+        with without_autocast(query.device.type):  # its products are in the accumulation dtype
+            return reference.reversed_attention(u, *args)
     return _Reversed.apply(chosen, u, *args)
 
 
@@ -308,6 +309,7 @@ def erasing_attention(
         one = torch.ones((), dtype=accumulation_dtype(query.dtype), device=query.device)
         factor = torch.where(region, one * query_factor, one)[:, None].expand(query.shape[:3])
         if query_scale is not None:
+            check_float(op, "query_scale", query_scale)
             check_shape(op, "query_scale", query_scale, "[B, H, Sq]", query.shape[:3])
             factor = factor * query_scale
         query_scale = factor
@@ -385,7 +387,7 @@ def head_dropout_attention(
     Source: Zhou et al., "Scheduled DropHead: A Regularization Method for Transformer Models" (EMNLP Findings 2020).
     """
     op = "head_dropout_attention"
-    level = threshold(op, head_dropout_p)
+    level = threshold(op, head_dropout_p, "head_dropout_p")
     _check_four(op, query=query, key=key)
     if level == 0:
         return block_sparse_attention(

@@ -381,14 +381,15 @@ class BlockMask:
         keys = packed if key_lengths is None else check_documents(op, "key_lengths", key_lengths, packed.device)
         check_device(op, "key_lengths", keys, packed.device)
         check_shape(op, "key_lengths", keys, "[B or 1, N]", packed.shape)
+        for name, each in (("lengths", packed), ("key_lengths", keys)):
+            check_values(op, name, "of at least 0", (each >= 0).all(), each)
         sums = packed.sum(-1), keys.sum(-1)
         if seq_lengths is None:
             if not is_read(packed):
                 fail(op, "seq_lengths", "of lengths that are on a GPU or compiled", None)
             seq_lengths = int(sums[0].amax()), int(sums[1].amax())
         both = check_lengths(op, seq_lengths)
-        for name, each, total, expected in zip(("lengths", "key_lengths"), (packed, keys), sums, both, strict=True):
-            check_values(op, name, "of at least 0", (each >= 0).all(), each)
+        for name, total, expected in zip(("lengths", "key_lengths"), sums, both, strict=True):
             check_values(op, name, f"that sum to {expected}", (total == expected).all(), total)
         if packed.shape[1] == 0:
             packed = keys = packed.new_zeros(packed.shape[0], 1)

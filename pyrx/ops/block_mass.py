@@ -11,6 +11,7 @@ from pyrx import _library
 from pyrx._attention import LOGITS_SCHEMA, Logits, check_blocks, check_logits
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_shape, fail
+from pyrx._linear import without_autocast
 from pyrx._losses import accumulation_dtype
 from pyrx.reference import block_mass as reference
 
@@ -78,7 +79,7 @@ def block_mass(
     chosen = select(ROW, query.device.type, query.dtype, backend)
     if chosen == "reference":
         _check_mass(*args)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(query.device.type):
             return reference.block_mass(*args)
     return _library.namespace(chosen).block_mass(*args)
 
@@ -96,6 +97,6 @@ def block_recall(
     chosen = select(ROW, query.device.type, query.dtype, backend)
     if chosen == "reference":
         _check_recall(*args)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(query.device.type):
             return reference.block_recall(*args)
     return _library.namespace(chosen).block_recall(*args)

@@ -11,16 +11,16 @@ from pyrx import _library
 from pyrx._attention import (
     LOGITS_SCHEMA,
     MOST_HEAD_SIZE,
-    UNLIMITED,
     Logits,
     check_blocks,
     check_key,
     check_logits,
     logits_of,
+    window_of,
 )
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_float, check_shape, check_tensor, fail
-from pyrx._linear import autocast
+from pyrx._linear import autocast, without_autocast
 from pyrx._losses import accumulation_dtype, differentiable_once
 from pyrx._random import LEVELS, check_seed, seed_tensor, threshold
 from pyrx.ops.block_mask import BlockMask, check_lists
@@ -252,7 +252,7 @@ def attention(
     args = (query, key, value, *block_mask.lists, *block_mask.block_size, *logits, seed, level)
     if chosen == "reference":
         _check(ROW, *args)
-        with torch.autocast(query.device.type, enabled=False):  # its products are in the accumulation dtype
+        with without_autocast(query.device.type):  # its products are in the accumulation dtype
             return reference.block_sparse_attention(*args, want_entropy)
     return _library.namespace(chosen).block_sparse_attention(*args, want_entropy)
 
@@ -356,6 +356,5 @@ def default_mask(
     op: str, query: Tensor, key: Tensor, is_causal: bool, window: int | tuple[int, int] | None
 ) -> BlockMask:
     """Every block, or those that is_causal and window reach."""
-    window = UNLIMITED if window is None else window
     lengths = (query.shape[2], key.shape[2])
-    return BlockMask.sliding_window(lengths, window, is_causal=is_causal, device=query.device)
+    return BlockMask.sliding_window(lengths, window_of(op, window, is_causal), device=query.device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrx._attention import window_of
+from pyrx._block_checks import is_read
 from pyrx._checks import check_device, check_float, check_shape, check_tensor, fail
 from pyrx.ops.block_mask import BlockMask
 from pyrx.ops.block_sparse_attention import block_sparse_attention
@@ -21,7 +22,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device, token
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         fail(OP, name, "of shape [N + 1]", list(cu_seqlens.shape))
     check_device(OP, name, cu_seqlens, device)
-    if device.type == "cpu" and not torch.compiler.is_compiling() and type(cu_seqlens) is Tensor:
+    if is_read(cu_seqlens):
         lengths = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (lengths < 0).any():
             fail(OP, name, f"to rise from 0 to the {tokens} tokens", cu_seqlens.tolist())

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from pyrx._attention import Logits, check_query_key, logits_of
+from pyrx import _block_patterns as patterns
+from pyrx._attention import Logits, check_logits, check_query_key, logits_of
 from pyrx._backends import ABSENT
 from pyrx._checks import check_number, check_tensor, fail
+from pyrx._linear import without_autocast
 from pyrx.ops.block_mask import BlockMask
 
 MOST_INT = 2**31 - 1
@@ -27,35 +28,28 @@ def backend_of(row: str, backend: str | None) -> str | None:
     return None if (row, backend) in ABSENT else backend
 
 
-def block_counts(query: Tensor, key: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-    return -(-query.shape[2] // size[0]), -(-key.shape[2] // size[1])
-
-
 def reach(
     query: Tensor, key: Tensor, size: tuple[int, int], left: int, right: int, key_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(reachable, diagonal), bool (B or 1, 1, NQ, NK): where some query sees some key, and where queries lie at their
     own keys (nowhere where no window limits what is seen)."""
-    q_blocks, k_blocks = block_counts(query, key, size)
-    q_first = torch.arange(q_blocks, device=query.device)[:, None] * size[0]
-    k_first = torch.arange(k_blocks, device=query.device) * size[1]
-    q_last = (q_first + size[0]).clamp(max=query.shape[2]) - 1
-    k_last = (k_first + size[1]).clamp(max=key.shape[2]) - 1
-    inside = torch.ones(q_blocks, k_blocks, dtype=torch.bool, device=query.device)
-    diagonal = (q_first <= k_last) & (k_first <= q_last) & (left >= 0 or right >= 0)
-    if left >= 0:
-        inside = inside & (k_last >= q_first - left)
-    if right >= 0:
-        inside = inside & (k_first <= q_last + right)
-    inside, diagonal = inside[None, None], diagonal[None, None]
+    lengths, device = (query.shape[2], key.shape[2]), query.device
+    reachable = patterns.window_blocks(lengths, size, left, right, device)[None, None]
     if key_mask is not None:
-        padded = pad(key_mask, (0, -key.shape[2] % size[1]))
-        inside = inside & padded.unflatten(1, (k_blocks, size[1])).any(2)[:, None, None, :]
-    return inside, diagonal & inside
+        reachable = reachable & patterns.touched_blocks(key_mask, size[1])[:, None, None]
+    if left < 0 and right < 0:
+        return reachable, torch.zeros_like(reachable)
+    return reachable, reachable & patterns.window_blocks(lengths, size, 0, 0, device)
 
 
 def mask_of(blocks: Tensor, query: Tensor, key: Tensor, size: tuple[int, int], backend: str | None) -> BlockMask:
     return BlockMask.from_dense(blocks, (query.shape[2], key.shape[2]), size, backend=backend_of("block_mask", backend))
+
+
+def products(query: Tensor, key: Tensor) -> Tensor:
+    """Of all pairs (..., Sq, Sk), in their own dtype under autocast too."""
+    with without_autocast(query.device.type):
+        return query @ key.transpose(-1, -2)
 
 
 def by_group(query: Tensor, heads: int) -> Tensor:
@@ -70,6 +64,8 @@ def check_inputs(op: str, query: Tensor, key: Tensor) -> None:
 
 
 def logits_for(op: str, query: Tensor, key: Tensor, **arguments: Any) -> Logits:
-    """Logits of a search's arguments; query and key are checked."""
+    """Logits of a search's arguments; all of them are checked."""
     check_inputs(op, query, key)
-    return logits_of(op, query, **arguments)
+    logits = logits_of(op, query, **arguments)
+    check_logits(op, query, key, logits)
+    return logits

@@ -8,12 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrx._attention import logits_of
-from pyrx._checks import check_choice, check_device, check_dtype, check_integer, fail
-from pyrx.ops.block_mask import BlockMask, check_block_size, select_blocks
+from pyrx import _block_patterns as patterns
+from pyrx._attention import window_of
+from pyrx._block_checks import check_block_size
+from pyrx._checks import check_choice, check_device, check_dtype, check_integer, check_shape, fail
+from pyrx._losses import accumulation_dtype
+from pyrx.ops.block_mask import BlockMask, select_blocks
 from pyrx.ops.block_mass import block_mass, block_recall
 from pyrx.ops.block_sparse_attention import block_sparse_attention, check_mask
-from pyrx.search.common import MOST_INT, backend_of, block_counts, check_inputs, check_share, logits_for, mask_of, reach
+from pyrx.search.common import MOST_INT, backend_of, check_inputs, check_share, logits_for, mask_of, reach
+
+
+def _check_text(op: str, text_tokens: object) -> tuple[int, int]:
+    if not isinstance(text_tokens, (tuple, list)) or len(text_tokens) != 2:
+        fail(op, "text_tokens", "to be a pair (start, stop)", repr(text_tokens), TypeError)
+    for each in text_tokens:
+        check_integer(op, "text_tokens", each, 0, MOST_INT)
+    return text_tokens[0], text_tokens[1]
 
 
 def _always_of(
@@ -25,10 +36,10 @@ def _always_of(
     size: tuple[int, int],
 ) -> Tensor | None:
     """bool that broadcasts to (B, H, NQ, NK), or None."""
-    q_blocks, k_blocks = block_counts(query, key, size)
+    lengths = query.shape[2], key.shape[2]
     if always is not None:
         check_dtype(op, "always", always, torch.bool)
-        full = [query.shape[0], query.shape[1], q_blocks, k_blocks]
+        full = [*query.shape[:2], *patterns.blocks_of(lengths, size)]
         shape = [1] * (4 - always.dim()) + list(always.shape)
         if len(shape) != 4 or any(shape[i] not in (1, full[i]) for i in range(4)):
             fail(op, "always", f"of a shape that broadcasts to the blocks' {full}", list(always.shape))
@@ -36,20 +47,13 @@ def _always_of(
         always = always.view(shape)
     if text_tokens is None:
         return always
-    if not isinstance(text_tokens, (tuple, list)) or len(text_tokens) != 2:
-        fail(op, "text_tokens", "to be a pair (start, stop)", repr(text_tokens), TypeError)
-    for each in text_tokens:
-        check_integer(op, "text_tokens", each, 0, MOST_INT)
-    start, stop = text_tokens
-    if query.shape[2] != key.shape[2] or not start <= stop <= key.shape[2]:
-        expected = f"within the tokens that are queries and keys, [0, {key.shape[2]}]"
-        fail(op, "text_tokens", expected, f"({start}, {stop}) of {query.shape[2]} queries")
-
-    def holds_text(count: int, block: int) -> Tensor:
-        first = torch.arange(count, device=query.device) * block
-        return (first < stop) & (first + block > start) & (start < stop)
-
-    text = holds_text(q_blocks, size[0])[:, None] | holds_text(k_blocks, size[1])
+    start, stop = _check_text(op, text_tokens)
+    if lengths[0] != lengths[1] or not start <= stop <= lengths[1]:
+        expected = f"within the tokens that are queries and keys, [0, {lengths[1]}]"
+        fail(op, "text_tokens", expected, f"({start}, {stop}) of {lengths[0]} queries")
+    position = torch.arange(lengths[1], device=query.device)
+    rows, columns = (patterns.touched_blocks((position >= start) & (position < stop), each) for each in size)
+    text = rows[:, None] | columns
     return text[None, None] if always is None else always | text
 
 
@@ -140,6 +144,9 @@ def lse_cached(
         scale=scale,
         softcap=softcap,
     )
+    check_dtype(op, "lse", lse, accumulation_dtype(query.dtype))
+    check_shape(op, "lse", lse, "[B, H, Sq]", query.shape[:3])
+    check_device(op, "lse", lse, query.device)
     size = check_block_size(op, block_size)
     check_share(op, "sparsity", sparsity)
     check_share(op, "recall_threshold", recall_threshold)
@@ -199,9 +206,10 @@ def recall(
     check_choice(op, "per", per, ("all", "head", "query"))
     check_inputs(op, query, key)
     mask = check_mask(op, block_mask, query, key)
-    logits = logits_of(
+    logits = logits_for(
         op,
         query,
+        key,
         is_causal=is_causal,
         window=window,
         key_range=mask.key_range,
@@ -264,6 +272,11 @@ class AdaptiveSparseAttention(nn.Module):
         check_share(op, "recall_threshold", recall_threshold)
         check_block_size(op, block_size)
         check_integer(op, "warmup", warmup, 0, MOST_INT)
+        if text_tokens is not None:
+            _check_text(op, text_tokens)
+        window_of(op, window, is_causal)
+        if not isinstance(search_steps, Iterable):
+            fail(op, "search_steps", "to be ints", type(search_steps).__name__, TypeError)
         self.warmup, self.search_steps = warmup, tuple(search_steps)
         for each in self.search_steps:
             check_integer(op, "search_steps", each, 1, MOST_INT)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyrx import _block_patterns as patterns
 from pyrx._attention import Logits
+from pyrx._block_checks import check_block_size
 from pyrx._checks import check_integer, check_number
-from pyrx.ops.block_mask import BlockMask, check_block_size, select_blocks
+from pyrx.ops.block_mask import BlockMask, select_blocks
 from pyrx.ops.block_pool import block_pool
-from pyrx.search.common import MOST_INT, backend_of, block_counts, by_group, check_share, logits_for, mask_of, reach
+from pyrx.search.common import MOST_INT, backend_of, by_group, check_share, logits_for, mask_of, products, reach
 
 # of MInference: how many of the first keys and of the nearest diagonals take part whatever their scores
 FIRST_KEYS, NEAR_DIAGONALS = 30, 100
@@ -40,7 +42,7 @@ def pooled(
         mass: a row keeps the longest run of its most probable blocks whose probabilities sum to at most this share, one
             at least. Default 0.98.
         topk: instead of `mass`, the share of the blocks in reach that a row keeps, one at least. Default: none.
-        is_causal: as in `pyrx.block_sparse_attention`. Default False.
+        is_causal: as in `pyrx.block_sparse_attention`, and to be passed to both. Default False.
         scale: of the products. Default 1 / sqrt(D).
         backend: as in `lse_cached`.
 
@@ -68,11 +70,11 @@ def pooled(
     k_mean, k_similarity = k_mean.repeat_interleave(group, 1), k_similarity.repeat_interleave(group, 1)
     q_alike = (q_similarity > similarity_threshold)[..., None]
     k_alike = (k_similarity > similarity_threshold)[:, :, None]
-    products = q_mean @ k_mean.transpose(-1, -2) * logits.scale
+    predicted = products(q_mean, k_mean) * logits.scale
     reachable, diagonal = reach(query, key, size, logits.left, logits.right)
     candidates = reachable & k_alike
     # a row without candidates is all NaN until the second line
-    scores = torch.softmax(torch.where(candidates, products, -torch.inf), -1)
+    scores = torch.softmax(torch.where(candidates, predicted, -torch.inf), -1)
     scores = torch.where(candidates, scores, -torch.inf).float()
     count = None if topk is None else (topk * reachable.sum(-1)).round().clamp(min=1).to(torch.int32)
     kept = torch.where(q_alike & k_alike, diagonal, reachable)
@@ -84,11 +86,11 @@ def _last_probabilities(query: Tensor, key: Tensor, last: int, logits: Logits) -
     """(B, H, L, Sk) float32: the attention of the last L queries."""
     queries = query.shape[2]
     rows = by_group(query[:, :, queries - last :], key.shape[1])
-    products = (rows @ key[:, :, None].transpose(-1, -2)).flatten(1, 2).float() * logits.scale
+    found = products(rows, key[:, :, None]).flatten(1, 2).float() * logits.scale
     if logits.right >= 0:
         position = torch.arange(queries - last, queries, device=query.device)[:, None]
-        products = products.masked_fill(torch.arange(key.shape[2], device=query.device) > position, -torch.inf)
-    return torch.softmax(products, -1)
+        found = found.masked_fill(torch.arange(key.shape[2], device=query.device) > position, -torch.inf)
+    return torch.softmax(found, -1)
 
 
 def _diagonal_sums(values: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def vertical_slash(
     last_queries: int = 64,
     vertical: int = 1000,
     slash: int = 6096,
-    is_causal: bool = True,
+    is_causal: bool = False,
     scale: float | None = None,
     backend: str | None = None,
 ) -> BlockMask:
@@ -129,7 +131,7 @@ def vertical_slash(
         vertical: how many keys are chosen, the first 30 among them. Default 1000.
         slash: how many distances from query to key are chosen, the nearest 100 among them. Default 6096. The defaults
             are MInference's, for sequences of 100 000 tokens; scattered keys cost a whole column of blocks each here.
-        is_causal: as in `pyrx.block_sparse_attention`, but by default True.
+        is_causal: as in `pyrx.block_sparse_attention`, and to be passed to both. Default False.
         scale: of the products. Default 1 / sqrt(D).
         backend: as in `lse_cached`.
 
@@ -158,8 +160,7 @@ def vertical_slash(
     # sums are at most `last`: the ones that always take part are above, the first and nearest most
     first = FIRST_KEYS - torch.arange(keys, device=device)
     columns = torch.where(first > 0, first + last, probabilities.sum(-2))
-    chosen = pad(_largest(columns, vertical), (0, -keys % size[1]))
-    blocks = chosen.unflatten(-1, (-1, size[1])).any(-1)[:, :, None, :]
+    blocks = patterns.touched_blocks(_largest(columns, vertical), size[1])[:, :, None]
 
     # distance q - k of diagonal i: i + nearest
     nearest = queries - last - keys + 1
@@ -169,8 +170,7 @@ def vertical_slash(
     if is_causal:
         diagonals = diagonals.masked_fill(distance < 0, -torch.inf)
     before = pad(_largest(diagonals, slash).cumsum(-1), (1, 0))
-    q_first = torch.arange(0, queries, size[0], device=device)[:, None]
-    k_first = torch.arange(0, keys, size[1], device=device)
+    q_first, k_first = patterns.first_tokens((queries, keys), size, device)
     low = q_first - (k_first + size[1]).clamp(max=keys) + 1 - nearest
     high = (q_first + size[0]).clamp(max=queries) - k_first - nearest
     low, high = low.clamp(0, keys + last - 1), high.clamp(0, keys + last - 1)
@@ -187,7 +187,7 @@ def topk_blocks(
     topk: int = 16,
     local: int = 1,
     initial: int = 1,
-    is_causal: bool = True,
+    is_causal: bool = False,
     scale: float | None = None,
     backend: str | None = None,
 ) -> BlockMask:
@@ -202,7 +202,7 @@ def topk_blocks(
         topk: how many blocks a row keeps, local and initial ones among them. Default 16.
         local: how many blocks up to the queries' own are always kept (not causal: on both sides). Default 1.
         initial: how many of the first blocks are always kept. Default 1.
-        is_causal: as in `pyrx.block_sparse_attention`, but by default True.
+        is_causal: as in `pyrx.block_sparse_attention`, and to be passed to both. Default False.
         scale: of the products. Default 1 / sqrt(D).
         backend: as in `lse_cached`.
 
@@ -222,18 +222,18 @@ def topk_blocks(
     for name, least, value in (("topk", 1, topk), ("local", 0, local), ("initial", 0, initial)):
         check_integer(op, name, value, least, MOST_INT)
     (queries, keys), heads, device = (query.shape[2], key.shape[2]), key.shape[1], query.device
-    q_blocks, k_blocks = block_counts(query, key, size)
+    q_blocks, k_blocks = patterns.blocks_of((queries, keys), size)
     means, _ = block_pool(key, size[1], backend=backend_of("block_pool", backend))
+    q_first, k_first = patterns.first_tokens((queries, keys), size, device)
     means, groups = means.to(query.dtype), by_group(query, heads)
     visible = torch.ones(queries, k_blocks, dtype=torch.bool, device=device)
     if is_causal:
-        k_last = (torch.arange(k_blocks, device=device) + 1) * size[1] - 1
-        visible = k_last.clamp(max=keys - 1) <= torch.arange(queries, device=device)[:, None]
+        visible = (k_first + size[1]).clamp(max=keys) - 1 <= torch.arange(queries, device=device)[:, None]
 
     def summed(head: int) -> Tensor:
         """(B, NQ, NK) of one head of keys."""
-        products = (groups[:, head] @ means[:, head, None].transpose(-1, -2)).float() * logits.scale
-        probabilities = torch.softmax(products.masked_fill(~visible, -torch.inf), -1)
+        found = products(groups[:, head], means[:, head, None]).float() * logits.scale
+        probabilities = torch.softmax(found.masked_fill(~visible, -torch.inf), -1)
         # a query that sees no block is all NaN
         each = torch.where(visible, probabilities, 0).sum(1)
         return pad(each, (0, 0, 0, -queries % size[0])).unflatten(1, (q_blocks, size[0])).sum(2)
@@ -241,10 +241,9 @@ def topk_blocks(
     # one head at a time: its probabilities are all that is in memory
     scores = torch.stack([summed(head) for head in range(heads)], 1)
     reachable, diagonal = reach(query, key, size, logits.left, logits.right)
-    q_first = torch.arange(q_blocks, device=device)[:, None] * size[0]
-    block, around = torch.arange(k_blocks, device=device), (local - 1) * size[1]
-    near = (block * size[1] < q_first + size[0] + around) & ((block + 1) * size[1] > q_first - around)
-    forced = ((block < initial) | near & (local > 0)) & reachable | diagonal
+    around = (local - 1) * size[1]
+    near = (k_first < q_first + size[0] + around) & (k_first + size[1] > q_first - around)
+    forced = ((k_first < initial * size[1]) | near & (local > 0)) & reachable | diagonal
     scores = scores.masked_fill(~reachable, -torch.inf).masked_fill(forced, torch.inf)
     count = torch.full((1, 1, 1), topk, dtype=torch.int32, device=device)
     blocks = select_blocks(scores, count, always=forced, backend=backend_of("block_mask", backend))
