@@ -379,6 +379,7 @@ EDITS = {
     "dense": {"density": 1.0},
     "key_mask": {"key_mask": True},
     "query_scale": {"query_scale": True},
+    "query_scale_head_80": {"query_scale": True, "size": 80},
     "softcap": {"softcap": 0.7},
     "softcap_query_scale": {"softcap": 5.0, "query_scale": True, "scale": 2.0},
     "scale": {"scale": 1.5},

@@ -323,6 +323,15 @@ def test_large_logits(backend):
     assert (got == 0).all()
 
 
+def test_recall_of_logits_far_below_zero(backend):
+    query, key = operands()
+    blocks, below = blocks_of(SHAPE, (64, 64)), torch.full((1, 1, 150, 210), -5000.0, dtype=torch.float64)
+    found, expected = (
+        block_recall(query, key, blocks, (64, 64), logits, backend) for logits in (plain(24, row_bias=below), plain(24))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_nan_stays_in_its_query(backend):
     query, key = operands(dtype=torch.float32)
     lse = lse_of(query, key, plain(24))

@@ -197,11 +197,13 @@ def test_what_is_not_listed_is_not_read(cpu):
     blocks = torch.ones(1, 1, 5, 6, dtype=torch.bool)
     blocks[..., 2] = False
     call = attention(blocks=blocks, block=(32, 32), dtype=torch.float32)
-    poisoned = call.replace(key=call.key.clone(), value=call.value.clone())
-    poisoned.key[:, :, 64:96] = torch.nan
-    poisoned.value[:, :, 64:96] = torch.nan
-    for one, other in zip(poisoned(cpu), call(cpu), strict=True):
-        assert_same_bits(one, other)
+    near = attention(1, 2, 100, 300, block=(32, 32), density=1.0, window=(10, 5), dtype=torch.float32)
+    for each, unread in ((call, slice(64, 96)), (near, slice(128, 300))):
+        poisoned = each.replace(key=each.key.clone(), value=each.value.clone())
+        poisoned.key[:, :, unread] = torch.nan
+        poisoned.value[:, :, unread] = torch.nan
+        for one, other in zip(poisoned(cpu), each(cpu), strict=True):
+            assert_same_bits(one, other)
 
 
 # Masks and lists.

@@ -65,6 +65,18 @@ def test_opcheck_of_other_dtypes_and_layouts(cpu, dtype):
     torch.library.opcheck(ops.block_sparse_attention.default, (*raw(held), True))
 
 
+def test_the_op_takes_a_window_of_any_size(cpu):
+    ops = _library.namespace(need(cpu, ops=(ROW,)))
+    arguments = raw(call_of("plain"))
+    at = 9  # of left; right follows
+    assert arguments[at : at + 2] == [-1, -1]
+    wide = [*arguments[:at], 2**63 - 1, 2**63 - 1, *arguments[at + 2 :]]
+    for one, other in zip(
+        ops.block_sparse_attention(*wide, True), ops.block_sparse_attention(*arguments, True), strict=True
+    ):
+        assert_same_bits(one, other)
+
+
 # torch.compile.
 
 

@@ -230,15 +230,20 @@ def test_lists_with_entries_out_of_range_and_repeated(backend):
 
 
 def test_what_is_not_listed_is_not_read(cpu):
-    """NaN in tokens that no list names reaches no gradient."""
+    """NaN in tokens that no list names, or that no window reaches, reaches no gradient."""
     blocks = torch.ones(1, 1, 5, 6, dtype=torch.bool)
     blocks[..., 2], blocks[:, :, 3] = False, False
     call = attention(blocks=blocks, block=(32, 32), dtype=torch.float32, bias=(1, 1))
-    poisoned = call.map(lambda each: each.clone())
-    poisoned.key[:, :, 64:96], poisoned.value[:, :, 64:96] = torch.nan, torch.nan
-    poisoned.query[:, :, 96:128], poisoned.row_bias[..., 64:96] = torch.nan, torch.nan
-    for one, other in zip(*(gradients(each, lambda on: on(cpu))[1].values() for each in (poisoned, call)), strict=True):
-        assert_same_bits(one, other)
+    near = attention(
+        queries=100, keys=300, block=(32, 32), density=1.0, window=(10, 5), dtype=torch.float32, bias=(1, 1)
+    )
+    for each, unread, queries in ((call, slice(64, 96), slice(96, 128)), (near, slice(128, 300), slice(0, 0))):
+        poisoned = each.map(lambda tensor: tensor.clone())
+        poisoned.key[:, :, unread], poisoned.value[:, :, unread] = torch.nan, torch.nan
+        poisoned.query[:, :, queries], poisoned.row_bias[..., unread] = torch.nan, torch.nan
+        found, expected = (gradients(one, lambda on: on(cpu))[1].values() for one in (poisoned, each))
+        for one, other in zip(found, expected, strict=True):
+            assert_same_bits(one, other)
 
 
 # What is asked for.

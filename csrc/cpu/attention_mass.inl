@@ -1,44 +1,5 @@
 // Sums of exponentials over tiles of logits: MassKernels. Included by attention_simd.inl.
 
-#if PYRX_ISA
-// 2^r on [0, 1) to a relative error of 8e-8
-constexpr float kPower[] = {1.8671300495e-3f, 9.0170307085e-3f, 5.5799912661e-2f, 2.4016444385e-1f, 6.9315129519e-1f, 1.0f};
-#endif
-
-#if PYRX_ISA == 2
-inline __m256 power_of_eight(__m256 x) {
-  // NaN is the second operand, which is what is returned where they do not compare
-  x = _mm256_min_ps(_mm256_set1_ps(129.0f), _mm256_max_ps(_mm256_set1_ps(-151.0f), x));
-  const __m256 n = _mm256_floor_ps(x), r = _mm256_sub_ps(x, n);
-  __m256 y = _mm256_set1_ps(kPower[0]);
-  for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kPower[i]));
-  // times 2^n in two steps, each a normal number
-  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
-  const __m256i rest = _mm256_sub_epi32(whole, half);
-  y = _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
-  return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
-}
-#endif
-
-// 2^x within 2 ulp in float32, 0 of minus infinity, infinity past the largest number; NaN stays.
-template <typename Acc>
-inline Vec<Acc> power(const Vec<Acc>& x) {
-#if PYRX_ISA == 512
-  if constexpr (sizeof(Acc) == 4) {
-    const __m512 r = _mm512_reduce_ps(x.v, 1);  // x - floor(x), 0 of infinities
-    __m512 y = _mm512_set1_ps(kPower[0]);
-    for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kPower[i]));
-    return {_mm512_scalef_ps(y, x.v)};  // y * 2^floor(x)
-  }
-#elif PYRX_ISA == 2
-  if constexpr (sizeof(Acc) == 4) return {power_of_eight(x.low), power_of_eight(x.high)};
-#endif
-  Acc v[kLanes];
-  x.put(v);
-  for (int i = 0; i < kLanes; ++i) v[i] = std::exp2(v[i]);
-  return Vec<Acc>::get(v);
-}
-
 // Bits of the keys i .. i + 15 of a row that are visible.
 template <typename Acc>
 inline uint32_t visible_bits(const ExponentTile<Acc>& tile, const uint32_t* masked, int64_t row, int64_t i) {
@@ -68,7 +29,7 @@ inline Acc sum_block(const ExponentTile<Acc>& tile, const Acc* offset, const uin
     const Acc* products = tile.products + r * tile.stride + key;
     const V factor = V::fill(tile.factor[r]), shift = V::fill(-offset[r]);
     for (int v = 0; v < kVectors; ++v) {
-      V e = power(V::multiply_add(V::get(products + v * kLanes), factor, shift));
+      V e = exp2(V::multiply_add(V::get(products + v * kLanes), factor, shift));
       if constexpr (kMasked) e = e.keep(visible_bits(tile, masked, r, key + v * kLanes));
       sums[v % kSums] = sums[v % kSums] + e;
     }
@@ -130,10 +91,10 @@ void add_rows(const ExponentTile<Acc>& tile, const uint8_t* kept, const ShareRow
       if constexpr (kMasked) x[v] = V::choose(visible_bits(tile, masked, r, v * kLanes), x[v], V::fill(kHidden));
       most = V::max(x[v], most);
     }
-    const V rest = power(before - most);
+    const V rest = exp2(before - most);
     V total = V::get(sums.total + r * kLanes) * rest, own_share = V::get(sums.kept + r * kLanes) * rest;
     for (int v = 0; v < count; ++v) {
-      const V e = power(x[v] - most);
+      const V e = exp2(x[v] - most);
       total = total + e;
       own_share = own_share + e.keep(chosen >> v & 1 ? 0xFFFF : 0);
     }
@@ -153,7 +114,7 @@ template <typename Acc>
 void finish_shares(const ShareRows<Acc>& sums, int64_t rows, Acc* recall) {
   using V = Vec<Acc>;
   for (int64_t r = 0; r < rows; ++r) {
-    const V most = V::get(sums.most + r * kLanes), weight = power(most - V::fill(most.greatest()));
+    const V most = V::get(sums.most + r * kLanes), weight = exp2(most - V::fill(most.greatest()));
     const V total = V::get(sums.total + r * kLanes) * weight, kept = V::get(sums.kept + r * kLanes) * weight;
     recall[r] = share(kept.sum(), total.sum());
   }

@@ -1,32 +1,36 @@
 // The online softmax over tiles of logits: SoftmaxKernels. Included by attention_simd.inl.
 
-// 2^x for x up to a rounding above 0, within 2 ulp, 0 where that is below the least normal number; NaN stays.
+#if PYRX_ISA
+// 2^r on [0, 1), below 2 at its end, to a relative error of 1e-7
+constexpr float kExp2[] = {1.8671300495e-3f, 9.0170307085e-3f, 5.5799912661e-2f, 2.4016444385e-1f, 6.9315129519e-1f, 1.0f};
+#endif
+
+#if PYRX_ISA == 2
+// From the least normal number to 0 in a straight line.
+inline __m256 exp2(__m256 x) {
+  // NaN is the second operand, which is what is returned where they do not compare
+  x = _mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), x));
+  const __m256 n = _mm256_floor_ps(x), r = _mm256_sub_ps(x, n);
+  __m256 y = _mm256_set1_ps(kExp2[0]);
+  for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExp2[i]));
+  // n more in the exponent of y in [1, 2): 1 to infinity by 128, to 0 by -127
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
+}
+#endif
+
+// 2^x within 2 ulp in float32, 0 of minus infinity, infinity past the largest number; NaN stays.
 template <typename Acc>
 inline Vec<Acc> exp2(const Vec<Acc>& x) {
-#if PYRX_ISA
-  if constexpr (sizeof(Acc) == 4) {
-    // minimax of 2^r on |r| <= 1/2, highest first
-    constexpr float power[] = {1.326472712e-3f, 9.671512645e-3f, 5.550733743e-2f, 2.402224209e-1f, 6.931469776e-1f, 1.0f};
 #if PYRX_ISA == 512
-    // the second operand, NaN too, where they do not compare
-    const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), x.v);
-    const __m512 n = _mm512_roundscale_ps(v, 0), r = _mm512_sub_ps(v, n);
-    __m512 y = _mm512_set1_ps(power[0]);
-    for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(power[i]));
-    return {_mm512_scalef_ps(y, n)};
-#else
-    const auto half = [&](__m256 whole) {
-      const __m256 least = _mm256_set1_ps(-126.0f), v = _mm256_max_ps(least, whole);
-      const __m256 n = _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm256_sub_ps(v, n);
-      __m256 y = _mm256_set1_ps(power[0]);
-      for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(power[i]));
-      const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-      y = _mm256_mul_ps(y, _mm256_castsi256_ps(exponent));
-      return _mm256_andnot_ps(_mm256_cmp_ps(whole, least, _CMP_LT_OQ), y);
-    };
-    return {half(x.low), half(x.high)};
-#endif
+  if constexpr (sizeof(Acc) == 4) {
+    const __m512 r = _mm512_reduce_ps(x.v, 1);  // x - floor(x), 0 of infinities
+    __m512 y = _mm512_set1_ps(kExp2[0]);
+    for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kExp2[i]));
+    return {_mm512_scalef_ps(y, x.v)};  // y * 2^floor(x)
   }
+#elif PYRX_ISA == 2
+  if constexpr (sizeof(Acc) == 4) return {exp2(x.low), exp2(x.high)};
 #endif
   Acc v[kLanes];
   x.put(v);

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <numbers>
 
 #include "cpu/attention.h"
 
@@ -13,9 +14,6 @@ namespace pyrx::cpu {
 namespace {
 
 constexpr int64_t kRows = 128, kKeys = kLogitKeys;  // of a tile: whole blocks
-constexpr double kLog2E = 1.4426950408889634;
-
-int64_t tiles_of(int64_t tokens, int64_t size) { return (tokens + size - 1) / size; }
 
 // The keys of every head, transposed for GEMMs a tile at a time: (B, Hkv) of (depth, kKeys) panels, the last narrower.
 template <typename G>
@@ -33,7 +31,7 @@ KeyPanels<G> pack_keys(const LogitProblem<T>& problem) {
   const int64_t depth = transposed_depth<G>(shape.size), head = round_up(shape.keys, kRound) * depth;
   const at::Tensor memory = at::empty({shape.batch * shape.kv_heads * head * static_cast<int64_t>(sizeof(G))}, at::kByte);
   G* data = static_cast<G*>(memory.mutable_data_ptr());
-  const int64_t tiles = tiles_of(shape.keys, kKeys);
+  const int64_t tiles = blocks_of(shape.keys, kKeys);
   at::parallel_for(0, shape.batch * shape.kv_heads * tiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<G> scratch(kKeys * depth);
     for (int64_t i = begin; i < end; ++i) {
@@ -75,7 +73,7 @@ class Pass {
     const Acc* own = problem.query_scale ? problem.query_scale + (b * shape.heads + h) * shape.queries + q : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       const double scale = finished_ ? 1 : own ? problem.scale * static_cast<double>(own[r]) : problem.scale;
-      scratch.factor[r] = static_cast<Acc>(scale * kLog2E);
+      scratch.factor[r] = static_cast<Acc>(scale * std::numbers::log2e);
       scratch.visible[r] = problem.rules.of(b, q + r);
     }
   }
@@ -155,7 +153,7 @@ void for_passes(const at::Tensor& query, const at::Tensor& key, int64_t q_block,
       const LogitProblem<T> problem = logit_problem<T>(query, key, q_block, k_block, logits, kept);
       const AttentionShape& shape = problem.shape;
       const KeyPanels<G> keys = pack_keys<G>(problem);
-      const int64_t tiles = tiles_of(shape.queries, kRows);
+      const int64_t tiles = blocks_of(shape.queries, kRows);
       run_tasks<G>(
           shape.batch * shape.heads * tiles, [] { return Scratch<T, G>(); },
           [&](int64_t task, Scratch<T, G>& scratch) {
@@ -188,7 +186,7 @@ at::Tensor block_mass(const at::Tensor& query, const at::Tensor& key, const at::
     using Acc = typename std::decay_t<decltype(pass)>::Acc;
     const Acc* sums = own.const_data_ptr<Acc>() + (b * heads + h) * queries + q;
     for (int64_t r = 0; r < pass.rows; ++r) {
-      scratch.offset[r] = static_cast<Acc>(sums[r] * kLog2E);
+      scratch.offset[r] = static_cast<Acc>(sums[r] * std::numbers::log2e);
       if (sums[r] == -std::numeric_limits<Acc>::infinity()) pass.hide(r);
     }
     Acc* to = mass.mutable_data_ptr<Acc>() + ((b * heads + h) * q_blocks + q / q_block) * k_blocks;

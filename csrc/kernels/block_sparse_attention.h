@@ -41,7 +41,7 @@ struct KeyRules {
   PYRX_HOST_DEVICE KeyRange of(int64_t b, int64_t q) const {
     KeyRange found{0, keys};
     if (left >= 0) found = found & KeyRange{q - left, keys};
-    if (right >= 0) found = found & KeyRange{0, q + right + 1};
+    if (right >= 0) found = found & KeyRange{0, right < keys - q ? q + right + 1 : keys};  // none overflows
     if (range != nullptr) {
       const int32_t* own = range + b * range_stride + 2 * q;
       found = found & KeyRange{own[0], own[1]};
