@@ -177,7 +177,7 @@ FEATURES = {
     "one bias": {"row_bias": (1, 1), "kv_heads": 1},
     "separable": {"row_bias": (2, 1), "columns": 7, "column_bias": (1, 2)},
     "separable, few columns": {"row_bias": (1, 2), "columns": 4, "column_bias": (2, 2), "softcap": 2.0},
-    "separable, many columns": {"row_bias": (1, 1), "columns": 28},
+    "separable, many columns": {"row_bias": (1, 1), "keys": 88, "columns": 44},
     "separable, one column": {"row_bias": (1, 2), "columns": 1},
     "dropout": {"dropout_p": 0.3},
     "dropout, odd keys": {"dropout_p": 0.3, "keys": 53},
