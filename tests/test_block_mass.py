@@ -305,6 +305,18 @@ def test_a_log_sum_exp_of_another_step(backend):
     assert_same_bits(got, expected)
 
 
+def test_ranges_far_outside(backend):
+    """Of the largest and least int32, whose sums and roundings overflow."""
+    query, key = operands((1, 2, 2, 20, 200, 16), torch.float32)
+    blocks, large = torch.ones(1, 1, 1, 4, dtype=torch.bool), 2**31 - 1
+    for first, last in ((large, large), (large, -large - 1), (large - 60, large), (-large - 1, large)):
+        key_range = torch.tensor([first, last], dtype=torch.int32).expand(1, 20, 2)
+        mass = block_mass(query, key, torch.zeros(1, 2, 20), (64, 64), plain(16, key_range=key_range), backend)
+        recall = block_recall(query, key, blocks, (64, 64), plain(16, key_range=key_range), backend)
+        assert (mass > 0).all() if first < 0 else not mass.any()
+        torch.testing.assert_close(recall, torch.ones_like(recall))
+
+
 def test_large_logits(backend):
     query, key = operands(dtype=torch.float32, spread=3000.0)
     for sign in (1, -1):

@@ -125,6 +125,16 @@ def test_waits_for_its_stream():
     helpers.assert_same_bits(got, expected)
 
 
+def test_second_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    case = cases.Case(device="cuda:1", key_mask=0.7, dropout_p=0.2)
+    results, gradients = case.found(cases.kernels, torch.float32)
+    assert torch.cuda.current_device() == 0
+    assert all(each.device.index == 1 for each in (*results, *gradients.values()))
+    cases.check(case)
+
+
 def test_compiled():
     query, key, value = leaves_of(300)
     mask = BlockMask.from_dense(torch.ones(3, 3, dtype=torch.bool, device="cuda"), (300, 300), backend="reference")

@@ -62,6 +62,7 @@ if INTERPRETED:
     test_empty = cases.test_empty
     test_errors = cases.test_errors
     test_large_logits = cases.test_large_logits
+    test_ranges_far_outside = cases.test_ranges_far_outside
     test_nan_stays_in_its_query = cases.test_nan_stays_in_its_query
     test_recall_of_every_block_and_of_none = cases.test_recall_of_every_block_and_of_none
 
@@ -102,7 +103,7 @@ def compile_ahead_of_time(architecture):
     compiled = triton_helpers.compile_launches(architecture)
     variants = [(size, block, "none") for size in (64, 128, 256) for block in (64, 128)]
     for dtype in (torch.bfloat16, torch.float32):
-        for size, block, name in [*variants, (64, 64, "key_mask"), (128, 64, "everything")]:
+        for size, block, name in [*variants, (64, 64, "key_mask"), (128, 64, "everything"), (256, 128, "everything")]:
             shape = (1, 2, 2, 256, 256, size)
             query, key = (torch.zeros(1, 2, 256, size, dtype=dtype) for _ in range(2))
             logits = cases.plain(size) if name == "none" else cases.feature(name, shape, dtype)
@@ -126,7 +127,7 @@ def test_ahead_of_time(architecture, python, tmp_path):
     found = triton_helpers.ahead_of_time(python, tmp_path, script)
     assert {each["kernel"] for each in found} == triton_helpers.kernels_of("block_mass.py")
     for each in found:
-        assert each["shared"] <= triton_helpers.SHARED_LIMIT[architecture], each
+        assert each["shared"] <= triton_helpers.SHARED_LIMIT[triton_helpers.SMALLEST[architecture]], each
         narrow = each["dtype"] != "float32"
         assert each["wgmma"] == (narrow and architecture == 90) and each["mma"] == (narrow and architecture == 80), each
         if narrow and each["features"] != "everything":

@@ -4,7 +4,7 @@ sm_90."""
 import helpers
 import pytest
 import torch
-from triton_helpers import DEVICES, INTERPRETED, SHARED_LIMIT, ahead_of_time, kernels_of, run_interpreted
+from triton_helpers import DEVICES, INTERPRETED, SHARED_LIMIT, SMALLEST, ahead_of_time, kernels_of, run_interpreted
 
 import pyrx
 from pyrx import _attention
@@ -40,8 +40,8 @@ class Case:
         batch=2,
         heads=2,
         kv_heads=None,
-        queries=70,
-        keys=88,
+        queries=40,
+        keys=56,
         size=32,
         value_size=None,
         blocks=(32, 32),
@@ -165,7 +165,7 @@ FEATURES = {
     "window": {"left": 5, "right": 17},
     "left": {"left": 20},
     "range": {"key_range": True},
-    "range and window": {"key_range": True, "left": 40, "right": 30},
+    "range and window": {"key_range": True, "left": 20, "right": 15},
     "mask": {"key_mask": 0.6},
     "whole mask": {"key_mask": 1.1, "right": 3},
     "query scale": {"query_scale": True},
@@ -175,13 +175,13 @@ FEATURES = {
     "bias of heads": {"row_bias": (1, 2)},
     "bias of a batch": {"row_bias": (2, 1), "right": 0},
     "one bias": {"row_bias": (1, 1), "kv_heads": 1},
-    "separable": {"row_bias": (2, 1), "columns": 11, "column_bias": (1, 2)},
+    "separable": {"row_bias": (2, 1), "columns": 7, "column_bias": (1, 2)},
     "separable, few columns": {"row_bias": (1, 2), "columns": 4, "column_bias": (2, 2), "softcap": 2.0},
-    "separable, many columns": {"row_bias": (1, 1), "columns": 44},
+    "separable, many columns": {"row_bias": (1, 1), "keys": 88, "columns": 44},
     "separable, one column": {"row_bias": (1, 2), "columns": 1},
     "dropout": {"dropout_p": 0.3},
-    "dropout, odd keys": {"dropout_p": 0.3, "keys": 85},
-    "dropout and bias": {"dropout_p": 0.5, "row_bias": (2, 2), "left": 30},
+    "dropout, odd keys": {"dropout_p": 0.3, "keys": 53},
+    "dropout and bias": {"dropout_p": 0.5, "row_bias": (2, 2), "left": 15},
     "groups": {"heads": 4, "kv_heads": 2},
     "one key head": {"heads": 3, "kv_heads": 1, "dropout_p": 0.2},
     "negative scale": {"scale": -0.3},
@@ -199,8 +199,11 @@ def test_features(device, name):
     check(Case(device=device, **FEATURES[name]))
 
 
-@pytest.mark.parametrize("name", ["plain", "separable", "dropout", "all"])
-@pytest.mark.parametrize("dtype", helpers.LOW, ids=helpers.name_of)
+@pytest.mark.parametrize(
+    "dtype, name",
+    [(torch.bfloat16, name) for name in ("plain", "separable", "dropout", "all")]
+    + [(torch.float16, name) for name in ("plain", "separable")],
+)
 def test_low_precision(device, dtype, name):
     check(Case(device=device, dtype=dtype, **FEATURES[name]))
 
@@ -211,14 +214,14 @@ def test_low_precision(device, dtype, name):
 def test_blocks(device, q_block, k_block):
     dtype = torch.bfloat16 if q_block >= 64 else torch.float32
     case = {
-        "queries": 132,
-        "keys": 136,
+        "queries": q_block + 20,
+        "keys": k_block + 24,
         "size": 16,
         "heads": 1,
         "blocks": (q_block, k_block),
         "batch": 1,
         "density": 0.5,
-        "right": 70,
+        "right": k_block // 2,
     }
     check(Case(device=device, dtype=dtype, **case))
     check(Case(device=device, dtype=dtype, dropout_p=0.1, shared_lists=True, row_bias=(1, 1), **case))
@@ -232,7 +235,8 @@ def test_head_sizes(device, dtype, size, value_size):
 
 @pytest.mark.parametrize("queries, keys", [(1, 1), (1, 70), (70, 1), (33, 31), (128, 128), (129, 127)])
 def test_lengths(device, queries, keys):
-    check(Case(device=device, queries=queries, keys=keys, density=0.8, kv_heads=1, left=60), rows=False, term=4.0)
+    case = Case(device=device, batch=1, queries=queries, keys=keys, density=0.8, kv_heads=1, left=60)
+    check(case, rows=False, term=4.0)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
@@ -243,7 +247,7 @@ def test_densities(device, density):
 def test_lists_in_any_order_with_what_is_no_block(device):
     """Indices out of range are passed over, counts beyond the width cut, and nothing past the count is read."""
     for seed in range(2):
-        case = Case(device=device, batch=1, queries=120, keys=130, size=16, density=0.5, seed=seed, right=60)
+        case = Case(device=device, batch=1, queries=120, keys=130, size=16, density=0.3, seed=seed, right=60)
         for side, blocks in ((0, 5), (2, 4)):
             counts, indices = case.lists[side : side + 2]
             generator = torch.Generator().manual_seed(seed)
@@ -268,7 +272,7 @@ def test_lists_in_any_order_with_what_is_no_block(device):
 def test_rows_that_see_nothing(device):
     case = Case(device=device, right=0)
     case.logits = case.logits._replace(
-        key_range=torch.tensor([3, 3], dtype=torch.int32, device=device).expand(2, 70, 2)
+        key_range=torch.tensor([3, 3], dtype=torch.int32, device=device).expand(2, 40, 2)
     )
     (out, lse, entropy), gradients = case.found(kernels, torch.float32)
     assert not out.any() and (lse == -torch.inf).all() and not entropy.any()
@@ -286,18 +290,18 @@ def test_rows_that_see_nothing(device):
         torch.testing.assert_close(gradients[name].double(), exact[name].nan_to_num(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("keys", [96, 93])
+@pytest.mark.parametrize("keys", [56, 53])
 def test_dropped_are_those_of_the_mask(device, keys):
     case = Case(
-        device=device, heads=1, keys=keys, queries=70, value_size=keys, density=1.0, dropout_p=0.4, blocks=(64, 32)
+        device=device, heads=1, keys=keys, queries=40, value_size=keys, density=1.0, dropout_p=0.4, blocks=(64, 32)
     )
     case.value = torch.eye(keys, device=device).expand(2, 1, keys, keys)
     (out, *_), _ = case.found(kernels, torch.float32)
-    assert torch.equal(out.cpu() > 0, helpers.expected_mask((2, 1, 70, keys), 0.4, 5))
-    case.upstream = torch.eye(70, device=device).expand(2, 1, 70, 70)
-    case.value = case.value[..., :70].contiguous()
+    assert torch.equal(out.cpu() > 0, helpers.expected_mask((2, 1, 40, keys), 0.4, 5))
+    case.upstream = torch.eye(40, device=device).expand(2, 1, 40, 40)
+    case.value = case.value[..., :40].contiguous()
     _, gradients = case.found(kernels, torch.float32, rows=False)
-    assert torch.equal(gradients["value"].mT.cpu() > 0, helpers.expected_mask((2, 1, 70, keys), 0.4, 5))
+    assert torch.equal(gradients["value"].mT.cpu() > 0, helpers.expected_mask((2, 1, 40, keys), 0.4, 5))
 
 
 @triton.jit
@@ -329,7 +333,7 @@ def test_far_elements(device, keys, aligned):
 
 
 def test_layouts(device):
-    case = Case(device=device, row_bias=(2, 1), columns=8, key_range=True, query_scale=True, key_mask=0.7, queries=40)
+    case = Case(device=device, row_bias=(2, 1), columns=8, key_range=True, query_scale=True, key_mask=0.7, queries=20)
     expected, gradients = case.found(kernels, torch.float32)
 
     def tokens_first(each):
@@ -364,23 +368,30 @@ def test_expanded_inputs(device):
         torch.testing.assert_close(each, expected[0][0, 0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("needed", [*NAMES, ("query", "value"), ("key",), ("query_scale", "row_bias")], ids=str)
-def test_only_what_needs_a_gradient(device, needed):
-    needed = (needed,) if isinstance(needed, str) else needed
+def test_only_what_needs_a_gradient(device):
     case = Case(
-        device=device, batch=1, queries=40, query_scale=True, row_bias=(1, 2), columns=8, dropout_p=0.2, kv_heads=1
+        device=device,
+        batch=1,
+        queries=20,
+        keys=40,
+        query_scale=True,
+        row_bias=(1, 2),
+        columns=8,
+        dropout_p=0.2,
+        kv_heads=1,
     )
     _, expected = case.found(kernels, torch.float32)
-    _, found = case.found(kernels, torch.float32, needs=needed)
-    assert set(found) == set(needed)
-    for name, gradient in found.items():
-        helpers.assert_same_bits(gradient, expected[name], name)
     out, lse, entropy = kernels(*case.arguments(case.leaves(torch.float32)), False)
-    arguments = (*case.arguments(case.leaves(torch.float32)), [name in needed for name in NAMES])
-    raw = torch.ops.pyrx_triton.block_sparse_attention_backward(
-        case.upstream, None, None, out, lse, entropy, *arguments
-    )
-    assert [each.numel() > 0 for each in raw] == [name in needed for name in NAMES]
+    for needed in (*((name,) for name in NAMES), ("query", "value"), ("query_scale", "row_bias")):
+        _, found = case.found(kernels, torch.float32, needs=needed)
+        assert set(found) == set(needed)
+        for name, gradient in found.items():
+            helpers.assert_same_bits(gradient, expected[name], f"{name} of {needed}")
+        arguments = (*case.arguments(case.leaves(torch.float32)), [name in needed for name in NAMES])
+        raw = torch.ops.pyrx_triton.block_sparse_attention_backward(
+            case.upstream, None, None, out, lse, entropy, *arguments
+        )
+        assert [each.numel() > 0 for each in raw] == [name in needed for name in NAMES]
 
 
 @pytest.mark.parametrize("empty", [{"queries": 0}, {"keys": 0}, {"batch": 0}], ids=str)
@@ -400,7 +411,7 @@ def test_infinite_logits_are_nan_as_in_the_reference(device):
 
 
 def test_public_function(device):
-    query, key, value = (torch.randn(2, 4, 70, 16, device=device) for _ in range(3))
+    query, key, value = (torch.randn(1, 2, 70, 16, device=device) for _ in range(3))
     options = {"is_causal": True, "return_lse": True, "return_entropy": True, "seed": 1, "dropout_p": 0.1}
     mask = BlockMask.from_dense(torch.ones(2, 2, dtype=torch.bool, device=device), (70, 70), 64, backend="reference")
     got, expected = (
@@ -415,8 +426,8 @@ def test_public_function(device):
 
 
 def test_entries_have_the_shapes_of_their_fakes(device):
-    case = Case(device=device, query_scale=True, row_bias=(1, 2), columns=8, dropout_p=0.2, queries=40, keys=40)
-    plain = Case(device=device, queries=40, keys=40)
+    case = Case(device=device, query_scale=True, row_bias=(1, 2), columns=8, dropout_p=0.2, queries=20, keys=24)
+    plain = Case(device=device, queries=20, keys=24)
     namespace = torch.ops.pyrx_triton
     for each in (case, plain):
         arguments = each.arguments(each.leaves(torch.float32))
@@ -505,6 +516,7 @@ call(torch.float16, 1, 16)
 call(torch.float32, 20, 32, tokens=999)
 every(torch.bfloat16, 128, 128)
 every(torch.float32, 64, 16)
+every(torch.float32, 256, 128)
 bias = torch.zeros(1, 2, 1024, 1024, dtype=torch.bfloat16)
 for size in (64, 128, 256):
     call(torch.bfloat16, size, 64, "bias", row_bias=bias)
@@ -521,7 +533,7 @@ def test_plain_attention_ahead_of_time(python, tmp_path, architecture):
     assert {each["kernel"] for each in found} == kernels_of("block_sparse_attention*.py") - {"_bias_kernel"}
     for each in found:
         assert each["stack"] == 0, each
-        assert each["shared"] <= SHARED_LIMIT[architecture], each
+        assert each["shared"] <= SHARED_LIMIT[SMALLEST[architecture]], each
         if each["kernel"] != "_delta_kernel":
             instruction = "wgmma" if architecture == 90 else "mma"
             # the largest heads leave sm_80 no memory for a second stage
@@ -539,6 +551,6 @@ def test_ahead_of_time(python, tmp_path, architecture):
     assert {each["kernel"] for each in found} == kernels_of("block_sparse_attention*.py")
     for each in found:
         assert each["stack"] <= 640, each
-        assert each["shared"] <= SHARED_LIMIT[architecture], each
+        assert each["shared"] <= SHARED_LIMIT[SMALLEST[architecture]], each
         if each["dtype"] != "float32" and each["kernel"] != "_delta_kernel":
             assert each["wgmma"] + each["mma"] > 0, each

@@ -1,5 +1,6 @@
 """Repairs of Triton's interpreter, which runs the kernels on the CPU: what is wrong in 3.6 and, loops aside, 3.9."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,36 @@ def _rounded_to_bfloat16(data: Any) -> Any:
     return np.where(np.isnan(data), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
+@functools.cache
+def _languages(fn: Any) -> frozenset[Any]:
+    """The modules of Triton's language that a function sees."""
+    return frozenset(each for each in (tl, tl.core) if any(each is value for value in fn.__globals__.values()))
+
+
+def _patch_once() -> None:
+    """Calls of device functions patch the whole language again, a third of the interpreter's time."""
+    patch, patched = interpreter._patch_lang, set[Any]()
+
+    def patch_lang(fn: Any) -> Any:
+        before, seen = frozenset(patched), _languages(fn)
+        if seen <= before:
+            return interpreter._LangPatchScope()
+        scope = patch(fn)
+        patched.update(seen)
+        undo = scope.restore
+
+        def restore() -> None:
+            patched.intersection_update(before)
+            undo()
+
+        scope.restore = restore
+        return scope
+
+    interpreter._patch_lang = patch_lang
+
+
 def repair() -> None:
+    _patch_once()
     patch, dot, cast = interpreter._patch_lang_tensor, _Builder.create_dot, _Builder.cast_impl
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:

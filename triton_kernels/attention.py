@@ -102,7 +102,8 @@ def padded(size: int) -> int:
 
 @functools.cache
 def _large_memory(device: torch.device) -> bool:
-    """Whether tiles have Hopper's shared memory, 227 KiB a program, and its products of 64 rows; interpreted: yes."""
+    """Whether tiles have Hopper's shared memory, 227 KiB a program, and its products of 64 rows; interpreted: yes.
+    `device` is the current one; those that are not have 99 KiB at least."""
     return TRITON_INTERPRETED or triton.runtime.driver.active.get_current_target().arch in (90, 100, 103)
 
 

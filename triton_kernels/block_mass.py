@@ -40,6 +40,8 @@ PLANS = {
     (4, 128): Plan(32, 32, 4, 2),
     (4, 256): Plan(32, 16, 4, 2),
 }
+# 16-bit operands with a bias: its tiles take shared memory and registers too
+BIASED = Plan(64, 64, 4, 2)
 
 
 @triton.jit
@@ -50,7 +52,8 @@ def _steps(first, last, keys, K_TILE: tl.constexpr):
     start = tl.min(tl.where(some, first, keys), 0) // K_TILE * K_TILE
     end = tl.cdiv(tl.max(tl.where(some, last, 0), 0), K_TILE) * K_TILE
     end = tl.maximum(start, end)
-    whole = tl.cdiv(tl.max(first, 0), K_TILE) * K_TILE
+    # a range may begin past the last key, where rounding up would overflow
+    whole = tl.cdiv(tl.minimum(tl.max(first, 0), keys), K_TILE) * K_TILE
     whole_end = tl.min(last, 0) // K_TILE * K_TILE
     none = whole_end <= whole
     whole, whole_end = tl.where(none, end, whole), tl.where(none, end, whole_end)
@@ -193,8 +196,10 @@ def _plan(query: Tensor, logits: _attention.Logits) -> tuple[Plan, dict[str, Any
     """The plan and the options of a launch."""
     size, bytes_of = padded(query.shape[3]), query.element_size()
     plan = next(plan for (width, most), plan in PLANS.items() if width == bytes_of and size <= most)
+    if bytes_of == 2 and logits.row_bias is not None:
+        plan = BIASED
     options = {"num_warps": plan.warps, "num_stages": plan.stages}
-    if bytes_of == 2 and logits.row_bias is None:  # with a bias what is not in registers costs more than a program
+    if bytes_of == 2 and logits.row_bias is None:
         options["maxnreg"] = 128
     return plan, options
 

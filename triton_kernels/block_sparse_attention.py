@@ -141,10 +141,9 @@ def block_sparse_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     keys, value_size = value.shape[2:]
     if lse.numel() == 0 or keys == 0:
         return out.zero_(), lse.fill_(-torch.inf), entropy.zero_()
-    plan = plan_of(FORWARD, query, value, q_block, k_block)
-    grid = (triton.cdiv(queries, plan.q_tile) * batch * heads,)
     with torch.cuda.device_of(query):
-        _forward_kernel[grid](
+        plan = plan_of(FORWARD, query, value, q_block, k_block)
+        _forward_kernel[(triton.cdiv(queries, plan.q_tile) * batch * heads,)](
             rows_of(query), rows_of(key), rows_of(value), rows_of(out), lse, entropy if args[20] else None,
             lists_of(kv_counts, kv_indices), kernel_logits(query, key, logits, plan.k_tile),
             seed if threshold > 0 else None, threshold, kv_indices.shape[3],

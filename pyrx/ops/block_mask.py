@@ -126,7 +126,8 @@ class BlockMask:
 
     Attributes:
         kv_counts: int32 (B or 1, H or 1, NQ): how many blocks of keys a block of queries attends to.
-        kv_indices: int32 (B or 1, H or 1, NQ, W): which ones, in any order; what lies past the count is not read.
+        kv_indices: int32 (B or 1, H or 1, NQ, W): which ones, each once, in any order; what lies past the count is
+            not read.
         q_counts, q_indices: the transpose, for the backward: (B or 1, H or 1, NK) and (B or 1, H or 1, NK, V).
         block_size: (queries, keys) of a block, each 16, 32, 64 or 128.
         seq_lengths: (Sq, Sk); the last blocks may be partly outside.

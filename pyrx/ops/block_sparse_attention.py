@@ -322,7 +322,8 @@ def block_sparse_attention(
 
     Raises:
         ValueError: shapes, a mask of other lengths, values out of range. TypeError: types and dtypes. RuntimeError:
-        devices, or a backend that cannot serve. Lists that name a block out of range: that entry is passed over.
+        devices, or a backend that cannot serve. Lists that name a block out of range: that entry is passed over; each
+        block is to be listed once, as every constructor of BlockMask lists it (Triton counts a repeated one again).
 
     Source: Dao, "FlashAttention-2" (2023), for the online softmax and the backward; Child et al., "Generating Long
     Sequences with Sparse Transformers" (2019), for block lists.
