@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 DEVICE, BACKEND = "cuda", "cuda"
 # a warp a row of few or many scores, a block a row, more than its registers hold
 ROWS = [(2, 3, 4, 1), (1, 2, 5, 33), (2, 2, 9, 128), (1, 3, 70, 300), (1, 2, 40, 512), (1, 1, 9, 513), (1, 2, 3, 5000)]
-ROWS += [(1, 1, 2, 16384), (1, 1, 2, 20001)]
+ROWS += [(1, 1, 2, 8192), (1, 1, 2, 8193), (1, 1, 2, 20001)]
 LISTS = [(2, 3, 4, 5), (1, 1, 1, 1), (1, 2, 65, 129), (1, 1, 2100, 7), (2, 1, 8, 64), (1, 2, 512, 512), (1, 1, 3, 5000)]
 
 
@@ -152,6 +152,15 @@ def test_streams():
         got = op.block_lists(op.select_blocks(late, count, 1.0, None, BACKEND), 256, 256, BACKEND)
     other.synchronize()
     same(got, expected)
+
+
+def test_second_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    scores = torch.rand(1, 2, 30, 600, device="cuda:1")
+    got = op.select_blocks(scores, None, 0.5, None, BACKEND)
+    assert got.device == scores.device and torch.equal(got, reference.select_blocks(scores, None, 0.5, None))
+    same(op.block_lists(got, 600, 30, BACKEND), reference.block_lists(got, 600, 30))
 
 
 def test_masks_move():

@@ -9,8 +9,6 @@
 namespace pyrx::cuda {
 namespace {
 
-constexpr int64_t kMostGrid = (int64_t(1) << 31) - 1;
-
 ListResults block_lists(const at::Tensor& blocks, int64_t kv_width, int64_t q_width) {
   const BlockGrid grid = check_block_lists(blocks, kv_width, q_width);
   const c10::cuda::CUDAGuard guard(blocks.device());
@@ -35,11 +33,11 @@ void select(const at::Tensor& scores, const SelectRows& rows, const at::Tensor& 
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
   const int64_t warps = ceil_div(rows.count, kSelectThreads / kWarp);
-  const int64_t threads = ceil_div(rows.columns, kHeldKeys * kWarp) * kWarp;
-  constexpr int kHeld = kHeldKeys;
+  const int64_t threads = ceil_div(rows.columns, kBlockKeys * kWarp) * kWarp;
   if (rows.columns <= 4 * kWarp) return launch(&select_blocks_kernel<4, false, kMass>, warps, kSelectThreads);
-  if (rows.columns <= kHeld * kWarp) return launch(&select_blocks_kernel<kHeld, false, kMass>, warps, kSelectThreads);
-  if (threads <= kMostSelectThreads) return launch(&select_blocks_kernel<kHeld, true, kMass>, rows.count, threads);
+  if (rows.columns <= kWarpKeys * kWarp)
+    return launch(&select_blocks_kernel<kWarpKeys, false, kMass>, warps, kSelectThreads);
+  if (threads <= kMostSelectThreads) return launch(&select_blocks_kernel<kBlockKeys, true, kMass>, rows.count, threads);
   launch(&select_blocks_kernel<0, true, kMass>, rows.count, kMostSelectThreads);
 }
 

@@ -11,7 +11,8 @@ constexpr int kListWarps = kListThreads / kWarp;
 constexpr int kListRows = 1024;  // whose bits of a panel of columns are shared at a time
 constexpr int kSelectThreads = 256;       // of warps that take a row each
 constexpr int kMostSelectThreads = 1024;  // of a block that takes one
-constexpr int kHeldKeys = 16;             // of a thread, in registers
+constexpr int kWarpKeys = 16;             // of a thread, in registers
+constexpr int kBlockKeys = 8;             // of one of 1024 threads, which has 64 of them
 
 // Places that one warp fills: lanes give whether they have an index, in ascending order from call to call.
 struct ListWriter {

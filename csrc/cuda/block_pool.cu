@@ -8,8 +8,6 @@
 namespace pyrx::cuda {
 namespace {
 
-constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
-
 std::tuple<at::Tensor, at::Tensor> block_pool(const at::Tensor& x, const std::optional<at::Tensor>& mean, int64_t block) {
   const c10::cuda::CUDAGuard guard(x.device());
   const PoolCall call = pool_call(x, mean, block);
@@ -20,7 +18,7 @@ std::tuple<at::Tensor, at::Tensor> block_pool(const at::Tensor& x, const std::op
     const T* from = data<T>(call.x);
     const bool aligned = is_aligned(from) && shape.size % kGroup == 0 && shape.batch_stride % kGroup == 0 &&
                          shape.head_stride % kGroup == 0 && shape.token_stride % kGroup == 0;
-    const unsigned grid = static_cast<unsigned>(std::min(shape.items(), kMostBlocks));
+    const unsigned grid = static_cast<unsigned>(std::min(shape.items(), kMostGrid));
     block_pool_kernel<T><<<grid, pool_threads(shape), 0, c10::cuda::getCurrentCUDAStream()>>>(
         from, data<Acc<T>>(call.mean), shape, pool_lanes(shape.size), aligned, mutable_data<Acc<T>>(call.means),
         mutable_data<Acc<T>>(call.similarity));

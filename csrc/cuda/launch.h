@@ -14,6 +14,8 @@
 
 namespace pyrx::cuda {
 
+constexpr int64_t kMostGrid = (int64_t(1) << 31) - 1;  // blocks along x
+
 // Calls f with a value of the device's type for dtype, which check_float has passed.
 template <typename F>
 void dispatch(at::ScalarType dtype, F&& f) {

@@ -10,11 +10,10 @@
 namespace pyrx::cuda {
 namespace {
 
-constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 constexpr int64_t kColumnBytes = 48 * 1024;  // of keys in shared memory
 
 unsigned grid_of(int64_t items, int64_t items_a_block) {
-  return static_cast<unsigned>(std::min(ceil_div(items, items_a_block), kMostBlocks));
+  return static_cast<unsigned>(std::min(ceil_div(items, items_a_block), kMostGrid));
 }
 
 uint64_t infinity_of(at::ScalarType dtype) {

@@ -10,7 +10,6 @@ namespace pyrx::cuda {
 namespace {
 
 constexpr int64_t kSharedBytes = 32 * 1024;  // of a grid's bits
-constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 
 PatchResults patch_mask(const at::Tensor& seed, const std::optional<at::Tensor>& losses, at::IntArrayRef shape,
                         int64_t method, int64_t masked, int64_t hard, int64_t min_block, double log_aspect,
@@ -22,7 +21,7 @@ PatchResults patch_mask(const at::Tensor& seed, const std::optional<at::Tensor>&
   const at::Tensor values = losses ? losses->contiguous() : at::Tensor();
   const int64_t threads = std::min<int64_t>(kPatchThreads, ceil_div(draw.size(), kPatchGroup * kWarp) * kWarp);
   const int64_t bytes = method == kBlockPatches ? draw.height * row_words(draw) * int64_t(sizeof(uint32_t)) : 0;
-  int64_t blocks = std::min(draw.samples, kMostBlocks);
+  int64_t blocks = std::min(draw.samples, kMostGrid);
   at::Tensor scratch;
   if (bytes > kSharedBytes) {
     blocks = std::min<int64_t>(blocks, 4 * multiprocessors());

@@ -197,14 +197,14 @@ int main() {
       test_lists({1, 4, 0, 0, 4}, density, 1);
     }
     test_both<4, false>({1, 64, 100}, {kTies, kSpecial}, {0.3});
-    test_both<16, true>({5, 64, 70}, {kTies, kSpecial}, {0.3});
+    test_both<kBlockKeys, true>({5, 64, 70}, {kTies, kSpecial}, {0.3});
   }
   test_lists({1, 2100, 3, 3, 2100}, 0.3, 2);  // more rows than their bits are shared at a time
   test_both<4, false>({2, 256, 1});
   test_both<4, false>({2, 96, 128});
-  test_both<16, false>({6, 64, 512});
-  test_both<16, false>({2, 32, 33});
-  test_both<16, true>({7, 64, 700});
+  test_both<kWarpKeys, false>({6, 64, 512});
+  test_both<kWarpKeys, false>({2, 32, 33});
+  test_both<kBlockKeys, true>({7, 96, 700});
   test_both<0, true>({3, 96, 300});
   test_both<0, true>({3, 32, 1});
   return report("block mask kernels");
