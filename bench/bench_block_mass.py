@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, Contender, Target, error, expect, run_case, set_threads, with_graphs
+from harness import SETTINGS, Contender, Target, bare_products, error, expect, run_case, set_threads, with_graphs
 from torch import Tensor
 
 import pyrx
@@ -35,14 +35,6 @@ def cases() -> list[Any]:
         pytest.param(*case, id=f"{case[0][2]}_{case[0][3]}-{str(case[1])[6:]}-{case[2]}{'-causal' if case[3] else ''}")
         for case in found
     ]
-
-
-def products(count: float, dtype: torch.dtype) -> Contender:
-    """One GEMM of `count` multiply-adds."""
-    side = round(count ** (1 / 3))
-    a, b = (torch.randn(side, side, device=SETTINGS.device).to(dtype) for _ in range(2))
-    out = torch.empty(side, side, device=SETTINGS.device, dtype=dtype)
-    return Contender("floor", partial(torch.mm, a, b, out=out), "floor", note="one GEMM of as many operations")
 
 
 def a_head_at_a_time(step: Callable[..., Tensor], query: Tensor, key: Tensor, *rows: Tensor) -> Tensor:
@@ -99,7 +91,7 @@ def test_pass(op: str, shape: tuple[int, ...], dtype: torch.dtype, block: int, c
         Contender("dense forward", dense, "other", note="pyrx.block_sparse_attention of every block"),
         Contender("SDPA", partial(F.scaled_dot_product_attention, query, key, value, is_causal=causal), "other"),
         Contender("pyrx", ours, "pyrx"),
-        products(operations, dtype),
+        Contender("floor", bare_products(2 * operations, dtype), "floor", note="the bare products"),
     ]
     contenders, floors = with_graphs(contenders, {"pyrx": "floor"})
 

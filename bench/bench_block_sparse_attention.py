@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, Contender, Target, error, expect, finish, run_case, set_threads, with_graphs
+from harness import (
+    SETTINGS,
+    Contender,
+    Target,
+    bare_products,
+    error,
+    expect,
+    finish,
+    run_case,
+    set_threads,
+    with_graphs,
+)
 from peak_memory import added_peak
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -71,15 +82,21 @@ def compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def bare_products(query: Tensor, key: Tensor, value: Tensor, density: float) -> Callable[[], Tensor]:
-    """The two products of as many keys as are attended to, by the library's batched GEMM, without a softmax."""
-    keys = max(1, round(key.shape[2] * density))
-    rows = min(2048, query.shape[2])  # a slice at a time: the logits of one are what a cache holds, or nearly
-    k, v = key[:, :, :keys].transpose(-1, -2).contiguous(), value[:, :, :keys].contiguous()
-    slices = query.split(rows, 2)
+def operations(sizes: tuple[int, ...], mask: pyrx.BlockMask) -> float:
+    """Of the forward's two products over the listed blocks."""
+    batch, heads, tokens, size = sizes
+    return 4.0 * batch * heads * tokens * tokens * size * mask.density().item()
 
-    def step() -> Tensor:
-        return [(each @ k) @ v for each in slices][-1]
+
+def products_and_bytes(sizes: tuple[int, ...], mask: pyrx.BlockMask, dtype: torch.dtype) -> Callable[[], Any]:
+    """The bare products, and a copy of the bytes of query, key, value and result."""
+    products = bare_products(operations(sizes, mask), dtype)
+    source = torch.zeros((2, *sizes), dtype=dtype, device=SETTINGS.device)
+    buffer = torch.empty_like(source)
+
+    def step() -> None:
+        products()
+        buffer.copy_(source)
 
     return step
 
@@ -144,7 +161,7 @@ def test_forward(density: float, dtype: torch.dtype, benchmark: Any) -> None:
     contenders = [
         Contender("SDPA, dense", partial(forward, F.scaled_dot_product_attention, *tensors), "other"),
         Contender("FlexAttention, compiled", partial(forward, flex, *tensors)),
-        Contender("floor", bare_products(*tensors, density), "floor", note="the bare products of as many keys"),
+        Contender("floor", bare_products(operations(sizes, masks[BLOCK]), dtype), "floor", note="the bare products"),
     ]
     for block, mask in masks.items():
         ours = partial(pyrx.block_sparse_attention, block_mask=mask)
@@ -195,6 +212,8 @@ def test_density(block: int, dtype: torch.dtype, benchmark: Any) -> None:
     for density, mask in masks.items():
         ours = partial(pyrx.block_sparse_attention, block_mask=mask)
         contenders.append(Contender(f"pyrx, density {density:g}", partial(forward, ours, *tensors), "pyrx"))
+        floor = products_and_bytes(sizes, mask, dtype)
+        contenders.append(Contender(f"floor, density {density:g}", floor, "floor", note="bare products and a copy"))
     slack = 1.25 if SETTINGS.device == "cuda" else 1.2
     kept = {density: mask.density().item() for density, mask in masks.items()}
     targets = [
@@ -202,18 +221,19 @@ def test_density(block: int, dtype: torch.dtype, benchmark: Any) -> None:
         for density in DENSITIES[1:]
         if SETTINGS.device == "cpu" or density >= 0.1
     ]
-    contenders, _ = with_graphs(contenders, {})
+    floors = {f"pyrx, density {density:g}": f"floor, density {density:g}" for density in DENSITIES}
+    contenders, floors = with_graphs(contenders, floors)
 
     def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
         found = []
         for density, mask in masks.items():
-            names = [name for name in able if name.split(",")[1] == f" density {density:g}"]
+            names = [name for name in able if name.split(", ")[:2] == ["pyrx", f"density {density:g}"]]
             one = check_against(partial(exact, mask, forward, *tensors), SLACK[dtype])
             found += one({name: able[name] for name in names})
         return found
 
     params = params_of("block_sparse_attention, time against density", sizes, dtype, block=block)
-    run_case(ROW, params, contenders, benchmark, check=check, targets=targets)
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets)
 
 
 @pytest.mark.parametrize("dtype", dtypes(), ids=name_of)
