@@ -97,10 +97,8 @@ def moved_bytes(count: int) -> list[Contender]:
 def bare_products(operations: float, dtype: torch.dtype) -> Callable[[], Any]:
     """As many multiplications and additions in matrix products of the size that the fastest library likes best."""
     size = 512 if SETTINGS.device == "cpu" else 4096
-    rows = 2048 if SETTINGS.device == "cpu" else 4096
-    weight = torch.randn(size, size, device=SETTINGS.device).to(dtype)
-    x = torch.randn(rows, size, device=SETTINGS.device).to(dtype)
-    whole, rest = divmod(max(1, round(operations / (2 * size * size))), rows)
+    weight, x = (torch.randn(size, size, device=SETTINGS.device).to(dtype) for _ in range(2))
+    whole, rest = divmod(max(1, round(operations / (2 * size * size))), size)
     slices = [x] * whole + ([x[:rest]] if rest else [])
     if SETTINGS.device == "cpu" and torch.backends.mkldnn.is_available() and dtype != torch.float64:
         # oneDNN, whose float32 products are twice as fast as those of F.linear (MKL) on an AMD processor
