@@ -52,11 +52,9 @@ inline void load_columns(const T* p, Wide<A> (&x)[4]) {
     return;
   }
 #endif
-  constexpr int lanes = kWideLanes<A>;
-  A columns[4][lanes];
-  for (int i = 0; i < lanes; ++i)
-    for (int c = 0; c < 4; ++c) columns[c][i] = widen(p[4 * i + c]);
-  for (int c = 0; c < 4; ++c) std::memcpy(&x[c], columns[c], sizeof(x[c]));
+  // into the vectors themselves: by way of an array g++ 12 takes wrong elements at -O1 and -O2
+  for (int c = 0; c < 4; ++c)
+    for (int i = 0; i < kWideLanes<A>; ++i) x[c][i] = widen(p[4 * i + c]);
 }
 
 inline Wide<int32_t> in_order(Wide<int32_t> found) {

@@ -1,6 +1,6 @@
 // The CPU kernels of block_pool of every instruction set this machine has, against the definition in double.
 #include "cpu/block_pool_simd.cpp"
-#include "cuda_test.h"
+#include "cpu_test.h"
 #include "pool_formula.h"
 
 namespace {
@@ -65,10 +65,6 @@ void test_not_finite(const char* set, const PoolKernels<T>& kernels) {
 }  // namespace
 
 int main() {
-  TEST_SET(plain)
-#ifdef PYRX_X86
-  if (isa() != Isa::plain) TEST_SET(avx2)
-  if (isa() == Isa::avx512) TEST_SET(avx512)
-#endif
+  FOR_EACH_SET(TEST_SET)
   return report("block pool, CPU kernels");
 }

@@ -1,6 +1,6 @@
 // Kernels of the masked optimizer steps of every instruction set this machine has, against the definition, bit for bit.
 #include "cpu/nm_simd.cpp"
-#include "cuda_test.h"
+#include "cpu_test.h"
 
 namespace {
 
@@ -117,11 +117,6 @@ void test_type(const char* set, const MaskedKernels<T>& kernels) {
 
 int main() {
   CHECK(power(0.5, 10) == 0x1p-10 && power(3, 0) == 1 && power(0, 5) == 0 && power(1.5, 3) == 3.375, "power");
-  TEST_SET(plain)
-#ifdef PYRX_X86
-  const Isa best = detect_isa();
-  if (best != Isa::plain) { TEST_SET(avx2) }
-  if (best == Isa::avx512) { TEST_SET(avx512) }
-#endif
+  FOR_EACH_SET(TEST_SET)
   return report("cpu_masked_update");
 }

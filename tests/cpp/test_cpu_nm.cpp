@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "cpu/nm_simd.cpp"
-#include "cuda_test.h"
+#include "cpu_test.h"
 
 namespace {
 
@@ -213,11 +213,6 @@ void test_type(const char* set, const NMKernels<T>& kernels) {
 }  // namespace
 
 int main() {
-  TEST_SET(plain)
-#ifdef PYRX_X86
-  const Isa best = detect_isa();
-  if (best != Isa::plain) { TEST_SET(avx2) }
-  if (best == Isa::avx512) { TEST_SET(avx512) }
-#endif
+  FOR_EACH_SET(TEST_SET)
   return report("cpu_nm");
 }

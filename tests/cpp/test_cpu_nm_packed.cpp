@@ -4,17 +4,12 @@
 #include <vector>
 
 #include "cpu/nm_simd.cpp"
-#include "cuda_test.h"
+#include "cpu_test.h"
 
 namespace {
 
 using namespace pyrx;
 using namespace pyrx::cpu;
-
-double value(float x) { return x; }
-double value(double x) { return x; }
-double value(bfloat16 x) { return plain::widen(x); }
-double value(float16 x) { return plain::widen(x); }
 
 template <typename T>
 struct Weight {
@@ -127,10 +122,6 @@ void test_type(const char* set, const NMPackedKernels<T>& kernels) {
 }  // namespace
 
 int main() {
-  TEST_SET(plain)
-#ifdef PYRX_X86
-  if (isa() != Isa::plain) { TEST_SET(avx2) }
-  if (isa() == Isa::avx512) { TEST_SET(avx512) }
-#endif
+  FOR_EACH_SET(TEST_SET)
   return report("products with compressed N:M rows");
 }

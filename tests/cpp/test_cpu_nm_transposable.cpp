@@ -3,18 +3,13 @@
 #include <vector>
 
 #include "cpu/nm_simd.cpp"
-#include "cuda_test.h"
+#include "cpu_test.h"
 #include "nm_tiles.h"
 
 namespace {
 
 using namespace pyrx;
 using namespace pyrx::cpu;
-
-double value(float x) { return x; }
-double value(double x) { return x; }
-double value(bfloat16 x) { return plain::widen(x); }
-double value(float16 x) { return plain::widen(x); }
 
 // A strip of tiles whose rows are `gap` elements longer than they are wide, ending where the memory does.
 template <typename T>
@@ -97,10 +92,6 @@ void test_greedy(const char* set, const NMTransposableKernels<T>& kernels) {
 }  // namespace
 
 int main() {
-  TEST_SET(plain)
-#ifdef PYRX_X86
-  if (isa() != Isa::plain) { TEST_SET(avx2) }
-  if (isa() == Isa::avx512) { TEST_SET(avx512) }
-#endif
+  FOR_EACH_SET(TEST_SET)
   return report("cpu_nm_transposable");
 }

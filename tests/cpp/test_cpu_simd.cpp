@@ -3,7 +3,7 @@
 
 #include "cpu/simd.cpp"
 #include "cpu_pixels.h"
-#include "cuda_test.h"
+#include "cpu_test.h"
 
 namespace {
 
@@ -11,12 +11,6 @@ using namespace pyrx;
 using namespace pyrx::cpu;
 
 const int64_t kSizes[] = {1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 100, 1311};
-
-// The conversions by plain arithmetic, whatever the set under test does.
-double value(float x) { return x; }
-double value(double x) { return x; }
-double value(bfloat16 x) { return plain::widen(x); }
-double value(float16 x) { return plain::widen(x); }
 
 template <typename T>
 Buffer<T> features(int64_t n, uint64_t first = 0) {
@@ -415,11 +409,6 @@ void test_lookup(const char* set, const AccumulatorKernels<Acc>& kernels, double
 
 int main() {
   test_row_bits();
-  TEST_SET(plain)
-#ifdef PYRX_X86
-  const std::string_view best = capability();
-  if (best != "default") { TEST_SET(avx2) }
-  if (best == "avx512") { TEST_SET(avx512) }
-#endif
+  FOR_EACH_SET(TEST_SET)
   return report("cpu_simd");
 }
