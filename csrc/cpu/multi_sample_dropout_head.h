@@ -70,6 +70,7 @@ struct HeadResults {
 template <typename T, typename G, typename O>
 class Head {
   using Acc = accumulate_t<T>;
+  static constexpr bool kSums = !std::is_same_v<G, float16>;  // whether subset_gradients reads a weight of G
 
  public:
   Head(const HeadArguments<T>& arguments, const HeadResults<T, O>& results)
@@ -90,8 +91,8 @@ class Head {
         padded_features_(round_up(in_.features, kRound)),
         masks_(in_.plan.paired ? gemm_rows_ - 1 : gemm_rows_),
         groups_((masks_ + kSubset - 1) / kSubset),
-        // partial sums on the vector units; 16-bit operands have matrix units, which the GEMMs use
-        subset_(std::is_same_v<G, Acc> && !in_.plan.averaged && gemm_rows_ >= kSubsetLeast &&
+        // partial sums on the vector units; GEMMs on matrix units
+        subset_(kSums && !(sizeof(G) == 2 && native_half(at::kBFloat16)) && !in_.plan.averaged && gemm_rows_ >= kSubsetLeast &&
                 (out_.grad_input || out_.grad_weight)),
         lookup_(subset_ && accumulator_.lookup_gradients && in_.classes <= kLookupClasses && groups_ <= 2),
         direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0),
@@ -104,10 +105,8 @@ class Head {
     for (int64_t row = 0; row < in_.rows; row += chunk_rows_) {
       const int64_t end = std::min(row + chunk_rows_, in_.rows);
       rows_chunk(row, end);
-      if constexpr (std::is_same_v<G, Acc>) {
-        if (lookup_) lookup_gradients(row, end, !first);
-        else if (subset_) subset_gradients(row, end, !first);
-      }
+      if (lookup_) lookup_gradients(row, end, !first);
+      else if (subset_) subset_gradients(row, end, !first);
       if (out_.grad_weight && !subset_) weight_gradient(row, end, !first);
       first = false;
     }
@@ -152,7 +151,7 @@ class Head {
     const auto cut = [&](Workspace& part) {
       offsets[0] = part.template reserve<G>(std::max(padded_tile_, kPanel) * packed_depth());
       offsets[1] = part.template reserve<Acc>(padded_tile_ * logits_stride_);
-      offsets[2] = part.template reserve<G>(convert && out_.grad_input ? padded_tile_ * logits_stride_ : 0);
+      offsets[2] = part.template reserve<G>(convert && out_.grad_input && !subset_ ? padded_tile_ * logits_stride_ : 0);
       offsets[3] = part.template reserve<Acc>(out_.grad_input && !subset_ ? padded_tile_ * kFoldPanels * kPanel : 0);
       offsets[4] = part.template reserve<Acc>(2 * logits_stride_);
       offsets[5] = part.template reserve<uint8_t>(2 * (bits_stride_ + 10));
@@ -486,7 +485,7 @@ class Head {
           for (int64_t b = 0; b < count; ++b)
             subset_tables(rows_ + (r + b) * gemm_rows_ * logits_stride_ + p * kPanel, width,
                           scratch.tables + b * groups_ * kSubsetEntries * width);
-          accumulator_.subset_gradients({
+          head_.subset_gradients({
               .rows = count,
               .features = n,
               .width = width,
@@ -521,8 +520,7 @@ class Head {
       }
       std::memcpy(scratch.bits + i / 8, &kept, 8);
     }
-    if constexpr (std::is_same_v<G, Acc>)
-      head_.select(in_.input + (begin + r) * in_.input_stride + from, scratch.bits, n, out);
+    wide_.select(in_.input + (begin + r) * in_.input_stride + from, scratch.bits, n, out);
   }
 
   // Both gradients of few classes, by lookups in registers (LookupRow); tasks as in subset_gradients.
@@ -530,11 +528,9 @@ class Head {
     const int64_t features = in_.features, range = task_features();
     parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
       const int64_t from = task * range, n = std::min(range, features - from);
-      if constexpr (std::is_same_v<G, Acc>) {
-        if (out_.grad_input)
-          for (int64_t c = 0; c < in_.classes; ++c)
-            head_.select(in_.linear_weight + c * in_.weight_stride + from, nullptr, n, scratch.weight + c * range);
-      }
+      if (out_.grad_input)
+        for (int64_t c = 0; c < in_.classes; ++c)
+          wide_.select(in_.linear_weight + c * in_.weight_stride + from, nullptr, n, scratch.weight + c * range);
       Acc* sum = out_.grad_weight ? sum_ + from : nullptr;
       if (sum && !add)
         for (int64_t c = 0; c < in_.classes; ++c) std::fill_n(sum + c * padded_features_, round_up(n, kRound), Acc(0));
@@ -576,8 +572,7 @@ class Head {
     const int64_t blocks = (in_.features + kDepth - 1) / kDepth;
     parallel(panels.count() * blocks, [&](int64_t task, const Scratch&) {
       const int64_t p = task / blocks, from = task % blocks * kDepth, width = panels.width(p);
-      if constexpr (std::is_same_v<G, Acc>)
-        head_.transpose(panels.panel(p) + from * width, width, std::min(kDepth, in_.features - from),
+      wide_.transpose(panels.panel(p) + from * width, width, std::min(kDepth, in_.features - from),
                         std::min(width, in_.classes - p * kPanel), sum_ + p * kPanel * padded_features_ + from,
                         padded_features_);
     });
@@ -604,6 +599,7 @@ class Head {
   const HeadArguments<T>& in_;
   const HeadResults<T, O>& out_;
   const HeadKernels<T, G>& head_ = head_kernels<T, G>();
+  const HeadKernels<T, Acc>& wide_ = head_kernels<T, Acc>();
   const ElementKernels<O>& element_ = element_kernels<O>();
   const AccumulatorKernels<Acc>& accumulator_ = accumulator_kernels<Acc>();
   const Acc operand_factor_, result_factor_;

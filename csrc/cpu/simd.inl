@@ -225,8 +225,8 @@ inline void add_sums(const Acc* rows, int64_t n, Acc* out) {
 }
 
 // kGroups is 0 where the number of tables is known at run time only.
-template <typename Acc, int kVectors, int kGroups, bool kWeight, bool kInput>
-void subset_block(const SubsetBlock<Acc>& block) {
+template <typename Acc, typename G, int kVectors, int kGroups, bool kWeight, bool kInput>
+void subset_block(const SubsetBlock<Acc, G>& block) {
   using V = Vec<Acc>;
   constexpr int64_t width = kVectors * kLanes, table = kSubsetEntries * width;
   const int64_t groups = kGroups ? kGroups : block.groups;
@@ -237,7 +237,9 @@ void subset_block(const SubsetBlock<Acc>& block) {
       const int64_t d = first + j;
       V weight[kVectors], gradient[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        if (kInput) weight[v] = load(block.weight + d * width + v * kLanes);
+        if constexpr (kInput && sizeof(G) == 2)
+          weight[v] = load_of_pair(block.weight + (d & ~int64_t(1)) * width + 2 * v * kLanes, d & 1);
+        else if (kInput) weight[v] = load(block.weight + d * width + v * kLanes);
         if (kWeight) gradient[v] = load(block.weight_gradient + d * width + v * kLanes);
       }
       for (int64_t b = 0; b < block.rows; ++b) {
@@ -271,27 +273,27 @@ void subset_block(const SubsetBlock<Acc>& block) {
   }
 }
 
-template <typename Acc, int kVectors, int kGroups>
-void subset_wanted(const SubsetBlock<Acc>& block) {
-  if (!block.input_gradient) subset_block<Acc, kVectors, kGroups, true, false>(block);
-  else if (!block.weight_gradient) subset_block<Acc, kVectors, kGroups, false, true>(block);
-  else subset_block<Acc, kVectors, kGroups, true, true>(block);
+template <typename Acc, typename G, int kVectors, int kGroups>
+void subset_wanted(const SubsetBlock<Acc, G>& block) {
+  if (!block.input_gradient) subset_block<Acc, G, kVectors, kGroups, true, false>(block);
+  else if (!block.weight_gradient) subset_block<Acc, G, kVectors, kGroups, false, true>(block);
+  else subset_block<Acc, G, kVectors, kGroups, true, true>(block);
 }
 
-template <typename Acc, int kVectors>
-void subset_vectors(const SubsetBlock<Acc>& block) {
-  if (block.groups == 1) subset_wanted<Acc, kVectors, 1>(block);
-  else if (block.groups == 2) subset_wanted<Acc, kVectors, 2>(block);
-  else subset_wanted<Acc, kVectors, 0>(block);
+template <typename Acc, typename G, int kVectors>
+void subset_vectors(const SubsetBlock<Acc, G>& block) {
+  if (block.groups == 1) subset_wanted<Acc, G, kVectors, 1>(block);
+  else if (block.groups == 2) subset_wanted<Acc, G, kVectors, 2>(block);
+  else subset_wanted<Acc, G, kVectors, 0>(block);
 }
 
-template <typename Acc>
-void subset_gradients(const SubsetBlock<Acc>& block) {
+template <typename Acc, typename G>
+void subset_gradients(const SubsetBlock<Acc, G>& block) {
   switch (block.width / kLanes) {
-    case 1: return subset_vectors<Acc, 1>(block);
-    case 2: return subset_vectors<Acc, 2>(block);
-    case 3: return subset_vectors<Acc, 3>(block);
-    default: return subset_vectors<Acc, 4>(block);
+    case 1: return subset_vectors<Acc, G, 1>(block);
+    case 2: return subset_vectors<Acc, G, 2>(block);
+    case 3: return subset_vectors<Acc, G, 3>(block);
+    default: return subset_vectors<Acc, G, 4>(block);
   }
 }
 
@@ -617,7 +619,7 @@ constexpr ElementKernels<T> element_table() {
 template <typename Acc>
 constexpr AccumulatorKernels<Acc> accumulator_table() {
   AccumulatorKernels<Acc> table{&add_level<Acc>, &cross_entropy<Acc>, &axpy<Acc>, &subset_table<Acc>,
-                                &subset_gradients<Acc>, nullptr};
+                                nullptr};
 #if PYRX_ISA == 512
   if constexpr (std::is_same_v<Acc, float>) table.lookup_gradients = &lookup_gradients;
 #endif
@@ -632,7 +634,8 @@ constexpr LossKernels<T, O> loss_table() {
 template <typename T, typename G>
 constexpr HeadKernels<T, G> head_table() {
   HeadKernels<T, G> table{&select<T, G>, nullptr, &multiply<T, G>, &convert<T, G>,
-                          &transpose<accumulate_t<T>, G>};
+                          &transpose<accumulate_t<T>, G>, nullptr};
   if constexpr (sizeof(G) == 2) table.select_pair = &select_pair<T, G>;  // 16-bit operands alone are packed in pairs
+  if constexpr (!std::is_same_v<G, float16>) table.subset_gradients = &subset_gradients<accumulate_t<T>, G>;
   return table;
 }
