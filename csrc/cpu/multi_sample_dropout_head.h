@@ -12,6 +12,7 @@
 
 #include "cpu/elements.h"
 #include "cpu/gemm.h"
+#include "cpu/pages.h"
 #include "cpu/simd.h"
 #include "cpu/workspace.h"
 
@@ -169,6 +170,7 @@ class Head {
       std::copy(offsets, offsets + 12, each.begin());
     }
     memory_.allocate();
+    use_huge_pages(memory_.memory());
     for (int64_t t = 0; t < threads_; ++t) {
       const auto& o = cuts[t];
       scratch[t] = {memory_.at_offset<G>(o[0]),   memory_.at_offset<Acc>(o[1]),     memory_.at_offset<G>(o[2]),
@@ -333,7 +335,7 @@ class Head {
       if (subset_)
         for (int64_t q = 0; q < code_rows(); ++q)
           subset_codes(bits_ + (i * gemm_rows_ + 8 * q) * bits_stride_, bits_stride_, std::min<int64_t>(8, masks_ - 8 * q),
-                       features, codes_ + (i * code_rows() + q) * padded_features_);
+                       features, codes_ + i * code_rows() * padded_features_ + q, code_rows());
     }
   }
 
@@ -460,9 +462,9 @@ class Head {
 
   // The masks' code bytes of an input row: one for eight masks.
   int64_t code_rows() const { return (masks_ + 7) / 8; }
-  // Features of a task: two tasks a thread, unless they are many.
+  // Features of a task: one task a thread, unless they are many; every task makes the tables anew.
   int64_t task_features() const {
-    const int64_t share = round_up((in_.features + 2 * threads_ - 1) / (2 * threads_), kPanel);
+    const int64_t share = round_up((in_.features + threads_ - 1) / threads_, kPanel);
     return std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
   }
   int64_t subset_rows() const { return std::clamp<int64_t>(kSubsetTables / groups_, 1, kSubsetRows); }
@@ -491,9 +493,8 @@ class Head {
               .width = width,
               .groups = groups_,
               .tables = scratch.tables,
-              .codes = codes_ + (r * code_rows()) * padded_features_ + from,
-              .codes_row_stride = code_rows() * padded_features_,
-              .codes_stride = padded_features_,
+              .codes = codes_ + (r * padded_features_ + from) * code_rows(),
+              .codes_stride = padded_features_ * code_rows(),
               .x = scratch.x + r * range,
               .x_stride = range,
               .weight = weight.panel(p) + from * width,

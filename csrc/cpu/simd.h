@@ -92,8 +92,8 @@ template <typename Acc, typename G>
 struct SubsetBlock {
   int64_t rows, features, width, groups;  // width classes, a multiple of 16 up to 64
   const Acc* tables;                      // (rows, groups, 16, width)
-  const uint8_t* codes;                   // (rows, ceil(groups / 2), features): the entries of groups 2q and 2q + 1
-  int64_t codes_row_stride, codes_stride;
+  const uint8_t* codes;                   // (rows, features, ceil(groups / 2)): the entries of groups 2q and 2q + 1
+  int64_t codes_stride;                   // of rows
   const Acc* x;  // (rows, features)
   int64_t x_stride;
   const G* weight;       // (features, width), or pairs of features (features / 2, width, 2) where G is bfloat16
@@ -150,8 +150,8 @@ struct AccumulatorKernels {
   void (*lookup_gradients)(const LookupRow<Acc>& row);  // null where a register holds no table
 };
 
-// codes[d] = bit m of it: element d is kept by row m < count <= 8 of `bits`; n rounded up to 8 codes are written.
-inline void subset_codes(const uint8_t* bits, int64_t stride, int64_t count, int64_t n, uint8_t* codes) {
+// codes[d * step] = bit m of it: element d is kept by row m < count <= 8 of `bits`; n rounded up to 8 codes are written.
+inline void subset_codes(const uint8_t* bits, int64_t stride, int64_t count, int64_t n, uint8_t* codes, int64_t step = 1) {
   for (int64_t i = 0; i < (n + 7) / 8; ++i) {
     uint64_t x = 0;  // an 8 x 8 bit matrix, transposed in three steps (Hacker's Delight 7-3)
     for (int64_t m = 0; m < count; ++m) x |= static_cast<uint64_t>(bits[m * stride + i]) << 8 * m;
@@ -161,7 +161,8 @@ inline void subset_codes(const uint8_t* bits, int64_t stride, int64_t count, int
     x ^= t ^ t << 14;
     t = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
     x ^= t ^ t << 28;
-    std::memcpy(codes + 8 * i, &x, 8);
+    if (step == 1) std::memcpy(codes + 8 * i, &x, 8);
+    else for (int64_t j = 0; j < 8; ++j) codes[(8 * i + j) * step] = static_cast<uint8_t>(x >> 8 * j);
   }
 }
 
