@@ -18,6 +18,11 @@ constexpr int64_t kDepth = 512;   // depth of one multiplication
 constexpr int64_t kRound = 16;    // panels, rows and leading dimensions are padded to this
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// The size of as few parts of n as are of at most `most`, all but the last the same.
+inline int64_t even_share(int64_t n, int64_t most) {
+  const int64_t parts = std::max<int64_t>(1, (n + most - 1) / most);
+  return std::max<int64_t>(1, (n + parts - 1) / parts);
+}
 
 // 16-bit operands: depth in pairs, (depth / 2, columns, 2).
 template <typename G>

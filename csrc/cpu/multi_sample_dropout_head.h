@@ -19,6 +19,7 @@
 namespace pyrx::cpu {
 
 constexpr int64_t kTileRows = 128;        // GEMM rows whose logits one thread holds
+constexpr int64_t kRowRound = 8;          // GEMM rows are padded to this: few sizes of kernels
 constexpr int64_t kChunkRows = 1024;      // GEMM rows between two updates of the weight gradient
 constexpr int64_t kFoldPanels = 8;        // feature panels of the input gradient between two folds
 constexpr int64_t kWeightPanels = 4;      // feature panels of the weight gradient a task packs at a time
@@ -81,11 +82,11 @@ class Head {
         operand_factor_(std::is_same_v<G, float16> ? Acc(1) : results.factor),
         result_factor_(std::is_same_v<G, float16> ? results.factor : Acc(1)),
         gemm_rows_(in_.plan.gemm_rows),
-        tile_rows_(std::max<int64_t>(1, kTileRows / gemm_rows_)),
+        tile_rows_(even_share(in_.rows, std::max<int64_t>(1, kTileRows / gemm_rows_))),
         chunk_rows_(std::min(tile_rows_ * std::max<int64_t>(1, kChunkRows / (tile_rows_ * gemm_rows_)),
                              round_up(std::max<int64_t>(in_.rows, 1), tile_rows_))),
         tiles_((chunk_rows_ + tile_rows_ - 1) / tile_rows_),
-        padded_tile_(round_up(tile_rows_ * gemm_rows_, kRound)),
+        padded_tile_(round_up(tile_rows_ * gemm_rows_, kRowRound)),
         logits_stride_(round_up(in_.classes, kRound) + kSkew),
         bits_stride_(round_up(in_.features, 64) / 8),
         gradient_stride_(round_up(chunk_rows_ * gemm_rows_, kRound) + kSkew),
@@ -143,9 +144,10 @@ class Head {
     const int64_t gradients_offset = memory_.reserve<G>(out_.grad_weight && !subset_ ? classes * gradient_stride_ : 0);
     const int64_t rows_offset = memory_.reserve<Acc>(subset_ ? chunk_rows_ * gemm_rows_ * logits_stride_ : 0);
     const int64_t codes_offset = memory_.reserve<uint8_t>(subset_ ? chunk_rows_ * code_rows() * padded_features_ : 0);
+    const bool panels = subset_ && !lookup_;  // the weight gradient comes from panel_sum_
     const int64_t panel_sum_offset =
-        memory_.reserve<Acc>(subset_ && !lookup_ && out_.grad_weight ? Panels<Acc>::elements(features, classes) : 0);
-    const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ ? classes * padded_features_ : 0);
+        memory_.reserve<Acc>(panels && out_.grad_weight ? Panels<Acc>::elements(features, classes) : 0);
+    const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ && !panels ? classes * padded_features_ : 0);
     const int64_t bias_offset = memory_.reserve<Acc>(out_.grad_bias ? (tiles_ + 1) * logits_stride_ : 0);
     const bool convert = !std::is_same_v<G, Acc>;
     int64_t offsets[12];
@@ -295,7 +297,7 @@ class Head {
   void rows_chunk(int64_t begin, int64_t end) {
     parallel((end - begin + tile_rows_ - 1) / tile_rows_, [&](int64_t tile, const Scratch& scratch) {
       const int64_t first = tile * tile_rows_, count = std::min(tile_rows_, end - begin - first);
-      const int64_t rows = count * gemm_rows_, padded = round_up(rows, kRound);
+      const int64_t rows = count * gemm_rows_, padded = round_up(rows, kRowRound);
       draw_masks(begin, first, count, scratch);
       logits(begin, first * gemm_rows_, rows, padded, scratch);
       Acc* bias = out_.grad_bias ? bias_ + tile * logits_stride_ : nullptr;
@@ -567,15 +569,15 @@ class Head {
                                 std::min(kSubset, masks_ - g * kSubset), width, tables + g * kSubsetEntries * width);
   }
 
-  // sum (C, D) from its panels (D, classes)
+  // grad_weight (C, D) from its panels (D, classes)
   void turn_panels() {
     const Panels<Acc> panels(panel_sum_, in_.features, in_.classes);
     const int64_t blocks = (in_.features + kDepth - 1) / kDepth;
     parallel(panels.count() * blocks, [&](int64_t task, const Scratch&) {
       const int64_t p = task / blocks, from = task % blocks * kDepth, width = panels.width(p);
-      wide_.transpose(panels.panel(p) + from * width, width, std::min(kDepth, in_.features - from),
-                        std::min(width, in_.classes - p * kPanel), sum_ + p * kPanel * padded_features_ + from,
-                        padded_features_);
+      head_kernels<O, O>().transpose(panels.panel(p) + from * width, width, std::min(kDepth, in_.features - from),
+                                     std::min(width, in_.classes - p * kPanel),
+                                     out_.grad_weight + p * kPanel * in_.features + from, in_.features);
     });
   }
 
@@ -586,7 +588,7 @@ class Head {
       element_.store(total, in_.classes, result_factor_, out_.grad_bias);
     }
     if (!out_.grad_weight) return;
-    if (subset_ && !lookup_ && !empty) turn_panels();
+    if (subset_ && !lookup_ && !empty) return turn_panels();
     if (empty) {
       std::fill_n(out_.grad_weight, in_.classes * in_.features, O{});
     } else if (!direct_ || result_factor_ != 1) {
