@@ -15,7 +15,6 @@
 #include "cpu/attention_simd.h"
 #include "cpu/elements.h"
 #include "cpu/gemm.h"
-#include "cpu/isa.h"
 #include "cpu/simd.h"
 #include "cpu/workspace.h"
 
@@ -201,34 +200,6 @@ inline Reach reach(const KeyRules& rules, int64_t b, int64_t q, int64_t rows) {
     found.any.last = std::max(found.any.last, own.last);
   }
   return found;
-}
-
-// Whether brgemm multiplies operands of a 16-bit type faster than float32: on tiles (native_half), and bfloat16 by
-// AVX-512's dot products too, which ATen has no question for.
-inline bool multiplies_half(at::ScalarType dtype) {
-  static const bool dot_products = [] {
-#ifdef PYRX_X86
-    if (isa() != Isa::avx512 || !__builtin_cpu_supports("avx512bf16")) return false;
-    const bfloat16 zeros[2 * kRound] = {};
-    float out[kRound];
-    try {
-      multiply(1, kRound, 2, zeros, 2, zeros, kRound, out, kRound, false);
-      return true;
-    } catch (const c10::Error&) {  // oneDNN is switched off or held to less
-    }
-#endif
-    return false;
-  }();
-  return native_half(dtype) || (dtype == at::kBFloat16 && dot_products);
-}
-
-// f(a value of the type that GEMMs take T's operands in): T itself, or float32 for a 16-bit type that they do not take.
-template <typename T, typename F>
-void dispatch_operand(at::ScalarType dtype, F f) {
-  if constexpr (sizeof(T) == 2) {
-    if (multiplies_half(dtype)) return f(T());
-  }
-  f(accumulate_t<T>());
 }
 
 template <typename G>

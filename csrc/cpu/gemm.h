@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/isa.h"
 #include "cpu/simd.h"
 
 namespace pyrx::cpu {
@@ -17,12 +18,17 @@ constexpr int64_t kDepth = 512;   // depth of one multiplication
 constexpr int64_t kRound = 16;    // panels, rows and leading dimensions are padded to this
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// The size of as few parts of n as are of at most `most`, all but the last the same.
+inline int64_t even_share(int64_t n, int64_t most) {
+  const int64_t parts = std::max<int64_t>(1, (n + most - 1) / most);
+  return std::max<int64_t>(1, (n + parts - 1) / parts);
+}
 
 // 16-bit operands: depth in pairs, (depth / 2, columns, 2).
 template <typename G>
 constexpr int64_t pairing = sizeof(G) == 2 ? 2 : 1;
 
-// Whether brgemm multiplies 16-bit operands on this processor; where not, they are widened to float32 first.
+// Whether this processor has matrix units (tiles) for operands of a 16-bit type.
 inline bool native_half(at::ScalarType dtype) { return at::native::cpublas::could_pack(dtype); }
 
 // c (m, n) = a (m, k) b (k, n), or += where `add`; b in the layout of its type, k even for 16-bit types.
@@ -47,6 +53,34 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const double* a, int64_t l
   };
   at::Tensor out = view(c, m, n, ldc);
   at::addmm_out(out, out, view(a, m, k, lda), view(b, k, n, ldb), add ? 1 : 0, 1);
+}
+
+// Whether brgemm multiplies operands of a 16-bit type faster than float32: on matrix units (native_half), and bfloat16 by
+// AVX-512's dot products too, which ATen has no question for.
+inline bool multiplies_half(at::ScalarType dtype) {
+  static const bool dot_products = [] {
+#ifdef PYRX_X86
+    if (isa() != Isa::avx512 || !__builtin_cpu_supports("avx512bf16")) return false;
+    const bfloat16 zeros[2 * kRound] = {};
+    float out[kRound];
+    try {
+      multiply(1, kRound, 2, zeros, 2, zeros, kRound, out, kRound, false);
+      return true;
+    } catch (const c10::Error&) {  // oneDNN is switched off or held to less
+    }
+#endif
+    return false;
+  }();
+  return native_half(dtype) || (dtype == at::kBFloat16 && dot_products);
+}
+
+// f(a value of the type that GEMMs take T's operands in): T itself, or float32 for a 16-bit type that they do not take.
+template <typename T, typename F>
+void dispatch_operand(at::ScalarType dtype, F f) {
+  if constexpr (sizeof(T) == 2) {
+    if (multiplies_half(dtype)) return f(T());
+  }
+  f(accumulate_t<T>());
 }
 
 // A (depth, columns) operand in panels of 64 columns (the last one narrower, a multiple of 16), each (depth, width)

@@ -166,10 +166,7 @@ Outcome run_head(std::string_view op, const at::Tensor& input, const at::Tensor&
       }
       run(operand, T());
     };
-    if constexpr (sizeof(T) == 2) {
-      if (native_half(x.scalar_type())) return with_result(T());
-    }
-    with_result(Acc());
+    dispatch_operand<T>(x.scalar_type(), with_result);
   });
   return outcome;
 }

@@ -12,12 +12,14 @@
 
 #include "cpu/elements.h"
 #include "cpu/gemm.h"
+#include "cpu/pages.h"
 #include "cpu/simd.h"
 #include "cpu/workspace.h"
 
 namespace pyrx::cpu {
 
 constexpr int64_t kTileRows = 128;        // GEMM rows whose logits one thread holds
+constexpr int64_t kRowRound = 8;          // GEMM rows are padded to this: few sizes of kernels
 constexpr int64_t kChunkRows = 1024;      // GEMM rows between two updates of the weight gradient
 constexpr int64_t kFoldPanels = 8;        // feature panels of the input gradient between two folds
 constexpr int64_t kWeightPanels = 4;      // feature panels of the weight gradient a task packs at a time
@@ -70,6 +72,7 @@ struct HeadResults {
 template <typename T, typename G, typename O>
 class Head {
   using Acc = accumulate_t<T>;
+  static constexpr bool kSums = !std::is_same_v<G, float16>;  // whether subset_gradients reads a weight of G
 
  public:
   Head(const HeadArguments<T>& arguments, const HeadResults<T, O>& results)
@@ -79,19 +82,19 @@ class Head {
         operand_factor_(std::is_same_v<G, float16> ? Acc(1) : results.factor),
         result_factor_(std::is_same_v<G, float16> ? results.factor : Acc(1)),
         gemm_rows_(in_.plan.gemm_rows),
-        tile_rows_(std::max<int64_t>(1, kTileRows / gemm_rows_)),
+        tile_rows_(even_share(in_.rows, std::max<int64_t>(1, kTileRows / gemm_rows_))),
         chunk_rows_(std::min(tile_rows_ * std::max<int64_t>(1, kChunkRows / (tile_rows_ * gemm_rows_)),
                              round_up(std::max<int64_t>(in_.rows, 1), tile_rows_))),
         tiles_((chunk_rows_ + tile_rows_ - 1) / tile_rows_),
-        padded_tile_(round_up(tile_rows_ * gemm_rows_, kRound)),
+        padded_tile_(round_up(tile_rows_ * gemm_rows_, kRowRound)),
         logits_stride_(round_up(in_.classes, kRound) + kSkew),
         bits_stride_(round_up(in_.features, 64) / 8),
         gradient_stride_(round_up(chunk_rows_ * gemm_rows_, kRound) + kSkew),
         padded_features_(round_up(in_.features, kRound)),
         masks_(in_.plan.paired ? gemm_rows_ - 1 : gemm_rows_),
         groups_((masks_ + kSubset - 1) / kSubset),
-        // partial sums on the vector units; 16-bit operands have matrix units, which the GEMMs use
-        subset_(std::is_same_v<G, Acc> && !in_.plan.averaged && gemm_rows_ >= kSubsetLeast &&
+        // partial sums on the vector units; GEMMs on matrix units
+        subset_(kSums && !(sizeof(G) == 2 && native_half(at::kBFloat16)) && !in_.plan.averaged && gemm_rows_ >= kSubsetLeast &&
                 (out_.grad_input || out_.grad_weight)),
         lookup_(subset_ && accumulator_.lookup_gradients && in_.classes <= kLookupClasses && groups_ <= 2),
         direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0),
@@ -104,10 +107,8 @@ class Head {
     for (int64_t row = 0; row < in_.rows; row += chunk_rows_) {
       const int64_t end = std::min(row + chunk_rows_, in_.rows);
       rows_chunk(row, end);
-      if constexpr (std::is_same_v<G, Acc>) {
-        if (lookup_) lookup_gradients(row, end, !first);
-        else if (subset_) subset_gradients(row, end, !first);
-      }
+      if (lookup_) lookup_gradients(row, end, !first);
+      else if (subset_) subset_gradients(row, end, !first);
       if (out_.grad_weight && !subset_) weight_gradient(row, end, !first);
       first = false;
     }
@@ -143,16 +144,17 @@ class Head {
     const int64_t gradients_offset = memory_.reserve<G>(out_.grad_weight && !subset_ ? classes * gradient_stride_ : 0);
     const int64_t rows_offset = memory_.reserve<Acc>(subset_ ? chunk_rows_ * gemm_rows_ * logits_stride_ : 0);
     const int64_t codes_offset = memory_.reserve<uint8_t>(subset_ ? chunk_rows_ * code_rows() * padded_features_ : 0);
+    const bool panels = subset_ && !lookup_;  // the weight gradient comes from panel_sum_
     const int64_t panel_sum_offset =
-        memory_.reserve<Acc>(subset_ && !lookup_ && out_.grad_weight ? Panels<Acc>::elements(features, classes) : 0);
-    const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ ? classes * padded_features_ : 0);
+        memory_.reserve<Acc>(panels && out_.grad_weight ? Panels<Acc>::elements(features, classes) : 0);
+    const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ && !panels ? classes * padded_features_ : 0);
     const int64_t bias_offset = memory_.reserve<Acc>(out_.grad_bias ? (tiles_ + 1) * logits_stride_ : 0);
     const bool convert = !std::is_same_v<G, Acc>;
     int64_t offsets[12];
     const auto cut = [&](Workspace& part) {
       offsets[0] = part.template reserve<G>(std::max(padded_tile_, kPanel) * packed_depth());
       offsets[1] = part.template reserve<Acc>(padded_tile_ * logits_stride_);
-      offsets[2] = part.template reserve<G>(convert && out_.grad_input ? padded_tile_ * logits_stride_ : 0);
+      offsets[2] = part.template reserve<G>(convert && out_.grad_input && !subset_ ? padded_tile_ * logits_stride_ : 0);
       offsets[3] = part.template reserve<Acc>(out_.grad_input && !subset_ ? padded_tile_ * kFoldPanels * kPanel : 0);
       offsets[4] = part.template reserve<Acc>(2 * logits_stride_);
       offsets[5] = part.template reserve<uint8_t>(2 * (bits_stride_ + 10));
@@ -170,6 +172,7 @@ class Head {
       std::copy(offsets, offsets + 12, each.begin());
     }
     memory_.allocate();
+    use_huge_pages(memory_.memory());
     for (int64_t t = 0; t < threads_; ++t) {
       const auto& o = cuts[t];
       scratch[t] = {memory_.at_offset<G>(o[0]),   memory_.at_offset<Acc>(o[1]),     memory_.at_offset<G>(o[2]),
@@ -294,7 +297,7 @@ class Head {
   void rows_chunk(int64_t begin, int64_t end) {
     parallel((end - begin + tile_rows_ - 1) / tile_rows_, [&](int64_t tile, const Scratch& scratch) {
       const int64_t first = tile * tile_rows_, count = std::min(tile_rows_, end - begin - first);
-      const int64_t rows = count * gemm_rows_, padded = round_up(rows, kRound);
+      const int64_t rows = count * gemm_rows_, padded = round_up(rows, kRowRound);
       draw_masks(begin, first, count, scratch);
       logits(begin, first * gemm_rows_, rows, padded, scratch);
       Acc* bias = out_.grad_bias ? bias_ + tile * logits_stride_ : nullptr;
@@ -334,7 +337,7 @@ class Head {
       if (subset_)
         for (int64_t q = 0; q < code_rows(); ++q)
           subset_codes(bits_ + (i * gemm_rows_ + 8 * q) * bits_stride_, bits_stride_, std::min<int64_t>(8, masks_ - 8 * q),
-                       features, codes_ + (i * code_rows() + q) * padded_features_);
+                       features, codes_ + i * code_rows() * padded_features_ + q, code_rows());
     }
   }
 
@@ -461,9 +464,9 @@ class Head {
 
   // The masks' code bytes of an input row: one for eight masks.
   int64_t code_rows() const { return (masks_ + 7) / 8; }
-  // Features of a task: two tasks a thread, unless they are many.
+  // Features of a task: one task a thread, unless they are many; every task makes the tables anew.
   int64_t task_features() const {
-    const int64_t share = round_up((in_.features + 2 * threads_ - 1) / (2 * threads_), kPanel);
+    const int64_t share = round_up((in_.features + threads_ - 1) / threads_, kPanel);
     return std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
   }
   int64_t subset_rows() const { return std::clamp<int64_t>(kSubsetTables / groups_, 1, kSubsetRows); }
@@ -486,15 +489,14 @@ class Head {
           for (int64_t b = 0; b < count; ++b)
             subset_tables(rows_ + (r + b) * gemm_rows_ * logits_stride_ + p * kPanel, width,
                           scratch.tables + b * groups_ * kSubsetEntries * width);
-          accumulator_.subset_gradients({
+          head_.subset_gradients({
               .rows = count,
               .features = n,
               .width = width,
               .groups = groups_,
               .tables = scratch.tables,
-              .codes = codes_ + (r * code_rows()) * padded_features_ + from,
-              .codes_row_stride = code_rows() * padded_features_,
-              .codes_stride = padded_features_,
+              .codes = codes_ + (r * padded_features_ + from) * code_rows(),
+              .codes_stride = padded_features_ * code_rows(),
               .x = scratch.x + r * range,
               .x_stride = range,
               .weight = weight.panel(p) + from * width,
@@ -521,8 +523,7 @@ class Head {
       }
       std::memcpy(scratch.bits + i / 8, &kept, 8);
     }
-    if constexpr (std::is_same_v<G, Acc>)
-      head_.select(in_.input + (begin + r) * in_.input_stride + from, scratch.bits, n, out);
+    wide_.select(in_.input + (begin + r) * in_.input_stride + from, scratch.bits, n, out);
   }
 
   // Both gradients of few classes, by lookups in registers (LookupRow); tasks as in subset_gradients.
@@ -530,11 +531,9 @@ class Head {
     const int64_t features = in_.features, range = task_features();
     parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
       const int64_t from = task * range, n = std::min(range, features - from);
-      if constexpr (std::is_same_v<G, Acc>) {
-        if (out_.grad_input)
-          for (int64_t c = 0; c < in_.classes; ++c)
-            head_.select(in_.linear_weight + c * in_.weight_stride + from, nullptr, n, scratch.weight + c * range);
-      }
+      if (out_.grad_input)
+        for (int64_t c = 0; c < in_.classes; ++c)
+          wide_.select(in_.linear_weight + c * in_.weight_stride + from, nullptr, n, scratch.weight + c * range);
       Acc* sum = out_.grad_weight ? sum_ + from : nullptr;
       if (sum && !add)
         for (int64_t c = 0; c < in_.classes; ++c) std::fill_n(sum + c * padded_features_, round_up(n, kRound), Acc(0));
@@ -570,16 +569,15 @@ class Head {
                                 std::min(kSubset, masks_ - g * kSubset), width, tables + g * kSubsetEntries * width);
   }
 
-  // sum (C, D) from its panels (D, classes)
+  // grad_weight (C, D) from its panels (D, classes)
   void turn_panels() {
     const Panels<Acc> panels(panel_sum_, in_.features, in_.classes);
     const int64_t blocks = (in_.features + kDepth - 1) / kDepth;
     parallel(panels.count() * blocks, [&](int64_t task, const Scratch&) {
       const int64_t p = task / blocks, from = task % blocks * kDepth, width = panels.width(p);
-      if constexpr (std::is_same_v<G, Acc>)
-        head_.transpose(panels.panel(p) + from * width, width, std::min(kDepth, in_.features - from),
-                        std::min(width, in_.classes - p * kPanel), sum_ + p * kPanel * padded_features_ + from,
-                        padded_features_);
+      head_kernels<O, O>().transpose(panels.panel(p) + from * width, width, std::min(kDepth, in_.features - from),
+                                     std::min(width, in_.classes - p * kPanel),
+                                     out_.grad_weight + p * kPanel * in_.features + from, in_.features);
     });
   }
 
@@ -590,7 +588,7 @@ class Head {
       element_.store(total, in_.classes, result_factor_, out_.grad_bias);
     }
     if (!out_.grad_weight) return;
-    if (subset_ && !lookup_ && !empty) turn_panels();
+    if (subset_ && !lookup_ && !empty) return turn_panels();
     if (empty) {
       std::fill_n(out_.grad_weight, in_.classes * in_.features, O{});
     } else if (!direct_ || result_factor_ != 1) {
@@ -604,6 +602,7 @@ class Head {
   const HeadArguments<T>& in_;
   const HeadResults<T, O>& out_;
   const HeadKernels<T, G>& head_ = head_kernels<T, G>();
+  const HeadKernels<T, Acc>& wide_ = head_kernels<T, Acc>();
   const ElementKernels<O>& element_ = element_kernels<O>();
   const AccumulatorKernels<Acc>& accumulator_ = accumulator_kernels<Acc>();
   const Acc operand_factor_, result_factor_;

@@ -81,22 +81,6 @@ struct LossKernels {
   accumulate_t<T> (*cross_entropy)(const LogitsRow<T, O>& row);
 };
 
-// Kernels of the head: features T, GEMM operands G, accumulators accumulate_t<T>.
-template <typename T, typename G>
-struct HeadKernels {
-  using Acc = accumulate_t<T>;
-  // out[i] = kept ? x[i] : 0
-  void (*select)(const T* x, const uint8_t* bits, int64_t n, G* out);
-  // out[2 i], out[2 i + 1] = the kept x0[i], x1[i]; x1 may be null: zeros (the VNNI layout of two rows)
-  void (*select_pair)(const T* x0, const uint8_t* bits0, const T* x1, const uint8_t* bits1, int64_t n, G* out);
-  // out[i] = x[i] * level[i], 0 where the level is 0, whatever x is
-  void (*multiply)(const T* x, const Acc* level, int64_t n, G* out);
-  // out[i] = G(x[i])
-  void (*convert)(const Acc* x, int64_t n, G* out);
-  // out[c][r] = G(in[r][c])
-  void (*transpose)(const Acc* in, int64_t in_stride, int64_t rows, int64_t columns, G* out, int64_t out_stride);
-};
-
 constexpr int64_t kSubset = 4;                     // masks that share a table of their 2^4 partial sums
 constexpr int64_t kSubsetEntries = 1 << kSubset;
 constexpr int64_t kSubsetRows = 8;                 // most rows of one SubsetBlock
@@ -104,15 +88,15 @@ constexpr int64_t kSubsetRows = 8;                 // most rows of one SubsetBlo
 // Both gradients of a block of rows b, features d and classes c from s(b, d) = sum over m of kept_m(b, d) G_m(b, c):
 // weight_gradient(d, c) += x(b, d) s(b, d, c), input_gradient(b, d) += sum over c of s(b, d, c) weight(d, c).
 // s is one table entry for every four masks ("four Russians"), not M multiply-adds.
-template <typename Acc>
+template <typename Acc, typename G>
 struct SubsetBlock {
   int64_t rows, features, width, groups;  // width classes, a multiple of 16 up to 64
   const Acc* tables;                      // (rows, groups, 16, width)
-  const uint8_t* codes;                   // (rows, ceil(groups / 2), features): the entries of groups 2q and 2q + 1
-  int64_t codes_row_stride, codes_stride;
+  const uint8_t* codes;                   // (rows, features, ceil(groups / 2)): the entries of groups 2q and 2q + 1
+  int64_t codes_stride;                   // of rows
   const Acc* x;  // (rows, features)
   int64_t x_stride;
-  const Acc* weight;     // (features, width)
+  const G* weight;       // (features, width), or pairs of features (features / 2, width, 2) where G is bfloat16
   Acc* weight_gradient;  // (features, width) or null
   Acc* input_gradient;   // (rows, features) or null
   int64_t input_stride;
@@ -136,6 +120,23 @@ struct LookupRow {
   Acc* input_gradient;  // (features,), set; or null
 };
 
+// Kernels of the head: features T, GEMM operands G, accumulators accumulate_t<T>.
+template <typename T, typename G>
+struct HeadKernels {
+  using Acc = accumulate_t<T>;
+  // out[i] = kept ? x[i] : 0
+  void (*select)(const T* x, const uint8_t* bits, int64_t n, G* out);
+  // out[2 i], out[2 i + 1] = the kept x0[i], x1[i]; x1 may be null: zeros (the VNNI layout of two rows)
+  void (*select_pair)(const T* x0, const uint8_t* bits0, const T* x1, const uint8_t* bits1, int64_t n, G* out);
+  // out[i] = x[i] * level[i], 0 where the level is 0, whatever x is
+  void (*multiply)(const T* x, const Acc* level, int64_t n, G* out);
+  // out[i] = G(x[i])
+  void (*convert)(const Acc* x, int64_t n, G* out);
+  // out[c][r] = G(in[r][c])
+  void (*transpose)(const Acc* in, int64_t in_stride, int64_t rows, int64_t columns, G* out, int64_t out_stride);
+  void (*subset_gradients)(const SubsetBlock<Acc, G>& block);  // null where G is float16
+};
+
 template <typename Acc>
 struct AccumulatorKernels {
   // level[i] += kept ? value : 0
@@ -146,12 +147,11 @@ struct AccumulatorKernels {
   void (*axpy)(Acc a, const Acc* x, int64_t n, Acc* y);
   // table[e] = base + the sum of rows i whose bit is in e, each (width,); base may be null, absent rows are zero
   void (*subset_table)(const Acc* base, const Acc* rows, int64_t stride, int64_t count, int64_t width, Acc* table);
-  void (*subset_gradients)(const SubsetBlock<Acc>& block);
   void (*lookup_gradients)(const LookupRow<Acc>& row);  // null where a register holds no table
 };
 
-// codes[d] = bit m of it: element d is kept by row m < count <= 8 of `bits`; n rounded up to 8 codes are written.
-inline void subset_codes(const uint8_t* bits, int64_t stride, int64_t count, int64_t n, uint8_t* codes) {
+// codes[d * step] = bit m of it: element d is kept by row m < count <= 8 of `bits`; n rounded up to 8 codes are written.
+inline void subset_codes(const uint8_t* bits, int64_t stride, int64_t count, int64_t n, uint8_t* codes, int64_t step = 1) {
   for (int64_t i = 0; i < (n + 7) / 8; ++i) {
     uint64_t x = 0;  // an 8 x 8 bit matrix, transposed in three steps (Hacker's Delight 7-3)
     for (int64_t m = 0; m < count; ++m) x |= static_cast<uint64_t>(bits[m * stride + i]) << 8 * m;
@@ -161,7 +161,8 @@ inline void subset_codes(const uint8_t* bits, int64_t stride, int64_t count, int
     x ^= t ^ t << 14;
     t = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
     x ^= t ^ t << 28;
-    std::memcpy(codes + 8 * i, &x, 8);
+    if (step == 1) std::memcpy(codes + 8 * i, &x, 8);
+    else for (int64_t j = 0; j < 8; ++j) codes[(8 * i + j) * step] = static_cast<uint8_t>(x >> 8 * j);
   }
 }
 

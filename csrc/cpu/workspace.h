@@ -18,6 +18,7 @@ class Workspace {
     return at;
   }
   void allocate() { memory_ = at::empty({size_ + 64}, at::kByte); }
+  const at::Tensor& memory() const { return memory_; }
   template <typename U>
   U* at_offset(int64_t offset) const {
     const auto base = reinterpret_cast<uintptr_t>(memory_.data_ptr());
