@@ -103,13 +103,35 @@ inline Vec<Acc> greatest(const Vec<Acc>* rows) {
   return Vec<Acc>::get(v);
 }
 
-// How far an exponent may go above `most` before the sums follow it: they are floating point numbers, and so are weights,
-// which any operand holds up to this.
-constexpr int kSlack = 8;
+// Cache lines on their way to the second-level cache, a few at a time between arithmetic: all at once they would wait for
+// each other.
+class Ahead {
+ public:
+  Ahead(const Lines* ranges, int64_t count) : range_(ranges), end_(ranges + count) { open(); }
+  void fetch(int64_t n) {
+    for (; n > 0 && at_ != last_; --n) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+      if (at_ == last_) open();
+    }
+  }
+
+ private:
+  void open() {
+    at_ = last_ = nullptr;
+    while (range_ != end_ && at_ == last_) {
+      at_ = static_cast<const char*>(range_->first), last_ = at_ + 64 * range_->count;
+      ++range_;
+    }
+  }
+  const Lines *range_, *end_;
+  const char *at_ = nullptr, *last_ = nullptr;
+};
 
 // Rows first .. first + n - 1 of a tile of `vectors` vectors of keys, n at most sixteen: what they have one of is a vector.
 template <typename G, bool kWeighted, bool kDropped, typename Vectors>
-inline void softmax_rows(const SoftmaxTile<G>& tile, int64_t first, int n, Vectors vectors) {
+inline void softmax_rows(const SoftmaxTile<G>& tile, int64_t first, int n, Vectors vectors, Ahead& ahead,
+                         int64_t lines) {
   using Acc = accumulate_t<G>;
   using V = Vec<Acc>;
   const V nothing = V::fill(-std::numeric_limits<Acc>::infinity()), factor = V::fill(tile.factor);
@@ -127,7 +149,7 @@ inline void softmax_rows(const SoftmaxTile<G>& tile, int64_t first, int n, Vecto
   for (int r = n; r < kLanes; ++r) rows[r] = nothing;
 
   const V before = load(tile.most + first, n), found = factor * greatest(rows);
-  const uint32_t grown = less(before + V::fill(kSlack), found) & ((1u << n) - 1);
+  const uint32_t grown = less(before + V::fill(kExponentSlack), found) & ((1u << n) - 1);
   const V now = V::choose(grown, found, before);
   const V base = V::choose(less(nothing, now), now, V::fill(0));
   Acc offsets[kLanes];
@@ -156,6 +178,7 @@ inline void softmax_rows(const SoftmaxTile<G>& tile, int64_t first, int n, Vecto
     }
     if (vectors % 2 != 0) weigh(vectors - 1, even);
     rows[r] = even + odd;
+    ahead.fetch(lines);
   }
   for (int r = n; r < kLanes; ++r) rows[r] = V::fill(0);
 
@@ -191,13 +214,17 @@ void softmax_step(const SoftmaxTile<G>& tile) {
     for (int64_t r = 0; r < tile.rows; ++r)
       std::fill(tile.logits + r * tile.stride + tile.keys, tile.logits + r * tile.stride + vectors * kLanes,
                 -std::numeric_limits<Acc>::infinity());
+  int64_t lines = 0;
+  for (int64_t i = 0; i < tile.aheads; ++i) lines += tile.ahead[i].count;
+  Ahead ahead(tile.ahead, tile.aheads);
+  lines = (lines + tile.rows - 1) / tile.rows;
   const auto run = [&](auto width) {
     for (int64_t r = 0; r < tile.rows; r += kLanes) {
       const int n = static_cast<int>(std::min<int64_t>(kLanes, tile.rows - r));
-      if (tile.weighted && tile.bits) softmax_rows<G, true, true>(tile, r, n, width);
-      else if (tile.weighted) softmax_rows<G, true, false>(tile, r, n, width);
-      else if (tile.bits) softmax_rows<G, false, true>(tile, r, n, width);
-      else softmax_rows<G, false, false>(tile, r, n, width);
+      if (tile.weighted && tile.bits) softmax_rows<G, true, true>(tile, r, n, width, ahead, lines);
+      else if (tile.weighted) softmax_rows<G, true, false>(tile, r, n, width, ahead, lines);
+      else if (tile.bits) softmax_rows<G, false, true>(tile, r, n, width, ahead, lines);
+      else softmax_rows<G, false, false>(tile, r, n, width, ahead, lines);
     }
   };
   constexpr int64_t kWhole = kLogitKeys / kLanes;  // known to the compiler, so that the loops are unrolled

@@ -101,6 +101,7 @@ class Forward {
     Acc *logits, *out, *most, *total, *weighted;
     uint8_t *bits, *shifted;
     std::vector<int64_t> listed;
+    std::vector<Lines> ahead;
 
     explicit Scratch(const Forward& f) {
       const int64_t rows = f.shape_.q_block;
@@ -205,19 +206,23 @@ class Forward {
     std::fill_n(scratch.total, rows, Acc(0));
     std::fill_n(scratch.weighted, rows, Acc(0));
     const int64_t together = kLogitKeys / shape_.k_block, blocks = static_cast<int64_t>(listed.size());
-    const auto fetch_tile = [&](int64_t first) {
-      for (int64_t i = first; i < std::min(first + together, blocks); ++i)
-        if (i == 0 || listed[i] != listed[i - 1] + 1) fetch_block(kv_head(b, h), listed[i]);
-    };
-    fetch_tile(0);
+    for (int64_t i = 0; i < std::min(together, blocks); ++i)
+      if (i == 0 || listed[i] != listed[i - 1] + 1) fetch_block(kv_head(b, h), listed[i]);
     if (blocks > 0) copy_queries(b, h, q, rows, scratch);
     for (int64_t i = 0; i < blocks; i += together) {
-      fetch_tile(i + together);
+      scratch.ahead.clear();
+      for (int64_t j = i + together; j < std::min(i + 2 * together, blocks); ++j)
+        if (listed[j] != listed[j - 1] + 1) add_block(kv_head(b, h), listed[j], scratch.ahead);
       const int64_t count = std::min(together, blocks - i);
       const Tile tile{listed.data() + i, count, (count - 1) * shape_.k_block + keys_in(listed[i + count - 1])};
       step(b, h, q, rows, tile, seen, i == 0, scratch);
     }
     finish(b, h, q, rows, blocks == 0, scratch);
+  }
+
+  void add_block(int64_t head, int64_t block, std::vector<Lines>& ahead) const {
+    ahead.push_back({keys_of(head, block), shape_.k_block * depth_ * int64_t(sizeof(G)) / 64});
+    ahead.push_back({values_of(head, block), keys_in(block) * values_ * int64_t(sizeof(G)) / 64});
   }
 
   // One that follows another is found by the processor.
@@ -251,6 +256,8 @@ class Forward {
         .bits_stride = kLogitKeys / 8,
         .weights = scratch.weights,
         .weights_stride = kLogitKeys,
+        .ahead = scratch.ahead.data(),
+        .aheads = static_cast<int64_t>(scratch.ahead.size()),
     });
     const G* values = values_of_tile(head, tile, scratch);
     multiply(rows, values_, round_up(tile.keys, pairing<G>), scratch.weights, kLogitKeys, values, values_, scratch.out,

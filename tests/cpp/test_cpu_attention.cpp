@@ -153,8 +153,9 @@ void test_softmax(const char* set, const SoftmaxKernels<G>& kernels, int64_t key
                   t == 0 ? nullptr : out.data(), size, out_stride, dropped ? bits.data() : nullptr, bits_stride, to,
                   stride});
     for (int64_t r = 0; r < rows; ++r) {
-      double now = seen[r], here = 0, moved = 0;
-      for (int64_t c = 0; c < n; ++c) now = std::max(now, double(factor) * double(before[r * stride + c]));
+      double greatest = kHidden, here = 0, moved = 0;
+      for (int64_t c = 0; c < n; ++c) greatest = std::max(greatest, double(factor) * double(before[r * stride + c]));
+      const double now = greatest > seen[r] + kExponentSlack ? greatest : seen[r];
       const double base = now == kHidden ? 0 : now;
       const double shrink = seen[r] != kHidden ? std::exp2(seen[r] - base) : now == kHidden ? 1 : 0;
       for (int64_t c = 0; c < padded; ++c) {
