@@ -51,6 +51,23 @@ inline void store_weight(G* p, const Vec<accumulate_t<G>>& x) {
   store(p, x);
 }
 
+// The same of two vectors, one after another.
+template <typename G>
+inline void store_weights(G* p, const Vec<accumulate_t<G>>& x, const Vec<accumulate_t<G>>& y) {
+#if PYRX_ISA == 512
+  if constexpr (std::is_same_v<G, bfloat16>) {
+    alignas(64) static constexpr uint16_t kHigh[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i a = _mm512_add_epi32(_mm512_castps_si512(x.v), half), b = _mm512_add_epi32(_mm512_castps_si512(y.v), half);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(a, _mm512_load_si512(kHigh), b));
+    return;
+  }
+#endif
+  store_weight(p, x);
+  store_weight(p + kLanes, y);
+}
+
 #if PYRX_ISA == 512
 struct Sum {
   static __m512 join(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
@@ -168,15 +185,15 @@ inline void softmax_rows(const SoftmaxTile<G>& tile, int64_t first, int n, Vecto
       // a weight of 0 has an exponent of minus infinity, perhaps
       if constexpr (kWeighted) weighted[r] = V::multiply_add(weight, V::max(exponent, V::fill(-1000)), weighted[r]);
       if constexpr (kDropped)
-        store_weight(out + i * kLanes, weight.keep(bits_of(tile.bits + (first + r) * tile.bits_stride, i * kLanes, kLanes)));
+        return weight.keep(bits_of(tile.bits + (first + r) * tile.bits_stride, i * kLanes, kLanes));
       else
-        store_weight(out + i * kLanes, weight);
+        return weight;
     };
     for (int i = 0; i + 1 < vectors; i += 2) {
-      weigh(i, even);
-      weigh(i + 1, odd);
+      const V one = weigh(i, even);
+      store_weights(out + i * kLanes, one, weigh(i + 1, odd));
     }
-    if (vectors % 2 != 0) weigh(vectors - 1, even);
+    if (vectors % 2 != 0) store_weight(out + (vectors - 1) * kLanes, weigh(vectors - 1, even));
     rows[r] = even + odd;
     ahead.fetch(lines);
   }
