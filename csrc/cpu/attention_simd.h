@@ -34,6 +34,16 @@ struct LogitKernels {
   void (*hide)(const LogitTile<T>& tile);
 };
 
+// How far an exponent may go above the `most` of its row before sums follow it: they are floating point numbers, and a
+// weight of 2^8 is a number of every operand's type. So rows are seldom scaled anew.
+constexpr int kExponentSlack = 8;
+
+// Whole cache lines.
+struct Lines {
+  const void* first;
+  int64_t count;
+};
+
 // One step of an online softmax: a tile of logits (rows, keys), and what its rows have summed up before it.
 template <typename G>
 struct SoftmaxTile {
@@ -42,7 +52,7 @@ struct SoftmaxTile {
   Acc* logits;      // (rows, keys) in rows of `stride`, a multiple of 16; columns up to the next multiple are overwritten
   int64_t stride;
   Acc factor;       // above 0; weights are 2^(factor * logit - most)
-  Acc* most;        // (rows,): greatest factor * logit so far, minus infinity before the first
+  Acc* most;        // (rows,): what exponents are relative to, the greatest factor * logit but for the slack; at first -inf
   Acc* total;       // (rows,): sum of the weights
   Acc* weighted;    // (rows,): sum of the weights times their exponents, or null
   Acc* out;         // (rows, size) in rows of out_stride: sums that follow `most`; null: none yet
@@ -51,6 +61,8 @@ struct SoftmaxTile {
   int64_t bits_stride;
   G* weights;           // (rows, keys rounded up to 16) in rows of weights_stride, 0 where dropped; may be the logits
   int64_t weights_stride;
+  const Lines* ahead = nullptr;  // (aheads,): what is wanted in the second-level cache soon
+  int64_t aheads = 0;
 };
 
 template <typename G>

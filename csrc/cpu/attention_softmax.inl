@@ -51,74 +51,175 @@ inline void store_weight(G* p, const Vec<accumulate_t<G>>& x) {
   store(p, x);
 }
 
-// factor * the greatest of each row; minus infinity where there is none but NaN.
-template <typename G, typename Vectors>
-inline void greatest_of_rows(const SoftmaxTile<G>& tile, int64_t first, int64_t last, Vectors vectors,
-                             accumulate_t<G>* found) {
+// The same of two vectors, one after another.
+template <typename G>
+inline void store_weights(G* p, const Vec<accumulate_t<G>>& x, const Vec<accumulate_t<G>>& y) {
+#if PYRX_ISA == 512
+  if constexpr (std::is_same_v<G, bfloat16>) {
+    alignas(64) static constexpr uint16_t kHigh[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i a = _mm512_add_epi32(_mm512_castps_si512(x.v), half), b = _mm512_add_epi32(_mm512_castps_si512(y.v), half);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(a, _mm512_load_si512(kHigh), b));
+    return;
+  }
+#endif
+  store_weight(p, x);
+  store_weight(p + kLanes, y);
+}
+
+#if PYRX_ISA == 512
+struct Sum {
+  static __m512 join(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+};
+struct Greatest {
+  static __m512 join(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+};
+
+// Rows first, first + 4 .. in a quarter each, joined to four lanes.
+template <typename Op>
+inline __m512 quarters(const Vec<float>* rows) {
+  const __m512 a = rows[0].v, b = rows[4].v, c = rows[8].v, d = rows[12].v;
+  const __m512 ab = Op::join(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  const __m512 cd = Op::join(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+  return Op::join(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+}
+// The same of two such, joined to two lanes each.
+template <typename Op>
+inline __m512 pairs(const Vec<float>* rows) {
+  const __m512d a = _mm512_castps_pd(quarters<Op>(rows)), b = _mm512_castps_pd(quarters<Op>(rows + 1));
+  return Op::join(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+}
+// Lane i: the lanes of rows[i] joined. Sixteen reductions at once cost a fifth of one after another.
+template <typename Op>
+inline Vec<float> across(const Vec<float>* rows) {
+  const __m512 a = pairs<Op>(rows), b = pairs<Op>(rows + 2);
+  return {Op::join(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD))};
+}
+#endif
+
+// Lane i: the sum of rows[i].
+template <typename Acc>
+inline Vec<Acc> sums(const Vec<Acc>* rows) {
+#if PYRX_ISA == 512
+  if constexpr (sizeof(Acc) == 4) return across<Sum>(rows);
+#endif
+  Acc v[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = rows[i].sum();
+  return Vec<Acc>::get(v);
+}
+
+// Lane i: the greatest of rows[i], in which there is no NaN.
+template <typename Acc>
+inline Vec<Acc> greatest(const Vec<Acc>* rows) {
+#if PYRX_ISA == 512
+  if constexpr (sizeof(Acc) == 4) return across<Greatest>(rows);
+#endif
+  Acc v[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = rows[i].greatest();
+  return Vec<Acc>::get(v);
+}
+
+// Cache lines on their way to the second-level cache, a few at a time between arithmetic: all at once they would wait for
+// each other.
+class Ahead {
+ public:
+  Ahead(const Lines* ranges, int64_t count) : range_(ranges), end_(ranges + count) { open(); }
+  void fetch(int64_t n) {
+    for (; n > 0 && at_ != last_; --n) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+      if (at_ == last_) open();
+    }
+  }
+
+ private:
+  void open() {
+    at_ = last_ = nullptr;
+    while (range_ != end_ && at_ == last_) {
+      at_ = static_cast<const char*>(range_->first), last_ = at_ + 64 * range_->count;
+      ++range_;
+    }
+  }
+  const Lines *range_, *end_;
+  const char *at_ = nullptr, *last_ = nullptr;
+};
+
+// Rows first .. first + n - 1 of a tile of `vectors` vectors of keys, n at most sixteen: what they have one of is a vector.
+template <typename G, bool kWeighted, bool kDropped, typename Vectors>
+inline void softmax_rows(const SoftmaxTile<G>& tile, int64_t first, int n, Vectors vectors, Ahead& ahead,
+                         int64_t lines) {
   using Acc = accumulate_t<G>;
   using V = Vec<Acc>;
-  for (int64_t r = first; r < last; ++r) {
-    const Acc* row = tile.logits + r * tile.stride;
-    V even = V::fill(-std::numeric_limits<Acc>::infinity()), odd = even;
+  const V nothing = V::fill(-std::numeric_limits<Acc>::infinity()), factor = V::fill(tile.factor);
+  V rows[kLanes];
+  for (int r = 0; r < n; ++r) {
+    const Acc* row = tile.logits + (first + r) * tile.stride;
+    V even = nothing, odd = nothing;  // NaN is passed over
     for (int i = 0; i + 1 < vectors; i += 2) {
       even = V::max(load(row + i * kLanes), even);
       odd = V::max(load(row + (i + 1) * kLanes), odd);
     }
     if (vectors % 2 != 0) even = V::max(load(row + (vectors - 1) * kLanes), even);
-    found[r - first] = tile.factor * V::max(even, odd).greatest();
+    rows[r] = V::max(even, odd);
   }
-}
+  for (int r = n; r < kLanes; ++r) rows[r] = nothing;
 
-// Rows of a tile of `vectors` vectors of keys. The greatest of some rows are found before the first weight: the chain of
-// what a row waits for is long, and a processor looks ahead over few rows.
-template <typename G, bool kWeighted, bool kDropped, typename Vectors>
-inline void softmax_rows(const SoftmaxTile<G>& tile, Vectors vectors) {
-  using Acc = accumulate_t<G>;
-  using V = Vec<Acc>;
-  constexpr Acc kNothing = -std::numeric_limits<Acc>::infinity();
-  constexpr int64_t kAhead = 16;
-  const V factor = V::fill(tile.factor);
-  Acc greatest[kAhead];
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    if (r % kAhead == 0) greatest_of_rows(tile, r, std::min(r + kAhead, tile.rows), vectors, greatest);
-    const Acc before = tile.most[r], found = greatest[r % kAhead], now = found > before ? found : before;
-    const Acc base = now == kNothing ? 0 : now;
-    const V offset = V::fill(-base);
-    const Acc* row = tile.logits + r * tile.stride;
-    G* out = tile.weights + r * tile.weights_stride;
-    V even = V::fill(0), odd = even, weighted = even;
+  const V before = load(tile.most + first, n), found = factor * greatest(rows);
+  const uint32_t grown = less(before + V::fill(kExponentSlack), found) & ((1u << n) - 1);
+  const V now = V::choose(grown, found, before);
+  const V base = V::choose(less(nothing, now), now, V::fill(0));
+  Acc offsets[kLanes];
+  (V::fill(0) - base).put(offsets);
+
+  V weighted[kWeighted ? kLanes : 1];
+  for (int r = 0; r < n; ++r) {
+    const V offset = V::fill(offsets[r]);
+    const Acc* row = tile.logits + (first + r) * tile.stride;
+    G* out = tile.weights + (first + r) * tile.weights_stride;
+    V even = V::fill(0), odd = even;
+    if constexpr (kWeighted) weighted[r] = even;
     const auto weigh = [&](int i, V& total) {
       const V exponent = V::multiply_add(load(row + i * kLanes), factor, offset), weight = exp2(exponent);
       total = total + weight;
       // a weight of 0 has an exponent of minus infinity, perhaps
-      if constexpr (kWeighted) weighted = V::multiply_add(weight, V::max(exponent, V::fill(-1000)), weighted);
+      if constexpr (kWeighted) weighted[r] = V::multiply_add(weight, V::max(exponent, V::fill(-1000)), weighted[r]);
       if constexpr (kDropped)
-        store_weight(out + i * kLanes, weight.keep(bits_of(tile.bits + r * tile.bits_stride, i * kLanes, kLanes)));
+        return weight.keep(bits_of(tile.bits + (first + r) * tile.bits_stride, i * kLanes, kLanes));
       else
-        store_weight(out + i * kLanes, weight);
+        return weight;
     };
     for (int i = 0; i + 1 < vectors; i += 2) {
-      weigh(i, even);
-      weigh(i + 1, odd);
+      const V one = weigh(i, even);
+      store_weights(out + i * kLanes, one, weigh(i + 1, odd));
     }
-    if (vectors % 2 != 0) weigh(vectors - 1, even);
-    const Acc sum = (even + odd).sum();
-    if (now == before) {
-      tile.total[r] += sum;
-      if constexpr (kWeighted) tile.weighted[r] += weighted.sum();
-      continue;
+    if (vectors % 2 != 0) store_weight(out + (vectors - 1) * kLanes, weigh(vectors - 1, even));
+    rows[r] = even + odd;
+    ahead.fetch(lines);
+  }
+  for (int r = n; r < kLanes; ++r) rows[r] = V::fill(0);
+
+  const V total = load(tile.total + first, n);
+  if (grown == 0) {
+    store(tile.total + first, total + sums(rows), n);
+  } else {
+    const V shrink = exp2(before - base);
+    store(tile.most + first, now, n);
+    store(tile.total + first, V::multiply_add(total, shrink, sums(rows)), n);
+    Acc by[kLanes];
+    shrink.put(by);
+    for (uint32_t left = tile.out ? grown : 0; left != 0; left &= left - 1) {
+      const int r = __builtin_ctz(left);
+      Acc* out = tile.out + (first + r) * tile.out_stride;
+      blocks(tile.size, [&](int64_t i, auto count) { store(out + i, load(out + i, count) * V::fill(by[r]), count); });
     }
-    tile.most[r] = now;
-    const Acc shrink = before == kNothing ? 0 : std::exp2(before - base);
-    if constexpr (kWeighted) {
-      const Acc moved = before == kNothing ? 0 : tile.weighted[r] + (before - base) * tile.total[r];
-      tile.weighted[r] = moved * shrink + weighted.sum();
-    }
-    tile.total[r] = tile.total[r] * shrink + sum;
-    if (tile.out == nullptr) continue;
-    Acc* sums = tile.out + r * tile.out_stride;
-    const V by = V::fill(shrink);
-    blocks(tile.size, [&](int64_t i, auto count) { store(sums + i, load(sums + i, count) * by, count); });
+  }
+  if constexpr (kWeighted) {
+    for (int r = n; r < kLanes; ++r) weighted[r] = V::fill(0);
+    const V own = sums(weighted), old = load(tile.weighted + first, n);
+    const uint32_t seen = less(nothing, before);
+    const V moved = old + V::choose(seen, before - base, V::fill(0)) * total;
+    store(tile.weighted + first, V::multiply_add(moved, V::choose(grown, exp2(before - base), V::fill(1)), own), n);
   }
 }
 
@@ -130,10 +231,18 @@ void softmax_step(const SoftmaxTile<G>& tile) {
     for (int64_t r = 0; r < tile.rows; ++r)
       std::fill(tile.logits + r * tile.stride + tile.keys, tile.logits + r * tile.stride + vectors * kLanes,
                 -std::numeric_limits<Acc>::infinity());
+  int64_t lines = 0;
+  for (int64_t i = 0; i < tile.aheads; ++i) lines += tile.ahead[i].count;
+  Ahead ahead(tile.ahead, tile.aheads);
+  lines = (lines + tile.rows - 1) / tile.rows;
   const auto run = [&](auto width) {
-    if (tile.weighted)
-      return tile.bits ? softmax_rows<G, true, true>(tile, width) : softmax_rows<G, true, false>(tile, width);
-    tile.bits ? softmax_rows<G, false, true>(tile, width) : softmax_rows<G, false, false>(tile, width);
+    for (int64_t r = 0; r < tile.rows; r += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, tile.rows - r));
+      if (tile.weighted && tile.bits) softmax_rows<G, true, true>(tile, r, n, width, ahead, lines);
+      else if (tile.weighted) softmax_rows<G, true, false>(tile, r, n, width, ahead, lines);
+      else if (tile.bits) softmax_rows<G, false, true>(tile, r, n, width, ahead, lines);
+      else softmax_rows<G, false, false>(tile, r, n, width, ahead, lines);
+    }
   };
   constexpr int64_t kWhole = kLogitKeys / kLanes;  // known to the compiler, so that the loops are unrolled
   vectors == kWhole ? run(std::integral_constant<int, kWhole>()) : run(static_cast<int>(vectors));

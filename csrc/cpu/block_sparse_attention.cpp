@@ -70,7 +70,7 @@ class Forward {
           }
           wait(packed[task.head], packs_);
           const Done done{attended[task.head]};
-          attend(task, scratch);
+          attend(task, number, scratch);
         });
   }
 
@@ -100,7 +100,9 @@ class Forward {
     G *queries, *weights, *keys, *values;
     Acc *logits, *out, *most, *total, *weighted;
     uint8_t *bits, *shifted;
-    std::vector<int64_t> listed;
+    std::vector<int64_t> listed, next_listed;
+    std::vector<Lines> ahead;
+    int64_t fetched = -1;  // the task whose first operands are fetched
 
     explicit Scratch(const Forward& f) {
       const int64_t rows = f.shape_.q_block;
@@ -185,34 +187,57 @@ class Forward {
     int64_t count, keys;
   };
 
-  void attend(const Task& task, Scratch& scratch) const {
-    const int64_t runs = attends_ / shape_.group(), b = task.head / shape_.kv_heads;
-    const int64_t h = task.head % shape_.kv_heads * shape_.group() + task.part / runs;
+  // Blocks of queries first .. last of a head.
+  struct Queries {
+    int64_t b, h, first, last;
+  };
+  Queries queries_of(const Task& task) const {
+    const int64_t runs = attends_ / shape_.group();
     // the last blocks of a head come first: they see most where attention is causal
     const int64_t first = (runs - 1 - task.part % runs) * together_;
-    for (int64_t i = first; i < std::min(first + together_, shape_.q_blocks()); ++i) attend(b, h, i, scratch);
+    return {task.head / shape_.kv_heads, task.head % shape_.kv_heads * shape_.group() + task.part / runs, first,
+            std::min(first + together_, shape_.q_blocks())};
   }
 
-  void attend(int64_t b, int64_t h, int64_t block, Scratch& scratch) const {
-    const int64_t q = block * shape_.q_block, rows = std::min(shape_.q_block, shape_.queries - q);
-    const Reach seen = reach(in_.rules, b, q, rows);
-    std::vector<int64_t>& listed = scratch.listed;
+  // Blocks of keys that some query of a block sees.
+  Reach list(int64_t b, int64_t h, int64_t block, std::vector<int64_t>& listed) const {
+    const int64_t q = block * shape_.q_block;
+    const Reach seen = reach(in_.rules, b, q, std::min(shape_.q_block, shape_.queries - q));
     in_.kv.of(b, h, block, listed);
     listed.erase(std::remove_if(listed.begin(), listed.end(),
                                 [&](int64_t j) { return seen.any.empty() || seen.misses(j * shape_.k_block, keys_in(j)); }),
                  listed.end());
+    return seen;
+  }
+
+  void attend(const Task& task, int64_t number, Scratch& scratch) const {
+    const Queries own = queries_of(task);
+    for (int64_t i = own.first; i < own.last; ++i) {
+      const bool fetched = i > own.first || scratch.fetched == number;
+      attend(task, own, i, number, fetched, scratch);
+    }
+  }
+
+  void attend(const Task& task, const Queries& own, int64_t block, int64_t number, bool fetched, Scratch& scratch) const {
+    const int64_t b = own.b, h = own.h, q = block * shape_.q_block, rows = std::min(shape_.q_block, shape_.queries - q);
+    std::vector<int64_t>& listed = scratch.listed;
+    const Reach seen = list(b, h, block, listed);
     std::fill_n(scratch.most, rows, -std::numeric_limits<Acc>::infinity());
     std::fill_n(scratch.total, rows, Acc(0));
     std::fill_n(scratch.weighted, rows, Acc(0));
     const int64_t together = kLogitKeys / shape_.k_block, blocks = static_cast<int64_t>(listed.size());
-    const auto fetch_tile = [&](int64_t first) {
-      for (int64_t i = first; i < std::min(first + together, blocks); ++i)
-        if (i == 0 || listed[i] != listed[i - 1] + 1) fetch_block(kv_head(b, h), listed[i]);
-    };
-    fetch_tile(0);
+    if (!fetched) {
+      scratch.ahead.clear();
+      add_tile(task.head, listed, 0, scratch.ahead);
+      for (const Lines& lines : scratch.ahead) fetch(static_cast<const char*>(lines.first), 64 * lines.count);
+    }
     if (blocks > 0) copy_queries(b, h, q, rows, scratch);
     for (int64_t i = 0; i < blocks; i += together) {
-      fetch_tile(i + together);
+      scratch.ahead.clear();
+      if (i + together < blocks) add_tile(task.head, listed, i + together, scratch.ahead);
+      else if (block + 1 < own.last) add_queries(b, h, block + 1, scratch);
+      else scratch.fetched = add_task(number + at::get_num_threads(), scratch);
+      add_share(task, i, std::min(i + together, blocks), blocks, block - own.first, own.last - own.first, scratch.ahead);
       const int64_t count = std::min(together, blocks - i);
       const Tile tile{listed.data() + i, count, (count - 1) * shape_.k_block + keys_in(listed[i + count - 1])};
       step(b, h, q, rows, tile, seen, i == 0, scratch);
@@ -220,10 +245,56 @@ class Forward {
     finish(b, h, q, rows, blocks == 0, scratch);
   }
 
-  // One that follows another is found by the processor.
-  void fetch_block(int64_t head, int64_t block) const {
-    fetch(keys_of(head, block), shape_.k_block * depth_);
-    fetch(values_of(head, block), keys_in(block) * values_);
+  template <typename U>
+  static void add(const U* from, int64_t n, std::vector<Lines>& ahead) {
+    ahead.push_back({from, (n * int64_t(sizeof(U)) + 63) / 64});
+  }
+  template <typename U>
+  static void add_rows(const TokenRows<U>& from, int64_t b, int64_t h, int64_t first, int64_t n, int64_t size,
+                       std::vector<Lines>& ahead) {
+    if (from.token == size) return add(from.at(b, h, first), n * size, ahead);
+    for (int64_t i = 0; i < n; ++i) add(from.at(b, h, first + i), size, ahead);
+  }
+
+  // Keys and values of a tile, but for blocks that follow another: those are found by the processor.
+  void add_tile(int64_t head, const std::vector<int64_t>& listed, int64_t first, std::vector<Lines>& ahead) const {
+    const int64_t last = std::min<int64_t>(first + kLogitKeys / shape_.k_block, listed.size());
+    for (int64_t i = first; i < last; ++i) {
+      if (i > 0 && listed[i] == listed[i - 1] + 1) continue;
+      add(keys_of(head, listed[i]), shape_.k_block * depth_, ahead);
+      add(values_of(head, listed[i]), keys_in(listed[i]) * values_, ahead);
+    }
+  }
+
+  // What a block of queries begins with.
+  void add_queries(int64_t b, int64_t h, int64_t block, Scratch& scratch) const {
+    const int64_t q = block * shape_.q_block;
+    add_rows(in_.query, b, h, q, std::min(shape_.q_block, shape_.queries - q), shape_.size, scratch.ahead);
+    list(b, h, block, scratch.next_listed);
+    add_tile(kv_head(b, h), scratch.next_listed, 0, scratch.ahead);
+  }
+
+  // What a task begins with, which a thread takes next if the others are as fast as it.
+  int64_t add_task(int64_t number, Scratch& scratch) const {
+    if (number >= shape_.batch * shape_.kv_heads * (packs_ + attends_)) return -1;
+    const Task task = task_of(number);
+    if (task.pack) return -1;
+    const Queries own = queries_of(task);
+    add_queries(own.b, own.h, own.first, scratch);
+    return number;
+  }
+
+  // Of the keys and values that are packed next but one, what falls to tile `i` .. `next` of `blocks` of a task.
+  void add_share(const Task& task, int64_t i, int64_t next, int64_t blocks, int64_t part, int64_t parts,
+                 std::vector<Lines>& ahead) const {
+    const int64_t head = task.head + 2;
+    if (head >= shape_.batch * shape_.kv_heads) return;
+    const int64_t b = head / shape_.kv_heads, h = head % shape_.kv_heads, shares = attends_ * parts * blocks;
+    const int64_t own = (task.part * parts + part) * blocks;
+    const int64_t first = shape_.keys * (own + i) / shares, last = shape_.keys * (own + next) / shares;
+    if (first == last) return;
+    add_rows(in_.key, b, h, first, last - first, shape_.size, ahead);
+    add_rows(in_.value, b, h, first, last - first, shape_.value_size, ahead);
   }
 
   void step(int64_t b, int64_t h, int64_t q, int64_t rows, const Tile& tile, const Reach& seen, bool first,
@@ -251,6 +322,8 @@ class Forward {
         .bits_stride = kLogitKeys / 8,
         .weights = scratch.weights,
         .weights_stride = kLogitKeys,
+        .ahead = scratch.ahead.data(),
+        .aheads = static_cast<int64_t>(scratch.ahead.size()),
     });
     const G* values = values_of_tile(head, tile, scratch);
     multiply(rows, values_, round_up(tile.keys, pairing<G>), scratch.weights, kLogitKeys, values, values_, scratch.out,

@@ -142,9 +142,11 @@ void test_softmax(const char* set, const SoftmaxKernels<G>& kernels, int64_t key
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < n; ++c) {
         const uint64_t i = (t * rows + r) * 128 + c;
-        // a row of nothing in the first tiles, one of nothing at all, one that is hidden here and there, large ones
+        // a row of nothing in the first tiles, one of nothing at all, one that is hidden here and there, large ones, and rows
+        // that grow by more than the slack
         const bool hidden = (r == 2 && t < 2) || r == 3 || (r == 4 && lane_of(12, i, 0) % 2);
-        logits[r * stride + c] = static_cast<Acc>(hidden ? kHidden : normal(i) * (r == 5 ? 1000 : 10));
+        const double grown = r > 5 && r % 3 == 0 ? double(40 * t) : 0;
+        logits[r * stride + c] = static_cast<Acc>(hidden ? kHidden : normal(i) * (r == 5 ? 1000 : 10) + grown);
       }
     const std::vector<Acc> before(logits.data(), logits.data() + logits.size());
     G* to = weights.data();
@@ -153,8 +155,9 @@ void test_softmax(const char* set, const SoftmaxKernels<G>& kernels, int64_t key
                   t == 0 ? nullptr : out.data(), size, out_stride, dropped ? bits.data() : nullptr, bits_stride, to,
                   stride});
     for (int64_t r = 0; r < rows; ++r) {
-      double now = seen[r], here = 0, moved = 0;
-      for (int64_t c = 0; c < n; ++c) now = std::max(now, double(factor) * double(before[r * stride + c]));
+      double greatest = kHidden, here = 0, moved = 0;
+      for (int64_t c = 0; c < n; ++c) greatest = std::max(greatest, double(factor) * double(before[r * stride + c]));
+      const double now = greatest > seen[r] + kExponentSlack ? greatest : seen[r];
       const double base = now == kHidden ? 0 : now;
       const double shrink = seen[r] != kHidden ? std::exp2(seen[r] - base) : now == kHidden ? 1 : 0;
       for (int64_t c = 0; c < padded; ++c) {
