@@ -46,7 +46,9 @@ class Triton(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A call, and what each backend launches for it. `library`: products that both leave to cuBLAS."""
+    """A call, and what each backend launches for it. What a call returns is called too, and only its launches count.
+
+    `library`: products that are left to cuBLAS, by Triton's backend where none of its kernels multiplies."""
 
     name: str
     call: Callable[[], Any] | None  # on Triton's backend; None: no Triton kernel
@@ -127,27 +129,27 @@ def head_case(b: int, d: int, c: int, m: int) -> Case:
     fold = Cost(HALF * rows * d + rows * d / 8 + HALF * b * d + HALF * logits, alu=1.0 * rows * d, fma=2.0 * rows * d)
     finish = Cost(4.0 * (128 * c + 4 * b))
     scale = Cost(4.0)
-    losses = "cross_entropy_wide_kernel<__nv_bfloat16, false>" if wide else "cross_entropy_kernel<__nv_bfloat16, false, "
-    losses += "" if wide else "false>"
+    name = f"cross_entropy{'_wide' if wide else ''}_kernel"
+    instance = f"cuda::{name}<__nv_bfloat16, false{'' if wide else ', false'}>"
     cuda = (
         Cuda("pack_kernel", "cuda::pack_kernel<__nv_bfloat16, true>", 256, pack),
-        Cuda("cross_entropy_wide_kernel" if wide else "cross_entropy_kernel", losses, 256, loss),
+        Cuda(name, instance, 256, loss),
         Cuda("fold_kernel", "fold_kernel<__nv_bfloat16, __nv_bfloat16, true>", 256, fold),
         Cuda("finish_kernel", "finish_kernel<__nv_bfloat16, __nv_bfloat16>", 256, finish),
         Cuda("scale_kernel", "cuda::scale_kernel<__nv_bfloat16>", 256, scale),
     )
     row = "multi_sample_dropout"
     common = (
-        Triton("loss:weight_sum_kernel", Cost(12.0 * b)),
+        *((Triton("loss:weight_sum_kernel", Cost(12.0 * b)),) if logits > 2**23 else ()),  # several chunks
         Triton(f"{row}_loss:cross_entropy_kernel", loss),
         Triton(f"{row}_loss:finish_kernel", finish),
         Triton(f"{row}_loss:scale_kernel", scale),
     )
     if c > 128:
-        triton = (Triton(f"{row}_gemm:pack_kernel", pack), Triton(f"{row}_gemm:fold_kernel", fold))
-        library = (products,) * 3
+        bits = Triton(f"{row}_gemm:mask_bits_kernel", Cost(rows * d / 8, alu=PHILOX * rows * d / 8))
+        plain = pack._replace(alu=3.0 * rows * d)
+        triton = (bits, Triton(f"{row}_gemm:pack_kernel", plain), Triton(f"{row}_gemm:fold_kernel", fold))
     else:
-        library = ()
         forward = products._replace(bytes=HALF * (b * d + c * d) + 4.0 * logits, alu=(PHILOX + 20) * rows * d / 8)
         backward = products._replace(bytes=HALF * (2 * b * d + 2 * c * d + logits), tensor=2 * products.tensor)
         triton = (Triton(f"{row}_gemm:logits_kernel", forward), Triton(f"{row}_gemm:gradients_kernel", backward))
@@ -162,8 +164,8 @@ def head_case(b: int, d: int, c: int, m: int) -> Case:
 
         grad_of(loss_of, empty(b, d), empty(c, d), empty(c))
 
-    name = f"multi-sample dropout head, B, D, C, M = {b}, {d}, {c}, {m}, bfloat16"
-    return Case(name, call, cuda, (*triton, *common), library or ((products,) * 3 if c > 128 else ()))
+    title = f"multi-sample dropout head, B, D, C, M = {b}, {d}, {c}, {m}, bfloat16"
+    return Case(title, call, cuda, (*triton, *common), (products,) * 3)
 
 
 def loss_case(rows: int, classes: int) -> Case:
@@ -186,8 +188,6 @@ def loss_case(rows: int, classes: int) -> Case:
         Triton(f"{file}:mixed_loss_kernel", Cost(4.0 * rows)),
         Triton(f"{file}:mixed_scale_kernel", Cost(4.0)),
     )
-    if wide:
-        triton += (Triton("loss:weight_sum_kernel", Cost(20.0 * rows)),)
 
     def call() -> None:
         target = pyrx.MixedTarget(ids(rows), ids(rows), torch.ones(rows))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from gpu_cases import BF16, F32, HALF, SINGLE, Case, Cost, Cuda, Triton, empty, grad_of
+from torch import Tensor
 
 
 def sparsity_cases() -> list[Case]:
@@ -124,16 +125,22 @@ def optimizer_cases() -> list[Case]:
 
     n = 8192.0 * 8192
 
-    def step(optimizer: Any, shape: tuple[int, ...], dtype: torch.dtype, n_: int, m: int, **options: Any) -> None:
+    def stepped(
+        optimizer: Any, shape: tuple[int, ...], dtype: torch.dtype, n_: int, m: int, **options: Any
+    ) -> Callable[[], Any]:
+        """A step after the first, which makes the mask."""
         weight = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
         weight.grad = torch.zeros(shape, dtype=dtype)
         made = optimizer([weight], lr=1e-3, n=n_, m=m, backend="triton", **options)
         made.step()
+        return made.step
 
     def case(name: str, dtype: torch.dtype, kernel: str, instance: str, moments: int, **options: Any) -> Case:
         width = SINGLE if dtype == F32 else HALF
         adamw = moments == 2
-        cost = Cost((width * (3 + 2 * moments) + 0.25) * n, alu=(40.0 if adamw else 25.0) * n, fma=35.0 * n, mufu=2.0 * n)
+        cost = Cost(
+            (width * (3 + 2 * moments) + 0.25) * n, alu=(40.0 if adamw else 25.0) * n, fma=35.0 * n, mufu=2.0 * n
+        )
         triton = (Triton(f"masked_update:{'_adamw_kernel' if adamw else '_sgd_kernel'}", cost),)
         if options.get("dim", -1) != -1:  # ranked apart
             triton += (Triton("nm_sparsity:_columns_kernel", Cost(width * n + n / 8)),)
@@ -141,11 +148,12 @@ def optimizer_cases() -> list[Case]:
         optimizer = MaskedAdamW if adamw else MaskedSGD
         return Case(
             f"{name}, 8192 x 8192, {str(dtype)[6:]}",
-            lambda: step(optimizer, (8192, 8192), dtype, *ratio, **options),
+            lambda: stepped(optimizer, (8192, 8192), dtype, *ratio, **options),
             (Cuda(kernel, instance, 256, cost),),
             triton,
         )
 
+    plain = Cost(14.25 * n, alu=70 * n, fma=35 * n, mufu=2 * n)
     rows, columns, elements = "update_rows_kernel", "update_columns_kernel", "update_elements_kernel"
     adamw = "pyrx::cuda::AdamW"
     return [
@@ -156,7 +164,7 @@ def optimizer_cases() -> list[Case]:
         case("MaskedSGD 2:4", F32, rows, f"{rows}<pyrx::cuda::SGD, float, 2, 4>", 1, momentum=0.9),
         Case(
             "MaskedAdamW, masks kept, rows that 8 does not divide, 8192 x 8191, bfloat16", None,
-            (Cuda(elements, f"{elements}<{adamw}, __nv_bfloat16>", 256, Cost(14.25 * n, alu=70 * n, fma=35 * n, mufu=2 * n)),),
+            (Cuda(elements, f"{elements}<{adamw}, __nv_bfloat16>", 256, plain),),
         ),
     ]  # fmt: skip
 
@@ -167,9 +175,7 @@ ATTENTION = (1, 24, 32768, 128)
 def attention_cases() -> list[Case]:
     import pyrx
     from pyrx._attention import Logits
-    from pyrx.ops.block_mask import select_blocks
     from pyrx.ops.block_mass import block_mass, block_recall
-    from pyrx.ops.block_pool import block_pool
 
     batch, heads, tokens, size = ATTENTION
     pairs, rows = float(batch * heads * tokens * tokens), float(batch * heads * tokens)
@@ -206,9 +212,7 @@ def attention_cases() -> list[Case]:
     def biased(dtype: torch.dtype) -> None:
         query, bias = empty(1, 2, 1024, 256, dtype=dtype), empty(1, 2, 1024, 1024, dtype=dtype)
         part = pyrx.BlockMask.from_dense(torch.ones(1, 1, 8, 8, dtype=torch.bool), (1024, 1024), 128)
-        grad_of(
-            lambda own: pyrx.block_sparse_attention(query, query, query, part, bias=own, backend="triton"), bias
-        )
+        grad_of(lambda own: pyrx.block_sparse_attention(query, query, query, part, bias=own, backend="triton"), bias)
 
     def forward(share: float) -> Case:
         name = f"attention forward, density {share:g}, (1, 24, 32768, 128), bfloat16"
@@ -219,8 +223,6 @@ def attention_cases() -> list[Case]:
     dense = Logits(-1, -1, None, None, None, None, None, size**-0.5, 0.0)
     lists = Cost(listed + 8 * listed, alu=4 * listed)
     chosen = Cost(5 * listed, alu=14 * 3 * listed)
-    scores = empty(1, 24, 512, 512, dtype=F32)
-    wanted = torch.full((1, 1, 1), 102, dtype=torch.int32)
     pool = Cost(rows * size * HALF + rows / 64 * (size + 1) * 4, fma=6 * rows * size, mufu=rows)
     mass = Cost(2 * tensor + 4 * rows + 4 * blocks, tensor=2 * size * pairs, mufu=pairs, fma=3 * pairs)
     recall = mass._replace(bytes=2 * tensor + 4 * rows + blocks, fma=6 * pairs)
@@ -239,9 +241,12 @@ def attention_cases() -> list[Case]:
         narrow = dtype == BF16
         own = plain._replace(plain=0.0, tensor=plain.plain) if narrow else plain
         return Case(
-            f"attention with a bias and its gradient, (1, 2, 1024, 256), {str(dtype)[6:]}", lambda: biased(dtype), (),
+            f"attention with a bias and its gradient, (1, 2, 1024, 256), {str(dtype)[6:]}",
+            lambda: biased(dtype),
+            (),
             (
-                Triton(f"{file}:_forward_kernel", own), Triton(backward[0], Cost(4.0 * 2048 * 256 * 2)),
+                Triton(f"{file}:_forward_kernel", own),
+                Triton(backward[0], Cost(4.0 * 2048 * 256 * 2)),
                 Triton(f"{file}_backward:_bias_kernel", own),
             ),
         )
@@ -256,7 +261,9 @@ def attention_cases() -> list[Case]:
             ),
         ),
         bias_case(BF16), bias_case(F32),
-        Case("LSE-cached search, (1, 24, 32768, 128), bfloat16", searched, (), (Triton("block_mass:_mass_kernel", mass),)),
+        Case(
+            "LSE-cached search, (1, 24, 32768, 128), bfloat16", searched, (), (Triton("block_mass:_mass_kernel", mass),)
+        ),
         Case("recall, (1, 24, 32768, 128), bfloat16", recalled, (), (Triton("block_mass:_recall_kernel", recall),)),
         Case(
             "a mask from block scores, 1 x 24 x 512 x 512", None,
@@ -270,4 +277,3 @@ def attention_cases() -> list[Case]:
             (Cuda("block_pool_kernel", "block_pool_kernel<__nv_bfloat16>", 256, pool),),
         ),
     ]  # fmt: skip
-
