@@ -1,11 +1,13 @@
-"""Every row's small calls (calls.py): the CPU's kernels against the reference, and that the table is whole."""
+"""Every row's small calls (calls.py): the CPU's kernels and Triton's, interpreted, against the reference, and that the
+table is whole."""
 
 import calls
 import pytest
 import torch
 from helpers import assert_same_bits, bits, need
+from triton_helpers import INTERPRETED, run_interpreted
 
-from pyrx._backends import OPS
+from pyrx._backends import ABSENT, OPS
 
 TABLE = [pytest.param(each, id=f"{each.row}, {each.name}") for each in calls.TABLE]
 
@@ -24,6 +26,7 @@ def test_every_row_has_calls():
     assert {each.row for each in calls.TABLE} == set(OPS)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="done in the other process")
 @pytest.mark.parametrize("call", TABLE)
 def test_cpu(call):
     need("cpu", ops=(call.row,))
@@ -36,3 +39,19 @@ def test_cpu(call):
     # what the tests of streams and graphs rest on: other tensors, other results
     other = call(call.tensors(1), torch.tensor(8), "cpu")
     assert any((bits(a) != bits(b)).any() for a, b in zip(got, other, strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("call", TABLE)
+def test_triton(call):
+    if (call.row, "triton") in ABSENT:
+        pytest.skip(ABSENT[call.row, "triton"])
+    need("triton", ops=(call.row,))
+    tensors, seed = call.tensors(), torch.tensor(7)
+    assert_agree(call, call(tensors, seed, "triton"), call(tensors, seed, "reference"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_triton_in_the_interpreter():
+    run_interpreted(__file__, 28)
