@@ -42,7 +42,7 @@ def sparsity_cases() -> list[Case]:
     greedy = bool_mask._replace(alu=8 * 25 * n / 8)
     pack = Cost(n + n / 8, alu=3 * n)
     kept = HALF * n / 2 + n / 2 + n / 8  # values, indices, bits
-    compress = Cost(kept, alu=60 * n)
+    compress = Cost(kept, alu=130 * n)
     decompress = Cost(HALF * n / 2 + n / 2 + HALF * n, alu=12 * n)
     row_bits = (empty(8192, 8192), torch.zeros(8192, 1024, dtype=torch.uint8))
 

@@ -83,7 +83,8 @@ __device__ inline uint32_t spread_tops(uint32_t x) {
 #endif
 }
 
-template <typename U>
+// The larger and the smaller of each lane; kFull as of at_least.
+template <typename U, bool kFull>
 __device__ inline Word<U> larger(Word<U> a, Word<U> b) {
   if constexpr (KeyWord<U>::lanes == 1) {
     return a > b ? a : b;
@@ -91,13 +92,13 @@ __device__ inline Word<U> larger(Word<U> a, Word<U> b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     return __vmaxu2(a, b);  // one instruction, before sm_90 a dozen
 #else
-    const uint32_t mask = spread_tops(at_least<U, true>(a, b));
+    const uint32_t mask = spread_tops(at_least<U, kFull>(a, b));
     return (a & mask) | (b & ~mask);
 #endif
   }
 }
 
-template <typename U>
+template <typename U, bool kFull>
 __device__ inline Word<U> smaller(Word<U> a, Word<U> b) {
   if constexpr (KeyWord<U>::lanes == 1) {
     return a < b ? a : b;
@@ -105,7 +106,7 @@ __device__ inline Word<U> smaller(Word<U> a, Word<U> b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     return __vminu2(a, b);
 #else
-    const uint32_t mask = spread_tops(at_least<U, true>(a, b));
+    const uint32_t mask = spread_tops(at_least<U, kFull>(a, b));
     return (b & mask) | (a & ~mask);
 #endif
   }
@@ -120,7 +121,7 @@ __device__ inline Word<U> key_word(Word<U> raw, uint64_t infinity) {
   using W = Word<U>;
   constexpr W top = KeyWord<U>::top, ones = KeyWord<U>::ones;
   const W nan = (static_cast<W>(infinity) + 1) * ones;
-  const W absolute = smaller<U>(raw & ~top, nan);
+  const W absolute = smaller<U, false>(raw & ~top, nan);
   if constexpr (!kFull) return absolute;
   const W is_nan = absolute + (top - nan);  // in the top bit
   const W negative = raw & ~is_nan & top;
@@ -260,43 +261,43 @@ __device__ inline uint32_t break_ties(uint32_t above, uint32_t equal, int n, int
 }
 
 // Puts a key into the N largest, largest first.
-template <typename U, int kN>
+template <typename U, int kN, bool kFull>
 __device__ inline void insert(Word<U> (&best)[kN], Word<U> key) {
 #pragma unroll
   for (int k = 0; k < kN; ++k) {
-    const Word<U> lower = smaller<U>(best[k], key);
-    best[k] = larger<U>(best[k], key);
+    const Word<U> lower = smaller<U, kFull>(best[k], key);
+    best[k] = larger<U, kFull>(best[k], key);
     key = lower;
   }
 }
 
 // The N-th largest key of groups over `lanes` adjacent lanes.
-template <typename U, int kN>
+template <typename U, int kN, bool kFull>
 __device__ inline Word<U> threshold_of_best(const Word<U> (&key)[kGroup], int lanes) {
   using W = Word<U>;
   W best[kN] = {};
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) insert<U, kN>(best, key[j]);
+  for (int j = 0; j < kGroup; ++j) insert<U, kN, kFull>(best, key[j]);
   for (int offset = 1; offset < lanes; offset *= 2) {
     W other[kN];
 #pragma unroll
     for (int k = 0; k < kN; ++k) other[k] = __shfl_xor_sync(kAllLanes, best[k], offset);
 #pragma unroll
-    for (int k = 0; k < kN; ++k) insert<U, kN>(best, other[k]);
+    for (int k = 0; k < kN; ++k) insert<U, kN, kFull>(best, other[k]);
   }
   return best[kN - 1];
 }
 
 // a becomes the larger.
-template <typename U>
+template <typename U, bool kFull>
 __device__ inline void order_pair(Word<U>& a, Word<U>& b) {
-  const Word<U> larger_one = larger<U>(a, b);
-  b = smaller<U>(a, b);
+  const Word<U> larger_one = larger<U, kFull>(a, b);
+  b = smaller<U, kFull>(a, b);
   a = larger_one;
 }
 
 // The same of any n: all keys are sorted, largest first, in each lane and then by bitonic merges over the lanes.
-template <typename U>
+template <typename U, bool kFull>
 __device__ inline Word<U> threshold_by_sorting(const Word<U> (&key)[kGroup], int n, int lanes) {
   using W = Word<U>;
   W sorted[kGroup];
@@ -306,7 +307,7 @@ __device__ inline Word<U> threshold_by_sorting(const Word<U> (&key)[kGroup], int
   constexpr int pairs[19][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
                                 {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
 #pragma unroll
-  for (int i = 0; i < 19; ++i) order_pair<U>(sorted[pairs[i][0]], sorted[pairs[i][1]]);
+  for (int i = 0; i < 19; ++i) order_pair<U, kFull>(sorted[pairs[i][0]], sorted[pairs[i][1]]);
 #pragma unroll 1
   for (int width = 1; width < lanes; width *= 2) {
     const bool first = !(threadIdx.x & width);  // of the half that has the larger ones
@@ -316,21 +317,21 @@ __device__ inline Word<U> threshold_by_sorting(const Word<U> (&key)[kGroup], int
       other[j] = __shfl_xor_sync(kAllLanes, sorted[kGroup - 1 - j], 2 * width - 1);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j)
-      sorted[j] = first ? larger<U>(sorted[j], other[j]) : smaller<U>(sorted[j], other[j]);
+      sorted[j] = first ? larger<U, kFull>(sorted[j], other[j]) : smaller<U, kFull>(sorted[j], other[j]);
 #pragma unroll 1
     for (int offset = width / 2; offset > 0; offset /= 2) {
       const bool lower = !(threadIdx.x & offset);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         const W across = __shfl_xor_sync(kAllLanes, sorted[j], offset);
-        sorted[j] = lower ? larger<U>(sorted[j], across) : smaller<U>(sorted[j], across);
+        sorted[j] = lower ? larger<U, kFull>(sorted[j], across) : smaller<U, kFull>(sorted[j], across);
       }
     }
 #pragma unroll
     for (int k = kGroup / 2; k > 0; k /= 2)
 #pragma unroll
       for (int j = 0; j < kGroup; ++j)
-        if (!(j & k)) order_pair<U>(sorted[j], sorted[j + k]);
+        if (!(j & k)) order_pair<U, kFull>(sorted[j], sorted[j + k]);
   }
   const int place = n - 1;  // a bit at a time: an index that is not constant would take the keys to local memory
 #pragma unroll
@@ -354,8 +355,8 @@ __device__ inline uint32_t rank_words(const Word<U> (&raw)[kGroup], const RankOr
   } else {
     const int lanes = order.m / kGroup;
     W threshold;
-    if constexpr (kN == 0) threshold = threshold_by_sorting<U>(key, order.n, lanes);
-    else threshold = threshold_of_best<U, kN>(key, lanes);
+    if constexpr (kN == 0) threshold = threshold_by_sorting<U, kFull>(key, order.n, lanes);
+    else threshold = threshold_of_best<U, kN, kFull>(key, lanes);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) kept[j] = at_least<U, kFull>(key[j], threshold);
     const uint32_t reached = gather_tops<U>(kept);

@@ -293,7 +293,7 @@ __device__ inline void stream_strip(const Bits<T>* from, const NMColumns& layout
   for (int i = 0; i < strip.rows; ++i, at += layout.inner) {
     row_words(load_raw<kWhole>(at, strip.columns, U(0)), row);
 #pragma unroll
-    for (int w = 0; w < words; ++w) insert<U, kN>(best[w], key_word<U, kFull>(row[w], order.infinity));
+    for (int w = 0; w < words; ++w) insert<U, kN, kFull>(best[w], key_word<U, kFull>(row[w], order.infinity));
   }
   W open[words], second[words];  // whether one more that equals the threshold may stay, and one after it
 #pragma unroll
