@@ -30,7 +30,13 @@ endif
 say = @printf '\n== %s\n' $(1)
 HAS_TORCH := import re, torch; v = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])); assert v >= (2, 11), v
 
-.PHONY: help demo test bench gpu lint build cpp clean gpu-here
+GPU_TEST_SECONDS ?= 540
+GPU_BENCH_MINUTES ?= 9
+SANITIZE_SECONDS ?= 240
+GPU_BUILT ?= gpu-build-here
+
+.PHONY: help demo test bench gpu-model lint build cpp clean \
+  $(foreach each,gpu gpu-build gpu-sanitize gpu-test gpu-bench,$(each) $(each)-here)
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +44,8 @@ help:
 	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
 	@echo 'make bench   time every op against PyTorch and peers, tables and charts'
 	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
+	@echo '             and its parts: make gpu-build, gpu-sanitize, gpu-test, gpu-bench  (each under 10 minutes)'
+	@echo 'make gpu-model  predict the GPU kernels'"'"' times from their machine code   (no GPU; 10 minutes after the build)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   only the environment and the extension'
 	@echo 'make clean   remove what was built (not the environment)'
@@ -57,22 +65,51 @@ bench: $(call extras,bench)
 	@$(PY) bench/report.py
 
 # an environment made before wins, then a system Python whose torch sees a GPU, then a new environment
-gpu:
+gpu gpu-build gpu-test gpu-bench gpu-sanitize:
 	@if [ '$(TORCH_SYSTEM)' != 1 ] && [ ! -e '$(ENVIRONMENT)' ] && \
 	  $(PYTHON) -c '$(HAS_TORCH); import pytest; assert torch.cuda.is_available()' 2>/dev/null; \
 	then echo "== using $$(command -v $(PYTHON)): its torch sees a GPU, so nothing is downloaded"; \
-	  $(MAKE) gpu-here TORCH_SYSTEM=1; \
-	else $(MAKE) gpu-here; fi
+	  $(MAKE) $@-here TORCH_SYSTEM=1; \
+	else $(MAKE) $@-here; fi
 
-# the benchmarks run also when a test failed; the exit status tells of both
-gpu-here: $(call extras,test) $(call extras,bench) build
-	$(call say,'gpu tests (up to 4 minutes)')
-	@failed=0; jobs=$$($(PY) -c 'import xdist' 2>/dev/null && echo '-n 8' || true); \
-	timeout 240 $(PY) -m pytest -q -m gpu $$jobs || failed=$$?; \
-	printf '\n== %s\n' 'GPU benchmarks (up to 5 minutes): results in bench/results'; \
-	timeout 290 $(PY) bench/run.py --device cuda --out bench/results --minutes 4.4 || failed=$$?; \
+# the benchmarks run also when a test failed; the exit status tells of all
+gpu-here: gpu-build-here
+	@failed=0; export GPU_BUILT=; \
+	$(MAKE) gpu-sanitize-here SANITIZE_SECONDS=40 || failed=$$?; \
+	$(MAKE) gpu-test-here GPU_TEST_SECONDS=200 || failed=$$?; \
+	$(MAKE) gpu-bench-here GPU_BENCH_MINUTES=3.6 || failed=$$?; \
+	exit $$failed
+
+gpu-build-here: $(call extras,test) $(call extras,bench) build
+
+# every row first, so that a run that the time limit cuts short has seen them all
+gpu-test-here: $(GPU_BUILT)
+	$(call say,'gpu tests (up to $(GPU_TEST_SECONDS) seconds)')
+	@jobs=$$($(PY) -c 'import xdist' 2>/dev/null && echo '-n 8' || true); \
+	timeout $(GPU_TEST_SECONDS) $(PY) -m pytest -q -m gpu $$jobs tests/test_gpu_rows.py tests
+
+gpu-bench-here: $(GPU_BUILT)
+	$(call say,'GPU benchmarks (up to $(GPU_BENCH_MINUTES) minutes): results in bench/results')
+	@failed=0; \
+	timeout $$($(PY) -c 'print(60 * $(GPU_BENCH_MINUTES) + 30)') \
+	  $(PY) bench/run.py --device cuda --out bench/results --minutes $(GPU_BENCH_MINUTES) || failed=$$?; \
 	$(PY) bench/report.py || failed=$$?; \
 	exit $$failed
+
+# of the CUDA kernels alone, where the tool is there and the machine lets it look
+gpu-sanitize-here: $(GPU_BUILT)
+	$(call say,'compute-sanitizer over the CUDA kernels (up to twice $(SANITIZE_SECONDS) seconds)')
+	@toolkit=$$($(PY) -c 'import json; print(json.load(open("pyrx/_build_info.json"))["nvcc"]["toolkit"])'); \
+	export PATH="$$PATH:$$toolkit/bin:$$toolkit/compute-sanitizer"; \
+	command -v compute-sanitizer >/dev/null || { echo "not run: compute-sanitizer is neither on the PATH nor in $$toolkit"; exit 0; }; \
+	compute-sanitizer $(PY) -c 'import torch; torch.zeros(1, device="cuda").sum()' >/dev/null 2>&1 || \
+	  { echo 'not run: compute-sanitizer does not work with this device'; exit 0; }; \
+	for tool in memcheck racecheck; do \
+	  echo "$$tool"; status=0; \
+	  timeout $(SANITIZE_SECONDS) compute-sanitizer --tool $$tool --error-exitcode 9 --kernel-regex kns=_ZN4pyrx4cuda \
+	    $(PY) -m pytest -q -p no:cacheprovider -m gpu -k 'reference_s_values and cuda]' tests/test_gpu_rows.py || status=$$?; \
+	  case $$status in 0) ;; 124) echo "$$tool: stopped after $(SANITIZE_SECONDS) seconds, nothing found so far";; *) exit $$status;; esac; \
+	done
 
 lint: $(call extras,test)
 	$(call say,'lint and types (seconds)')
@@ -108,6 +145,13 @@ $(VENV)/.pyrx-extra-%: pyproject.toml $(ENVIRONMENT) | build
 	@$(PY) -m pip list --format=freeze | grep '^torch==' > $(VENV)/torch.txt  # which no package is to change
 	@$(PY) -m pip install -q --no-build-isolation -c $(VENV)/torch.txt -e '.[$*]'
 	@touch $@
+
+# builds the CUDA kernels of both architectures, with pip's nvcc where there is no other
+gpu-model: $(call extras,test) $(call extras,model)
+	$(call say,'the extension for sm_80 and sm_90 (15 minutes on two cores)')
+	@FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST='8.0;9.0' $(PY) setup.py build_ext --inplace
+	$(call say,'the model: results in bench/gpu_model.md (4 minutes)')
+	@$(PY) bench/gpu_model.py
 
 clean:
 	rm -rf build pyrx.egg-info pyrx/_C*.so pyrx/_build_info.json

@@ -81,7 +81,10 @@ def fused_linear_peers() -> dict[str, Loss]:
         from cut_cross_entropy import linear_cross_entropy
 
         def apple(x: Tensor, w: Tensor, b: Tensor, target: Tensor, samples: int, p: float) -> Tensor:
-            return linear_cross_entropy(expanded(x, samples, p), w, target.repeat(samples), bias=b)
+            # it takes no bias: that is the weight of one more feature, which is 1, and 15 that are 0
+            ones = F.pad(x.new_ones(samples * len(x), 1), (0, 15))
+            weight = torch.cat([w, F.pad(b[:, None], (0, 15))], 1)
+            return linear_cross_entropy(torch.cat([expanded(x, samples, p), ones], 1), weight, target.repeat(samples))
 
         found["Apple CCE"] = apple
     except ImportError as reason:

@@ -9,15 +9,15 @@ namespace pyrx::cuda {
 constexpr int kPackedThreads = 256;
 constexpr int kPackedTile = 2048;  // most elements of a dense tile: sixteen groups of the largest m
 
-// Bytes: the kept values and the bits in, values and indices out; a warp reads and writes runs. Operations: about 150 an
-// element, most of them two 64-bit divisions. weight (rows, row_groups, m), bits (rows, row_bytes).
+// Bytes: the kept values and the bits in, values and indices out; a warp reads and writes runs. Operations: about 130 an
+// element, for two divisions and the bits of the group. weight (rows, row_groups, m), bits (rows, row_bytes).
 template <typename T>
 __global__ void __launch_bounds__(kPackedThreads)
     nm_compress_kernel(const T* weight, const uint8_t* bits, int64_t groups, int64_t row_groups, int64_t row_bytes, int n,
                        int m, T* values, uint8_t* indices) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < groups * m; i += stride) {
-    const int64_t group = i / m, row = group / row_groups;
+    const int64_t group = quotient(i, m), row = quotient(group, row_groups);
     const int place = static_cast<int>(i - group * m);
     const GroupMask mask = group_mask(bits + row * row_bytes, (group - row * row_groups) * m, m);
     const Slot slot = slot_of(mask, place, n);

@@ -63,28 +63,6 @@ struct RankOrder {
   }
 };
 
-template <typename U>
-__device__ inline Word<U> larger(Word<U> a, Word<U> b) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (KeyWord<U>::lanes == 2) return __vmaxu2(a, b);
-#else
-  if constexpr (KeyWord<U>::lanes == 2)
-    return max(a & 0xFFFF0000u, b & 0xFFFF0000u) | max(a & 0xFFFFu, b & 0xFFFFu);
-#endif
-  else return a > b ? a : b;
-}
-
-template <typename U>
-__device__ inline Word<U> smaller(Word<U> a, Word<U> b) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (KeyWord<U>::lanes == 2) return __vminu2(a, b);
-#else
-  if constexpr (KeyWord<U>::lanes == 2)
-    return min(a & 0xFFFF0000u, b & 0xFFFF0000u) | min(a & 0xFFFFu, b & 0xFFFFu);
-#endif
-  else return a < b ? a : b;
-}
-
 // Whether a >= b. kFull: keys that use the top bit.
 template <typename U, bool kFull>
 __device__ inline Word<U> at_least(Word<U> a, Word<U> b) {
@@ -92,6 +70,46 @@ __device__ inline Word<U> at_least(Word<U> a, Word<U> b) {
   if constexpr (!kFull) return (a | top) - b;
   const Word<U> rest = (a | top) - (b & ~top);
   return (a & ~b) | (~(a ^ b) & rest);
+}
+
+// All bits of the lanes whose top bit is set.
+__device__ inline uint32_t spread_tops(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  uint32_t found;
+  asm("prmt.b32 %0, %1, 0, 0xBB99;" : "=r"(found) : "r"(x));  // the signs of bytes 1 and 3
+  return found;
+#else
+  return (x >> 15 & 0x00010001u) * 0xFFFFu;
+#endif
+}
+
+// The larger and the smaller of each lane; kFull as of at_least.
+template <typename U, bool kFull>
+__device__ inline Word<U> larger(Word<U> a, Word<U> b) {
+  if constexpr (KeyWord<U>::lanes == 1) {
+    return a > b ? a : b;
+  } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return __vmaxu2(a, b);  // one instruction, before sm_90 a dozen
+#else
+    const uint32_t mask = spread_tops(at_least<U, kFull>(a, b));
+    return (a & mask) | (b & ~mask);
+#endif
+  }
+}
+
+template <typename U, bool kFull>
+__device__ inline Word<U> smaller(Word<U> a, Word<U> b) {
+  if constexpr (KeyWord<U>::lanes == 1) {
+    return a < b ? a : b;
+  } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return __vminu2(a, b);
+#else
+    const uint32_t mask = spread_tops(at_least<U, kFull>(a, b));
+    return (b & mask) | (a & ~mask);
+#endif
+  }
 }
 
 template <typename W>
@@ -103,7 +121,7 @@ __device__ inline Word<U> key_word(Word<U> raw, uint64_t infinity) {
   using W = Word<U>;
   constexpr W top = KeyWord<U>::top, ones = KeyWord<U>::ones;
   const W nan = (static_cast<W>(infinity) + 1) * ones;
-  const W absolute = smaller<U>(raw & ~top, nan);
+  const W absolute = smaller<U, false>(raw & ~top, nan);
   if constexpr (!kFull) return absolute;
   const W is_nan = absolute + (top - nan);  // in the top bit
   const W negative = raw & ~is_nan & top;
@@ -243,56 +261,85 @@ __device__ inline uint32_t break_ties(uint32_t above, uint32_t equal, int n, int
 }
 
 // Puts a key into the N largest, largest first.
-template <typename U, int kN>
+template <typename U, int kN, bool kFull>
 __device__ inline void insert(Word<U> (&best)[kN], Word<U> key) {
 #pragma unroll
   for (int k = 0; k < kN; ++k) {
-    const Word<U> lower = smaller<U>(best[k], key);
-    best[k] = larger<U>(best[k], key);
+    const Word<U> lower = smaller<U, kFull>(best[k], key);
+    best[k] = larger<U, kFull>(best[k], key);
     key = lower;
   }
 }
 
 // The N-th largest key of groups over `lanes` adjacent lanes.
-template <typename U, int kN>
+template <typename U, int kN, bool kFull>
 __device__ inline Word<U> threshold_of_best(const Word<U> (&key)[kGroup], int lanes) {
   using W = Word<U>;
   W best[kN] = {};
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) insert<U, kN>(best, key[j]);
+  for (int j = 0; j < kGroup; ++j) insert<U, kN, kFull>(best, key[j]);
   for (int offset = 1; offset < lanes; offset *= 2) {
     W other[kN];
 #pragma unroll
     for (int k = 0; k < kN; ++k) other[k] = __shfl_xor_sync(kAllLanes, best[k], offset);
 #pragma unroll
-    for (int k = 0; k < kN; ++k) insert<U, kN>(best, other[k]);
+    for (int k = 0; k < kN; ++k) insert<U, kN, kFull>(best, other[k]);
   }
   return best[kN - 1];
 }
 
-// The same of any n, a binary digit at a time.
+// a becomes the larger.
 template <typename U, bool kFull>
-__device__ inline Word<U> threshold_by_digits(const Word<U> (&key)[kGroup], int n, int lanes) {
+__device__ inline void order_pair(Word<U>& a, Word<U>& b) {
+  const Word<U> larger_one = larger<U, kFull>(a, b);
+  b = smaller<U, kFull>(a, b);
+  a = larger_one;
+}
+
+// The same of any n: all keys are sorted, largest first, in each lane and then by bitonic merges over the lanes.
+template <typename U, bool kFull>
+__device__ inline Word<U> threshold_by_sorting(const Word<U> (&key)[kGroup], int n, int lanes) {
   using W = Word<U>;
-  constexpr int digits = 8 * sizeof(U);
-  W found = 0;
+  W sorted[kGroup];
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) sorted[j] = key[j];
+  // Batcher's odd-even merge sort of eight
+  constexpr int pairs[19][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
+                                {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
+#pragma unroll
+  for (int i = 0; i < 19; ++i) order_pair<U, kFull>(sorted[pairs[i][0]], sorted[pairs[i][1]]);
 #pragma unroll 1
-  for (int digit = digits - (kFull ? 1 : 2); digit >= 0; --digit) {
-    const W tried = found | KeyWord<U>::ones << digit;
-    uint32_t count = 0;  // 16 bits a chunk
+  for (int width = 1; width < lanes; width *= 2) {
+    const bool first = !(threadIdx.x & width);  // of the half that has the larger ones
+    W other[kGroup];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j)  // the other half from its end
+      other[j] = __shfl_xor_sync(kAllLanes, sorted[kGroup - 1 - j], 2 * width - 1);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j)
-      count += static_cast<uint32_t>(at_least<U, kFull>(key[j], tried) >> (digits - 1)) &
-               static_cast<uint32_t>(KeyWord<U>::ones);
-    for (int offset = 1; offset < lanes; offset *= 2) count += __shfl_xor_sync(kAllLanes, count, offset);
-    if constexpr (KeyWord<U>::lanes == 2) {
-      const uint32_t enough = ((count | KeyWord<U>::top) - n * KeyWord<U>::ones) & KeyWord<U>::top;
-      found |= enough >> (digits - 1 - digit);
-    } else {
-      found = count >= static_cast<uint32_t>(n) ? tried : found;
+      sorted[j] = first ? larger<U, kFull>(sorted[j], other[j]) : smaller<U, kFull>(sorted[j], other[j]);
+#pragma unroll 1
+    for (int offset = width / 2; offset > 0; offset /= 2) {
+      const bool lower = !(threadIdx.x & offset);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const W across = __shfl_xor_sync(kAllLanes, sorted[j], offset);
+        sorted[j] = lower ? larger<U, kFull>(sorted[j], across) : smaller<U, kFull>(sorted[j], across);
+      }
     }
+#pragma unroll
+    for (int k = kGroup / 2; k > 0; k /= 2)
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j)
+        if (!(j & k)) order_pair<U, kFull>(sorted[j], sorted[j + k]);
   }
-  return found;
+  const int place = n - 1;  // a bit at a time: an index that is not constant would take the keys to local memory
+#pragma unroll
+  for (int k = 1; k < kGroup; k *= 2)
+#pragma unroll
+    for (int j = 0; j < kGroup; j += 2 * k) sorted[j] = place & k ? sorted[j + k] : sorted[j];
+  // of the lane of the group that has it
+  return __shfl_sync(kAllLanes, sorted[0], int(threadIdx.x % kWarp & ~unsigned(lanes - 1)) + place / kGroup);
 }
 
 template <typename U, int kN, int kM, bool kFull>
@@ -308,8 +355,8 @@ __device__ inline uint32_t rank_words(const Word<U> (&raw)[kGroup], const RankOr
   } else {
     const int lanes = order.m / kGroup;
     W threshold;
-    if constexpr (kN == 0) threshold = threshold_by_digits<U, kFull>(key, order.n, lanes);
-    else threshold = threshold_of_best<U, kN>(key, lanes);
+    if constexpr (kN == 0) threshold = threshold_by_sorting<U, kFull>(key, order.n, lanes);
+    else threshold = threshold_of_best<U, kN, kFull>(key, lanes);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) kept[j] = at_least<U, kFull>(key[j], threshold);
     const uint32_t reached = gather_tops<U>(kept);

@@ -172,12 +172,18 @@ __global__ void __launch_bounds__(kExactThreads)
     nm_transposable_pack_kernel(const uint8_t* bytes, uint8_t* bits, int64_t rows, int64_t columns) {
   const int64_t across = (columns + 7) / 8, step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * across; i += step) {
-    const int64_t column = i % across * 8;
-    const uint8_t* from = bytes + i / across * columns + column;
+    const int64_t row = quotient(i, across), column = (i - row * across) * 8;
+    const uint8_t* from = bytes + row * columns + column;
     uint32_t found = 0;
+    if (columns % 8 == 0) {  // and bytes are aligned, as allocations are
+      const Vector<uint32_t, 2> eight = load<uint32_t, 2>(reinterpret_cast<const uint32_t*>(from));
+      // each byte is 0 or 1: its bit goes to the top byte, the lowest byte's the lowest
+      found = (eight.v[0] * 0x10204080u >> 28) | (eight.v[1] * 0x10204080u >> 28) << 4;
+    } else {
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      if (column + j < columns) found |= uint32_t(from[j]) << j;
+      for (int j = 0; j < 8; ++j)
+        if (column + j < columns) found |= uint32_t(from[j]) << j;
+    }
     bits[i] = static_cast<uint8_t>(found);
   }
 }

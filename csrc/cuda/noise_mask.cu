@@ -44,8 +44,10 @@ at::Tensor noise_mask_backward(const at::Tensor& grad, const at::Tensor& seed, b
   const unsigned blocks = blocks_for(planes * ceil_div(shape.pixels, 4), kNoiseThreads);
   dispatch(grad.scalar_type(), [&](auto type) {
     using T = decltype(type);
+    const T* from = data<T>(upstream);
+    T* to = mutable_data<T>(out);
     noise_mask_backward_kernel<<<blocks, kNoiseThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        data<T>(upstream), mutable_data<T>(out), seed.const_data_ptr<int64_t>(), planes, summed, shape.pixels, noise);
+        from, to, seed.const_data_ptr<int64_t>(), planes, summed, shape.pixels, noise, is_aligned(from) && is_aligned(to));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;

@@ -62,32 +62,47 @@ __global__ void __launch_bounds__(kNoiseThreads)
 
 // Bytes: n sizeof(T) and the mask's over 4.8 TB/s; operations as above. A thread has four pixels of the mask and goes
 // through the channels that it serves in order. grad (N, C, pixels); output (N, 1, pixels) where `summed` is C > 1, else
-// as grad with `summed` 1. Where pixels is no multiple of four a four's normals lie in two groups.
+// as grad with `summed` 1. Where pixels is no multiple of four a four's normals lie in two groups. `aligned`: as above.
 template <typename T>
 __global__ void __launch_bounds__(kNoiseThreads)
     noise_mask_backward_kernel(const T* grad, T* output, const int64_t* seed_at, int64_t planes, int64_t summed,
-                               int64_t pixels, Noise noise) {
+                               int64_t pixels, Noise noise, bool aligned) {
   const uint64_t seed = static_cast<uint64_t>(*seed_at);
   const int64_t fours = (pixels + 3) / 4, stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < planes * fours; i += stride) {
-    const int64_t plane = i / fours, pixel = i % fours * 4;
+    const int64_t plane = quotient(i, fours), pixel = (i - plane * fours) * 4;
     Acc<T> sum[4] = {};
     for (int64_t c = 0; c < summed; ++c) {
       const int64_t first = (plane * summed + c) * pixels + pixel;
       const int shift = static_cast<int>(first % 4);
-      float drawn[8];
-      for (int half = 0; half < (shift ? 2 : 1); ++half) {
+      float drawn[8] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (half > 0 && shift == 0) break;
         const Normals made = normals(seed, first / 4 + half, noise.sample);
 #pragma unroll
         for (int j = 0; j < 4; ++j) drawn[4 * half + j] = made.v[j];
       }
+      // moved down by the bits of the shift: an index that varies would take them to local memory
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (pixel + j < pixels) sum[j] += mul(widen(grad[first + j]), static_cast<Acc<T>>(noise.of(drawn[shift + j])));
+      for (int by = 2; by > 0; by /= 2)
+#pragma unroll
+        for (int j = 0; j + by < 8; ++j) drawn[j] = shift & by ? drawn[j + by] : drawn[j];
+      const Vector<T, 4> upstream = load_four(grad, first, first - pixel + pixels, aligned && shift == 0);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[j] += mul(widen(upstream.v[j]), static_cast<Acc<T>>(noise.of(drawn[j])));
+    }
+    T* to = output + plane * pixels + pixel;
+    if (aligned && pixels % 4 == 0) {
+      Vector<T, 4> result;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) result.v[j] = narrow<T>(sum[j]);
+      store(to, result);
+      continue;
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (pixel + j < pixels) output[plane * pixels + pixel + j] = narrow<T>(sum[j]);
+      if (pixel + j < pixels) to[j] = narrow<T>(sum[j]);
   }
 }
 

@@ -80,7 +80,9 @@ struct EraseFiller {
       group = element / 4;
       drawn = normals(seed, group, kPixelNoise);
     }
-    return noise_value<T>(drawn.v[element % 4]);
+    // by constant places: one that varies would take the four to local memory
+    const bool odd = element & 1, upper = element & 2;
+    return noise_value<T>(upper ? odd ? drawn.v[3] : drawn.v[2] : odd ? drawn.v[1] : drawn.v[0]);
   }
 };
 

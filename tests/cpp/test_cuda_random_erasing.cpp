@@ -28,14 +28,14 @@ template <typename T>
 void test_noise_mask(int64_t samples, int64_t channels, int64_t pixels, bool broadcast, bool aligned) {
   const int64_t numel = samples * channels * pixels, seed = -77, masks = broadcast ? numel / channels : numel;
   const Noise noise{0.5f, 0.25f, 6};
-  Buffer<T> images(numel, !aligned), mask(masks, !aligned), output(numel, !aligned), sums(masks);
+  Buffer<T> images(numel, !aligned), mask(masks, !aligned), output(numel, !aligned), sums(masks, !aligned);
   for (int64_t i = 0; i < numel; ++i) images[i] = narrow<T>(Acc<T>(::normal(i)));
   for (int64_t i = 0; i < masks; ++i) mask[i] = narrow<T>(Acc<T>(::normal(i + 1000)));
   shim::launch(noise_mask_kernel<T>, {2}, {kNoiseThreads}, 0, images.data(), mask.data(), output.data(), &seed, numel, channels,
                pixels, broadcast, noise, aligned);
   const int64_t summed = broadcast ? channels : 1;
   shim::launch(noise_mask_backward_kernel<T>, {2}, {kNoiseThreads}, 0, images.data(), sums.data(), &seed, masks / pixels, summed,
-               pixels, noise);
+               pixels, noise, aligned);
   const auto drawn = [&](int64_t i) { return Acc<T>(0.5f * pyrx::normal(static_cast<uint64_t>(seed), i, 6) + 0.25f); };
   for (int64_t i = 0; i < numel; ++i) {
     const T weight = mask[broadcast ? i / (channels * pixels) * pixels + i % pixels : i];
