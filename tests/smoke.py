@@ -52,10 +52,11 @@ def head():
 
 def mixing():
     images, labels = normal(4, 3, 17, 19), torch.arange(4, device=DEVICE)
-    cut, one = pyrx.cutmix(images, labels, seed=SEED)
-    mixed, other = pyrx.mixup(images, labels, seed=SEED)
-    small, third = pyrx.resizemix(images, labels, seed=SEED)
-    return [cut, *one, mixed, *other, small, *third]
+    found = []
+    for mix in (pyrx.cutmix, pyrx.mixup, pyrx.resizemix):
+        mixed, target = mix(images, labels, seed=SEED)
+        found += [mixed, target.a, target.b, target.lam]
+    return found
 
 
 def two_label_loss():
