@@ -138,11 +138,7 @@ def check_types(python, folder):
     run(sys.executable, "-m", "basedpyright", "--pythonpath", python, "--verifytypes", "pyrx", "--ignoreexternal")
 
 
-def main():
-    shutil.rmtree(DIST, ignore_errors=True)
-    say("source archive, and the wheel that is built of it")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", DIST, ROOT)
-    (archive,), (wheel,) = DIST.glob("*.tar.gz"), DIST.glob("*.whl")
+def prove(archive, wheel):
     say("contents")
     check_source_archive(archive)
     check_wheel(wheel)
@@ -173,6 +169,14 @@ def main():
         run(*install, python, "install", "-q", "--no-index", "--no-build-isolation", archive, CXX="no-such-compiler")
         run(python, smoke, "--installed")
     say(f"whole and sound: {archive.relative_to(ROOT)}, {wheel.relative_to(ROOT)}")
+
+
+def main():
+    shutil.rmtree(DIST, ignore_errors=True)
+    say("source archive, and the wheel that is built of it")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", DIST, ROOT)
+    (archive,), (wheel,) = DIST.glob("*.tar.gz"), DIST.glob("*.whl")
+    prove(archive, wheel)
 
 
 if __name__ == "__main__":
