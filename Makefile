@@ -35,7 +35,7 @@ GPU_BENCH_MINUTES ?= 9
 SANITIZE_SECONDS ?= 240
 GPU_BUILT ?= gpu-build-here
 
-.PHONY: help demo test bench gpu-model lint build cpp clean \
+.PHONY: help demo test bench gpu-model dist lint build cpp clean \
   $(foreach each,gpu gpu-build gpu-sanitize gpu-test gpu-bench,$(each) $(each)-here)
 .DEFAULT_GOAL := help
 
@@ -46,6 +46,7 @@ help:
 	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
 	@echo '             and its parts: make gpu-build, gpu-sanitize, gpu-test, gpu-bench  (each under 10 minutes)'
 	@echo 'make gpu-model  predict the GPU kernels'"'"' times from their machine code   (no GPU; 10 minutes after the build)'
+	@echo 'make dist    the source archive and the wheel, checked and tried in new environments'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   only the environment and the extension'
 	@echo 'make clean   remove what was built (not the environment)'
@@ -111,6 +112,10 @@ gpu-sanitize-here: $(GPU_BUILT)
 	  case $$status in 0) ;; 124) echo "$$tool: stopped after $(SANITIZE_SECONDS) seconds, nothing found so far";; *) exit $$status;; esac; \
 	done
 
+dist: $(call extras,dist)
+	$(call say,'source archive and wheel: built, checked, installed elsewhere (some minutes)')
+	@$(PY) tests/release.py
+
 lint: $(call extras,test)
 	$(call say,'lint and types (seconds)')
 	@$(PY) -m ruff check .
@@ -154,4 +159,4 @@ gpu-model: $(call extras,test) $(call extras,model)
 	@$(PY) bench/gpu_model.py
 
 clean:
-	rm -rf build pyrx.egg-info pyrx/_C*.so pyrx/_build_info.json
+	rm -rf build dist pyrx.egg-info pyrx/_C*.so pyrx/_build_info.json

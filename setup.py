@@ -184,6 +184,14 @@ def decide_sources(root: Path, cuda: bool) -> list[str]:
     return sorted(str(p.relative_to(root)) for pattern in patterns for p in root.glob(pattern))
 
 
+def build_tag(plan: Plan) -> str:
+    """What a wheel's name tells of its module, which fits one minor version of torch. It begins with a digit."""
+    if not plan.extension:
+        return "0reference"
+    cuda = f"cu{plan.torch_cuda.replace('.', '')}" if plan.cuda and plan.torch_cuda else "cpu"
+    return f"0torch{'.'.join(plan.torch.split('.')[:2])}{cuda}"
+
+
 def describe(plan: Plan, env: Mapping[str, str]) -> str:
     """The block that a build prints."""
     nvcc = f"{plan.nvcc.version} at {plan.nvcc.path}, found in {plan.nvcc.found_in}" if plan.nvcc else "not found"
@@ -314,14 +322,9 @@ def build_command(torch) -> type[build_ext]:
 
     class Build(BuildExtension):
         def finalize_options(self) -> None:
-            super().finalize_options()
             self.plan = make_plan(os.environ, torch)
-            self.extensions = [extension_of(self.plan, torch)] if self.plan.extension else []
-            for extension in self.extensions:
-                extension._full_name = self.get_ext_fullname(extension.name)
-                extension._links_to_dynamic = extension._needs_stub = False
-                extension._file_name = self.get_ext_filename(extension._full_name)
-                self.ext_map = {extension._full_name: extension, "_C": extension}
+            self.distribution.ext_modules = [extension_of(self.plan, torch)] if self.plan.extension else []
+            super().finalize_options()
             # one object folder for each torch, wherever the result goes: a second build compiles only what changed
             self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}-torch-{torch.__version__}")
 
@@ -330,6 +333,9 @@ def build_command(torch) -> type[build_ext]:
             if not self.plan.extension:
                 print("pyrx build: WARNING: no C++ compiler, installing pure Python", file=sys.stderr, flush=True)
             super().run()
+            wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+            if wheel is not None:
+                wheel.build_number = build_tag(self.plan)
             package = ROOT / "pyrx" if self.inplace else Path(self.build_lib) / "pyrx"
             package.mkdir(parents=True, exist_ok=True)
             record = json.dumps(asdict(self.plan), indent=1, sort_keys=True)
@@ -354,7 +360,8 @@ def main() -> None:
     except ImportError:
         command = NeedsTorch
     # the sources are listed when the command runs: making a source archive asks nothing of the machine
-    setup(ext_modules=[Extension("pyrx._C", [])], cmdclass={"build_ext": command})
+    # pyproject.toml cannot tell the licence in words that the setuptools of every system understands
+    setup(license="MIT", ext_modules=[Extension("pyrx._C", [])], cmdclass={"build_ext": command})
 
 
 if __name__ == "__main__":

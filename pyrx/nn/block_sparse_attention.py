@@ -50,6 +50,22 @@ class BlockSparseAttention(nn.Module):
     Raises: as `pyrx.block_sparse_attention`; ValueError for an embed_dim that the heads do not divide.
     """
 
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_mask: BlockMask | None
+    dropout: float
+    head_dropout: float
+    batch_first: bool
+    backend: str | None
+    is_causal: bool
+    window: int | tuple[int, int] | None
+    scale: float | None
+    softcap: float | None
+    qkv: nn.Linear
+    proj: nn.Linear
+
     def __init__(
         self,
         embed_dim: int,
@@ -227,6 +243,13 @@ class replace_attention(TorchFunctionMode):  # a context manager, as torch.no_gr
 
     Raises: as `pyrx.block_sparse_attention`; ValueError for other bool masks.
     """
+
+    block_mask: BlockMask | Callable[[Tensor, Tensor], BlockMask | None] | None
+    only: Callable[[Tensor, Tensor], bool] | None
+    window: int | tuple[int, int] | None
+    softcap: float | None
+    generator: torch.Generator | None
+    backend: str | None
 
     def __init__(
         self,

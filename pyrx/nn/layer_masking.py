@@ -303,6 +303,10 @@ class LayerMasking(nn.Module):
     Source: Balasubramanian and Feizi, "Towards improved input masking for convolutional neural networks", ICCV 2023.
     """
 
+    model: nn.Module
+    fill: str | None
+    backend: str | None
+
     def __init__(self, model: nn.Module, fill: str | None = "neighbors", *, backend: str | None = None) -> None:
         super().__init__()
         check_choice(NAME, "fill", fill, ("neighbors", None, "renormalize"))

@@ -41,6 +41,15 @@ class Mixup(nn.Module):
     Equivalent to `timm.data.Mixup` with the same arguments, in distribution; draws follow torch's generator.
     """
 
+    draw: Draw
+    mode: str
+    label_smoothing: float
+    num_classes: int
+    inplace: bool
+    mixed_target: bool
+    generator: torch.Generator | None
+    backend: str | None
+
     def __init__(
         self,
         mixup_alpha: float = 1.0,

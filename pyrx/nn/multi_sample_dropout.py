@@ -33,6 +33,13 @@ class MultiSampleDropoutClassifier(nn.Linear):
     dicts are those of `nn.Linear` (and `class_weight` where given).
     """
 
+    num_samples: int
+    p: float | Sequence[float]
+    combine: str
+    sampling: str
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
     class_weight: Tensor | None
 
     def __init__(
@@ -99,6 +106,12 @@ class MultiSampleDropout(nn.Module):
 
     Equivalent to `sum(loss(head(F.dropout(input, p)), target) for _ in range(M)) / M`.
     """
+
+    head: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    num_samples: int
+    p: float | Sequence[float]
+    sampling: str
 
     def __init__(
         self,

@@ -52,6 +52,17 @@ class NMSparsity(nn.Module):
     Raises: as `pyrx.nm_sparsify`.
     """
 
+    n: int
+    m: int
+    target: tuple[int, int]
+    dim: int
+    estimator: str
+    strength: float
+    magnitude: bool
+    pad: bool
+    enabled: bool
+    frozen: bool
+    shared: bool
     decay: Tensor
     mask: Tensor | None
 

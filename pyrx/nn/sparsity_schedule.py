@@ -38,6 +38,13 @@ class SparsitySchedule:
         anything is changed.
     """
 
+    name: str
+    total_steps: int
+    dense_steps: int
+    fine_tune_steps: int
+    flow_steps: int
+    steps_done: int
+
     decays = False
 
     def __init__(self, model: nn.Module, total_steps: int, *, dense_steps: int = 0, fine_tune_steps: int = 0) -> None:

@@ -146,6 +146,14 @@ class BlockMask:
     RuntimeError: devices, or a backend that cannot serve.
     """
 
+    kv_counts: Tensor
+    kv_indices: Tensor
+    q_counts: Tensor
+    q_indices: Tensor
+    block_size: tuple[int, int]
+    seq_lengths: tuple[int, int]
+    key_range: Tensor | None
+
     def __init__(
         self,
         kv_counts: Tensor,

@@ -144,6 +144,11 @@ class NMPacked:
     be updated in place. Size: 1 + 1 / itemsize times n / m of the dense weight's.
     """
 
+    values: Tensor
+    indices: Tensor
+    n: int
+    m: int
+
     def __init__(self, values: Tensor, indices: Tensor, n: int, m: int) -> None:
         _check_packed("NMPacked", values, indices, n, m)
         self.values, self.indices, self.n, self.m = values, indices, n, m

@@ -49,6 +49,8 @@ def _parametrizations(model: nn.Module) -> dict[Tensor, Any]:
 class MaskedOptimizer(Optimizer):
     """What MaskedAdamW and MaskedSGD have in common: which weights have masks, whose they are, when they are made."""
 
+    name: str
+
     _constructed = True  # of a copy
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], model: nn.Module | None, backend: str | None) -> None:

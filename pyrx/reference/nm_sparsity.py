@@ -16,7 +16,7 @@ _INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F8
 # What becomes of the elements that are not kept.
 ZERO, FACTOR, REGULARIZE = range(3)
 # forward and backward of each estimator, in the order of the op's argument
-ESTIMATORS = {
+ESTIMATORS: dict[str, tuple[int, int | None]] = {
     "ste": (ZERO, None),
     "sr-ste": (ZERO, REGULARIZE),
     "mdgf": (FACTOR, None),

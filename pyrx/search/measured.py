@@ -250,6 +250,10 @@ class AdaptiveSparseAttention(nn.Module):
     arXiv 2502.21079.
     """
 
+    warmup: int
+    search_steps: tuple[int, ...]
+    step: int
+
     def __init__(
         self,
         *,
