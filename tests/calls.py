@@ -195,6 +195,7 @@ CALLS = {
     ),
 }
 DIFFERENTIABLE = tuple(name for name, call in CALLS.items() if call.differentiable)
+MATMULS = ("nm_linear",)  # whose backward has torch's matrix products: their bits depend on the count of threads
 
 
 def run(name, k=1, seed=5, tensors=None, **options):

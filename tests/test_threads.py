@@ -7,14 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from calls import CALLS, loss_of, run, with_gradients
+from calls import CALLS, MATMULS, loss_of, run, with_gradients
 from helpers import assert_same_bits, threads
 
 import pyrx
 
 THREADS = 8
 SIZES = (1, 3, 40)
-MATMULS = ("nm_linear",)  # whose backward has torch's matrix products: their bits depend on the count of threads
 
 
 def at_once(function):
