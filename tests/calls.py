@@ -62,7 +62,10 @@ def loss_of(results):
 
 IMAGES = "float 4 3 9 8"
 ATTENTION = ("float 2 4 40 8", "float 2 2 70 8", "float 2 2 70 8")
-BLOCKS = pyrx.BlockMask.sliding_window((40, 70), 20, 16)
+
+
+def _blocks(query):
+    return pyrx.BlockMask.sliding_window((40, 70), 20, 16, device=query.device)
 
 
 def _head(x, w, bias, a, b, lam, **options):
@@ -71,19 +74,19 @@ def _head(x, w, bias, a, b, lam, **options):
 
 
 def _nm_linear(x, values, bias, **options):
-    indices = torch.tensor([0, 2] * 4, dtype=torch.uint8, device="cpu").expand(len(values), 8)
+    indices = torch.tensor([0, 2] * 4, dtype=torch.uint8, device=values.device).expand(len(values), 8)
     return pyrx.nm_linear(x, pyrx.NMPacked(values, indices, 2, 4), bias, **options)
 
 
 def _varlen(q, k, v, **options):
-    cu = torch.tensor([0, 7, 7, len(q)], dtype=torch.int32, device="cpu")
+    cu = torch.tensor([0, 7, 7, len(q)], dtype=torch.int32, device=q.device)
     return pyrx.block_sparse_attention_varlen(q, k, v, cu, is_causal=True, dropout_p=0.3, return_lse=True, **options)
 
 
 def _adamw(w, grad, **options):
     w, mean, square = w.detach().clone(), torch.zeros_like(w), torch.zeros_like(w)
-    mask = pyrx.nm_mask(w, 2, 4, packed=True)
-    pyrx.optim.masked_adamw([w], [grad], [mean], [square], [mask], [torch.ones(())], 2, 4, **options)
+    mask, step = pyrx.nm_mask(w, 2, 4, packed=True), torch.ones((), dtype=torch.float32, device=w.device)
+    pyrx.optim.masked_adamw([w], [grad], [mean], [square], [mask], [step], 2, 4, **options)
     return w, mean, square, mask
 
 
@@ -106,8 +109,8 @@ CALLS = {
     "dropout": Call(lambda x, **o: pyrx.dropout(x, 0.3, **o), ("float 7 13",), **_DRAWS),
     "dropout_mask": Call(
         lambda x, seed=5, **o: (
-            pyrx.dropout_mask(x.shape, 0.3, seed, **o),
-            pyrx.dropout_mask(x.shape, 0.3, seed, packed=True, **o),
+            pyrx.dropout_mask(x.shape, 0.3, seed, device=x.device, **o),
+            pyrx.dropout_mask(x.shape, 0.3, seed, packed=True, device=x.device, **o),
         ),
         ("float 7 13",),
         differentiable=False,
@@ -150,20 +153,23 @@ CALLS = {
     "masked_adamw": Call(_adamw, ("float 8 16", "float 8 16"), **_CONSTANT),
     "masked_sgd": Call(_sgd, ("float 8 16", "float 8 16"), **_CONSTANT),
     "BlockMask": Call(
-        lambda flags, **o: pyrx.BlockMask.global_tokens(flags, block_size=16, **o) & ~pyrx.BlockMask.causal(40, 16),
+        lambda flags, **o: (
+            pyrx.BlockMask.global_tokens(flags, block_size=16, **o)
+            & ~pyrx.BlockMask.causal(40, 16, device=flags.device)
+        ),
         ("bool 2 40",),
         **_CONSTANT,
     ),
     "block_sparse_attention": Call(
         lambda q, k, v, **o: pyrx.block_sparse_attention(
-            q, k, v, BLOCKS, enable_gqa=True, dropout_p=0.3, return_lse=True, return_entropy=True, **o
+            q, k, v, _blocks(q), enable_gqa=True, dropout_p=0.3, return_lse=True, return_entropy=True, **o
         ),
         ATTENTION,
         **_DRAWS,
     ),
     "block_sparse_attention_varlen": Call(_varlen, ("float 30 2 8",) * 3, **_DRAWS),
     "reversed_attention": Call(
-        lambda q, k, u, **o: pyrx.reversed_attention(q, k, u, BLOCKS, enable_gqa=True, **o),
+        lambda q, k, u, **o: pyrx.reversed_attention(q, k, u, _blocks(q), enable_gqa=True, **o),
         (*ATTENTION[:2], "float 2 4 40 3"),
     ),
     "perturbed_attention": Call(lambda q, k, v, **o: pyrx.perturbed_attention(q, k, v, **o), ("float 2 2 40 8",) * 3),
@@ -183,7 +189,7 @@ CALLS = {
     "token_importance": Call(lambda q, k, **o: pyrx.token_importance(q, k, **o), ("float 2 2 40 8", "float 2 2 40 8")),
     "token_dropout": Call(lambda x, i, **o: pyrx.token_dropout(x, i.detach(), 0.5), ("float 2 40 8", "float 2 40")),
     "search.lse_cached": Call(_lse_cached, ATTENTION, **_CONSTANT),
-    "search.recall": Call(lambda q, k, **o: pyrx.search.recall(q, k, BLOCKS, **o), ATTENTION[:2], **_CONSTANT),
+    "search.recall": Call(lambda q, k, **o: pyrx.search.recall(q, k, _blocks(q), **o), ATTENTION[:2], **_CONSTANT),
     "search.pooled": Call(lambda q, k, **o: pyrx.search.pooled(q, k, block_size=16, **o), ATTENTION[:2], **_CONSTANT),
     "search.vertical_slash": Call(
         lambda q, k, **o: pyrx.search.vertical_slash(q, k, block_size=16, vertical=9, slash=9, **o),

@@ -22,6 +22,7 @@ from pyrx._checks import (
     check_tensor,
     check_written,
     fail,
+    is_read,
 )
 from pyrx._random import LEVELS, check_seed, seed_tensor
 from pyrx.reference import batch_mix as reference
@@ -367,7 +368,7 @@ def mix_batch(
     _check_mix(op, images, labels, seed, lam, boxes, partner, way, draw, scale, bias, dtype)
     if inplace:
         _check_swap(op, way, draw.kind)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_read(images):
         _check_values(op, lam, boxes, partner, images, inplace)
     mixed, b, partner, lam, boxes = _apply(
         images, labels, seed, lam, boxes, partner, way, draw, scale, bias, dtype, inplace, out, chosen

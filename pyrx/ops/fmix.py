@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrx._checks import check_choice, check_device, check_image_shape, check_number, check_shape, check_tensor, fail
+from pyrx._checks import (
+    check_choice,
+    check_device,
+    check_image_shape,
+    check_number,
+    check_shape,
+    check_tensor,
+    fail,
+    is_read,
+)
 from pyrx._random import seed_tensor
 from pyrx.ops import batch_mix
 from pyrx.ops.blend import blend, check_alpha, check_out
@@ -113,7 +122,7 @@ def fmix(
     seed = seed_tensor(OP, seed, generator, device)
     draw = Draw(MIXUP, PER_SAMPLE if per_sample else PER_BATCH, chance, 0, float(alpha), 0.0, 0.0, 0.0, True)
     batch_mix._check_mix(OP, images, labels, seed, lam, None, partner, way, draw, (), (), images.dtype)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_read(images):
         batch_mix._check_values(OP, lam, None, partner, images, False)
     if mattes is not None:
         check_tensor(OP, "mattes", mattes)
