@@ -41,7 +41,7 @@ class Call:
         if self.draws and seed is not None:
             options["seed"] = seed
         result = self.function(*tensors, **options)
-        return [each for each in pytree.tree_leaves(result) if isinstance(each, torch.Tensor)]
+        return tuple(each for each in pytree.tree_leaves(result) if isinstance(each, torch.Tensor))
 
 
 def with_gradients(tensors):
@@ -52,10 +52,10 @@ def with_gradients(tensors):
 
 def loss_of(results):
     """Of what has a gradient, under weights that are not uniform; infinities (of empty rows) do not count."""
-    total = torch.zeros(())
+    total = 0.0
     for each in results:
         if each.requires_grad:
-            weights = torch.linspace(-1, 2, each.numel(), device=each.device).reshape(each.shape)
+            weights = torch.linspace(-1, 2, each.numel(), dtype=each.dtype, device=each.device).reshape(each.shape)
             total = total + (torch.where(each.isfinite(), each, 0) * weights).sum()
     return total
 
@@ -125,6 +125,11 @@ CALLS = {
         ("float 7 5", "ids 7", "ids 7", "float 7"),
     ),
     "cutmix": Call(lambda x, y, **o: pyrx.cutmix(x, y, **o), (IMAGES, "ids 4"), **_DRAWS),
+    "cutmix lam": Call(
+        lambda x, y, **o: pyrx.cutmix(x, y, lam=0.3, pairing="random", per_sample=False, **o),
+        (IMAGES, "ids 4"),
+        **_DRAWS,
+    ),
     "cutmix inplace": Call(
         lambda x, y, **o: pyrx.cutmix(x.clone(), y, inplace=True, **o),
         ("uint8 4 3 9 8", "ids 4"),
@@ -134,6 +139,7 @@ CALLS = {
     "mixup": Call(lambda x, y, **o: pyrx.mixup(x, y, mean=0.5, std=0.25, **o), (IMAGES, "ids 4"), **_DRAWS),
     "resizemix": Call(lambda x, y, **o: pyrx.resizemix(x, y, **o), (IMAGES, "ids 4"), **_DRAWS),
     "fmix": Call(lambda x, y, **o: pyrx.fmix(x, y, **o), (IMAGES, "ids 4"), **_DRAWS),
+    "fmix lam": Call(lambda x, y, **o: pyrx.fmix(x, y, lam=0.4, max_soft=0.2, **o), (IMAGES, "ids 4"), **_DRAWS),
     "blend": Call(lambda x, y, alpha, **o: pyrx.blend(x, y, alpha, **o), (IMAGES, IMAGES, "float 4 1 9 8")),
     "random_erasing": Call(lambda x, **o: pyrx.random_erasing(x, prob=1.0, mode="pixel", **o), (IMAGES,), **_DRAWS),
     "cutout": Call(lambda x, **o: pyrx.cutout(x, **o), (IMAGES,), **_DRAWS),

@@ -327,7 +327,7 @@ def mix_batch(
             fail(op, "lam", "to be a float or a Tensor", type(lam).__name__, TypeError)
         if not 0 <= lam <= 1:
             fail(op, "lam", "in [0, 1]", lam)
-        lam = torch.full((samples,), float(lam), device=device)
+        lam = torch.full((samples,), float(lam), dtype=torch.float32, device=device)
     if isinstance(lam, Tensor) and lam.requires_grad:
         fail(op, "lam", "without requires_grad: there is no gradient to lam", "requires_grad=True")
     if lam is not None and boxes is None and draw.maximum > 0:

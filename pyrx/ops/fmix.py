@@ -110,7 +110,7 @@ def fmix(
     shared_lam = lam is None or not isinstance(lam, Tensor)
     if lam is not None and not isinstance(lam, Tensor):
         _check_range("lam", lam, 0, 1)
-        lam = torch.full((samples,), float(lam), device=device)
+        lam = torch.full((samples,), float(lam), dtype=torch.float32, device=device)
     if lam is not None and lam.requires_grad:
         fail(OP, "lam", "without requires_grad: there is no gradient to lam", "requires_grad=True")
     partner, way = None, GIVEN

@@ -19,7 +19,7 @@ from pyrx.ops.nm_sparsity import check_nm, nm_mask, packed_shape
 # of the groups in state dicts of torch.optim.AdamW and SGD
 _TORCH_OPTIONS = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
-_ONE = torch.tensor(1.0, device="cpu")
+_ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 
 class _Masking(NamedTuple):
