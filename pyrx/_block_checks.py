@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from pyrx._attention import BLOCK_SIZES
-from pyrx._checks import check_dtype, check_integer, fail
+from pyrx._checks import check_dtype, check_integer, fail, is_read
 
 MOST_TOKENS = 2**31 - 1
 MOST_SHOWN = 64  # values in an error
@@ -21,11 +20,6 @@ def check_block_size(op: str, block_size: object) -> tuple[int, int]:
         if each not in BLOCK_SIZES:
             fail(op, "block_size", "to be one of " + ", ".join(map(str, BLOCK_SIZES)), each)
     return pair[0], pair[1]
-
-
-def is_read(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: on the CPU, and not while a graph is made of it."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
 
 
 def _summary(values: Tensor) -> str:

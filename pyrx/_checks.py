@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -87,6 +88,11 @@ def _meet(a: Tensor, b: Tensor) -> bool:
         return False
     (begin, end), (other_begin, other_end) = _span(a), _span(b)
     return begin < other_end and other_begin < end
+
+
+def is_read(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: on the CPU, and not while a graph is made of it."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
 
 
 def check_written(op: str, argument: str, value: Tensor, inputs: Sequence[Tensor]) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from pyrx._backends import ABSENT, TRITON_INTERPRETED
+from pyrx._checks import fail
 
 NATIVE = torch.library.Library("pyrx", "DEF")
 TRITON = torch.library.Library("pyrx_triton", "DEF")
@@ -21,6 +23,12 @@ def _launcher(row: str, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"pyrx._triton.{row}"), name)(*args)
 
     return launch
+
+
+def _has_tangent(args: tuple[Any, ...]) -> bool:
+    """Whether forward-mode differentiation goes through one of them."""
+    tensors = (each for each in args if isinstance(each, torch.Tensor))
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors)
 
 
 def _autograd_kernel(
@@ -48,6 +56,8 @@ def _autograd_kernel(
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if _has_tangent(args):
+            fail(op._opname, "reverse-mode differentiation", "as it has no forward mode", "a tangent", RuntimeError)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return Generated.apply(keyset, *args)
         return below_autograd(keyset, *args)

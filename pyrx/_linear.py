@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def is_autocast(device_type: str) -> bool:
+    """torch.is_autocast_enabled, which raises for the meta device."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast(tensors: Sequence[Tensor | None], device_type: str) -> list[Tensor | None]:
     """As F.linear's operands are cast under autocast: to its dtype, float64 left alone."""
     dtype = torch.get_autocast_dtype(device_type)

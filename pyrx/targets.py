@@ -53,3 +53,6 @@ class MixedTarget(NamedTuple):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedTarget:
         """The target on another device, as `Tensor.to`."""
         return MixedTarget(*(None if each is None else each.to(device, non_blocking=non_blocking) for each in self))  # type: ignore[arg-type]
+
+
+torch.serialization.add_safe_globals([MixedTarget])

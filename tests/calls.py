@@ -1,284 +1,219 @@
-"""A few small calls of every row, as a table: what every op must keep on every backend, tests ask of these.
+"""A small call of every public function, for tests of what holds for all of them alike."""
 
-A call takes its tensors, a seed (int64, on the device) and a backend, and returns tensors: results and gradients. It
-writes none of its tensors, allocates what it needs and does not wait for the device.
-"""
-
-from __future__ import annotations
-
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import pyrx
-from pyrx._attention import Logits
-from pyrx.ops.block_mask import block_lists, select_blocks
-from pyrx.ops.block_mass import block_mass, block_recall
-from pyrx.ops.block_pool import block_pool
-from pyrx.ops.masked_update import masked_adamw, masked_sgd
 
-Function = Callable[[list[Tensor], Tensor, str], tuple[Tensor, ...]]
+CLASSES = 5
 
 
-class Call(NamedTuple):
-    row: str
-    name: str
-    shapes: tuple[Any, ...]  # of float32 tensors, or functions of a generator that make others
-    function: Function
-    exact: bool = True  # the same bits on every backend
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """`function(*tensors, **options)`, its options `backend` and, where it draws, `seed` or `generator`."""
 
-    def tensors(self, seed: int = 0) -> list[Tensor]:
+    function: Callable[..., Any]
+    shapes: tuple[str, ...]  # of the tensors, "float 2 3": kind and sizes
+    draws: bool = False
+    differentiable: bool = True
+
+    def tensors(self, k=1, dtype=torch.float32, seed=0):
+        """Random ones; their first sizes are multiplied by k."""
         generator = torch.Generator().manual_seed(seed)
-        return [each(generator) if callable(each) else torch.randn(each, generator=generator) for each in self.shapes]
-
-    def __call__(self, tensors: list[Tensor], seed: Tensor, backend: str) -> tuple[Tensor, ...]:
-        return self.function(tensors, seed, backend)
-
-
-TABLE: list[Call] = []
-
-
-def call(row: str, name: str, *shapes: Any, exact: bool = True) -> Callable[[Function], Function]:
-    def add(function: Function) -> Function:
-        TABLE.append(Call(row, name, shapes, function, exact))
-        return function
-
-    return add
-
-
-def with_gradients(function: Callable[..., Any], *leaves: Tensor) -> tuple[Tensor, ...]:
-    """The result and the gradients of its weighted sum."""
-    leaves = tuple(each.detach().requires_grad_() for each in leaves)
-    out = function(*leaves)
-    weights = torch.arange(1, out.numel() + 1, dtype=torch.float32, device=out.device).remainder(7).view(out.shape)
-    return out.detach(), *torch.autograd.grad(out, leaves, weights.to(out.dtype) - 2.5)
-
-
-def ids(size: int, classes: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda generator: torch.randint(classes, (size,), generator=generator)
-
-
-def some(*shape: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda generator: torch.rand(shape, generator=generator) < 0.5
-
-
-def shares(*shape: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda generator: torch.rand(shape, generator=generator)
-
-
-def pixels(*shape: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda generator: torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-
-
-@call("dropout", "dropout", (33, 100))
-def _(tensors, seed, backend):
-    return with_gradients(lambda x: pyrx.dropout(x, 0.3, seed=seed, backend=backend), *tensors)
-
-
-@call("dropout", "masks", (1,))
-def _(tensors, seed, backend):
-    return tuple(
-        pyrx.dropout_mask((33, 100), 0.3, seed, 1, packed=packed, device=seed.device, backend=backend)
-        for packed in (False, True)
-    )
-
-
-@call("multi_sample_dropout", "copies", (33, 100), exact=False)
-def _(tensors, seed, backend):
-    return with_gradients(lambda x: pyrx.multi_sample_dropout(x, 5, 0.3, seed=seed, backend=backend), *tensors)
-
-
-def head(options: dict[str, Any]) -> Function:
-    def run(tensors: list[Tensor], seed: Tensor, backend: str) -> tuple[Tensor, ...]:
-        *leaves, target = tensors
-        return with_gradients(
-            lambda x, w, b: pyrx.multi_sample_dropout_cross_entropy(
-                x, w, target, linear_bias=b, num_samples=5, p=0.5, seed=seed, backend=backend, **options
-            ),
-            *leaves,
-        )
-
-    return run
-
-
-for _name, _options in (
-    ("head", {}),
-    ("head, antithetic", {"sampling": "antithetic"}),
-    ("head of mean logits", {"combine": "logits"}),
-    ("head, a loss a row", {"reduction": "none"}),
-):
-    call("multi_sample_dropout", _name, (24, 64), (70, 64), (70,), ids(24, 70), exact=False)(head(_options))
-
-
-@call("mixed_cross_entropy", "loss", (24, 70), ids(24, 70), ids(24, 70), shares(24), exact=False)
-def _(tensors, seed, backend):
-    logits, *target = tensors
-    mixed = pyrx.MixedTarget(*target)
-    return with_gradients(lambda z: pyrx.mixed_cross_entropy(z, mixed, label_smoothing=0.1, backend=backend), logits)
-
-
-@call("batch_mix", "cutmix", (6, 3, 16, 20), ids(6, 10))
-def _(tensors, seed, backend):
-    mixed, target = pyrx.cutmix(*tensors, pairing="random", alpha=0.7, seed=seed, backend=backend)
-    return mixed, target.b, target.lam, target.boxes
-
-
-@call("batch_mix", "mixup in place", (6, 3, 16, 20), ids(6, 10))
-def _(tensors, seed, backend):
-    images, labels = tensors
-    mixed, target = pyrx.mixup(images.clone(), labels, inplace=True, seed=seed, backend=backend)
-    return mixed, target.lam
-
-
-@call("batch_mix", "resizemix", (6, 3, 16, 20), ids(6, 10))
-def _(tensors, seed, backend):
-    mixed, target = pyrx.resizemix(*tensors, seed=seed, backend=backend)
-    return mixed, target.lam
-
-
-@call("batch_mix", "bytes to normalised", pixels(6, 3, 16, 20), ids(6, 10))
-def _(tensors, seed, backend):
-    return (
-        pyrx.cutmix(
-            *tensors, mean=(0.5,) * 3, std=(0.25,) * 3, dtype=torch.float32, seed=seed, backend=backend
-        )[0],
-    )  # fmt: skip
-
-
-@call("neighbor_fill", "fill", (3, 5, 19, 40), some(3, 1, 19, 40))
-def _(tensors, seed, backend):
-    return pyrx.neighbor_fill(*tensors, 9, backend=backend)
-
-
-@call("patch_mask", "every method", (4, 10, 14))
-def _(tensors, seed, backend):
-    options = {"seed": seed, "device": seed.device, "backend": backend}
-    return (
-        *pyrx.patch_mask((4, 10, 14), return_indices=True, **options),
-        pyrx.patch_mask((4, 10, 14), 0.4, method="block", **options),
-        pyrx.patch_mask((4, 10, 14), method="hard", losses=tensors[0], **options),
-    )
-
-
-@call("blend", "blend", (4, 3, 9, 16), (4, 3, 9, 16), shares(4, 1, 9, 16))
-def _(tensors, seed, backend):
-    return with_gradients(lambda x, y, alpha: pyrx.blend(x, y, alpha, backend=backend), *tensors)
-
-
-@call("random_erasing", "erasing", (6, 3, 20, 24))
-def _(tensors, seed, backend):
-    found = [
-        pyrx.random_erasing(tensors[0], prob=0.9, mode=mode, max_count=3, seed=seed, backend=backend)
-        for mode in ("const", "rand", "pixel")
-    ]
-    return *found, pyrx.cutout(tensors[0].clone(), length=0.4, inplace=True, seed=seed, backend=backend)
-
-
-@call("noise_mask", "noise", (3, 4, 7, 9), shares(3, 1, 7, 9), shares(3, 4, 7, 9))
-def _(tensors, seed, backend):
-    images, *masks = tensors
-    found = [
-        with_gradients(lambda x, w: pyrx.noise_mask(x, w, std=0.3, seed=seed, backend=backend), images, mask)
-        for mask in masks
-    ]
-    return found[0] + found[1]
-
-
-@call("nm_sparsity", "masks", (96, 192))
-def _(tensors, seed, backend):
-    ratios = ((2, 4), (3, 8), (1, 16), (2, 32), (5, 16), (20, 48))
-    return tuple(
-        pyrx.nm_mask(tensors[0], n, m, dim=dim, packed=packed, backend=backend)
-        for n, m in ratios
-        for dim, packed in ((-1, False), (-1, True), (0, True))
-    )
-
-
-@call("nm_sparsity", "weights", (48, 96))
-def _(tensors, seed, backend):
-    found = []
-    for estimator in ("ste", "sr-ste", "mdgf"):
-        options = {"estimator": estimator, "decay": 0.5, "backend": backend}
-        found += with_gradients(lambda w, options=options: pyrx.nm_sparsify(w, 2, 4, **options), *tensors)
-    return tuple(found)
-
-
-@call("nm_transposable", "masks", (32, 48))
-def _(tensors, seed, backend):
-    return tuple(
-        pyrx.nm_transposable_mask(tensors[0], n, m, packed=packed, backend=backend)
-        for n, m in ((2, 4), (3, 8))
-        for packed in (False, True)
-    )
-
-
-@call("nm_packed", "compress and multiply", (40, 64), (9, 64), (40,), exact=False)
-def _(tensors, seed, backend):
-    weight, x, bias = tensors
-    packed = pyrx.nm_compress(weight, 2, 4, backend=backend)
-    return packed.values, packed.indices, packed.to_dense(), pyrx.nm_linear(x, packed, bias, backend=backend)
-
-
-def stepped(function: Callable[..., None], moments: int, **options: Any) -> Function:
-    def run(tensors: list[Tensor], seed: Tensor, backend: str) -> tuple[Tensor, ...]:
-        weight, grad, *rest = (each.clone() for each in tensors)
-        rest = [each.square() for each in rest[:moments]]
-        mask = pyrx.nm_mask(weight, 2, 4, packed=True, backend=backend)
-        steps = [[weight.new_full((), 3.0)]] if moments == 2 else []
-        function([weight], [grad], *([each] for each in rest), [mask], *steps, 2, 4, backend=backend, **options)
-        return weight, *rest, mask
-
-    return run
-
-
-for _rule in ("hold", "sr-ste"):
-    call("masked_update", f"AdamW, {_rule}", *[(40, 96)] * 4)(stepped(masked_adamw, 2, rule=_rule))
-    call("masked_update", f"SGD, {_rule}", *[(40, 96)] * 3)(stepped(masked_sgd, 1, rule=_rule, momentum=0.9))
-
-
-@call("block_mask", "selection and lists", (1, 2, 20, 37))
-def _(tensors, seed, backend):
-    scores = tensors[0].softmax(-1)
-    count = torch.full((1, 1, 1), 5, dtype=torch.int32, device=scores.device)
-    blocks = [select_blocks(scores, count, backend=backend), select_blocks(scores, mass=0.6, backend=backend)]
-    return *blocks, *(each for one in blocks for each in block_lists(one, 37, 20, backend))
-
-
-@call("block_pool", "means", (1, 3, 100, 40), exact=False)
-def _(tensors, seed, backend):
-    return block_pool(tensors[0], 16, backend=backend)
-
-
-ATTENTION = ((1, 4, 80, 32), (1, 2, 96, 32), (1, 2, 96, 32))
-
-
-@call("block_mass", "mass and recall", *ATTENTION[:2], (1, 4, 80), some(1, 4, 5, 6), exact=False)
-def _(tensors, seed, backend):
-    query, key, lse, blocks = tensors
-    logits = Logits(-1, -1, None, None, None, None, None, 32**-0.5, 0.0)
-    return (
-        block_mass(query, key, lse + 5, (16, 16), logits, backend),
-        block_recall(query, key, blocks, (16, 16), logits, backend),
-    )
-
-
-def attention(**options: Any) -> Function:
-    def run(tensors: list[Tensor], seed: Tensor, backend: str) -> tuple[Tensor, ...]:
-        *leaves, blocks = tensors
-        # the lists' own kernels are another row's
-        lists = None if backend in ("triton", "cuda") else backend
-        mask = pyrx.BlockMask.from_dense(blocks, (80, 96), 16, backend=lists)
-        return with_gradients(
-            lambda q, k, v: pyrx.block_sparse_attention(
-                q, k, v, mask, enable_gqa=True, seed=seed, backend=backend, **options
-            ),
-            *leaves,
-        )
-
-    return run
-
-
-for _name, _options in (("plain", {}), ("dropout", {"dropout_p": 0.2}), ("window", {"window": (20, 9)})):
-    call("block_sparse_attention", _name, *ATTENTION, some(1, 4, 5, 6), exact=False)(attention(**_options))
+        kinds = {
+            "float": lambda shape: torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype),
+            "uint8": lambda shape: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),
+            "ids": lambda shape: torch.randint(0, CLASSES, shape, generator=generator),
+            "bool": lambda shape: torch.rand(shape, generator=generator) < 0.5,
+        }
+        made = []
+        for each in self.shapes:
+            kind, first, *rest = each.split()
+            made.append(kinds[kind]([int(first) * k, *map(int, rest)]))
+        return made
+
+    def __call__(self, *tensors, seed=None, **options):
+        """The tensors of the result, in order."""
+        if self.draws and seed is not None:
+            options["seed"] = seed
+        result = self.function(*tensors, **options)
+        return tuple(each for each in pytree.tree_leaves(result) if isinstance(each, torch.Tensor))
+
+
+def with_gradients(tensors):
+    """(all of them, the floating-point ones as new leaves)."""
+    tensors = [each.detach().requires_grad_() if each.is_floating_point() else each for each in tensors]
+    return tensors, [each for each in tensors if each.requires_grad]
+
+
+def loss_of(results):
+    """Of what has a gradient, under weights that are not uniform; infinities (of empty rows) do not count."""
+    total = 0.0
+    for each in results:
+        if each.requires_grad:
+            weights = torch.linspace(-1, 2, each.numel(), dtype=each.dtype, device=each.device).reshape(each.shape)
+            total = total + (torch.where(each.isfinite(), each, 0) * weights).sum()
+    return total
+
+
+IMAGES = "float 4 3 9 8"
+ATTENTION = ("float 2 4 40 8", "float 2 2 70 8", "float 2 2 70 8")
+
+
+def _blocks(query):
+    return pyrx.BlockMask.sliding_window((40, 70), 20, 16, device=query.device)
+
+
+def _head(x, w, bias, a, b, lam, **options):
+    target = pyrx.MixedTarget(a, b, lam.detach())
+    return pyrx.multi_sample_dropout_cross_entropy(x, w, target, linear_bias=bias, num_samples=3, **options)
+
+
+def _nm_linear(x, values, bias, **options):
+    indices = torch.tensor([0, 2] * 4, dtype=torch.uint8, device=values.device).expand(len(values), 8)
+    return pyrx.nm_linear(x, pyrx.NMPacked(values, indices, 2, 4), bias, **options)
+
+
+def _varlen(q, k, v, **options):
+    cu = torch.tensor([0, 7, 7, len(q)], dtype=torch.int32, device=q.device)
+    return pyrx.block_sparse_attention_varlen(q, k, v, cu, is_causal=True, dropout_p=0.3, return_lse=True, **options)
+
+
+def _adamw(w, grad, **options):
+    w, mean, square = w.detach().clone(), torch.zeros_like(w), torch.zeros_like(w)
+    mask, step = pyrx.nm_mask(w, 2, 4, packed=True), torch.ones((), dtype=torch.float32, device=w.device)
+    pyrx.optim.masked_adamw([w], [grad], [mean], [square], [mask], [step], 2, 4, **options)
+    return w, mean, square, mask
+
+
+def _sgd(w, grad, **options):
+    w, buffer, mask = w.detach().clone(), torch.zeros_like(w), pyrx.nm_mask(w, 2, 4, packed=True)
+    pyrx.optim.masked_sgd([w], [grad], [buffer], [mask], 2, 4, momentum=0.9, **options)
+    return w, buffer, mask
+
+
+def _lse_cached(q, k, v, **options):
+    lse = pyrx.block_sparse_attention(q, k, v, enable_gqa=True, return_lse=True)[1]
+    return pyrx.search.lse_cached(q, k, lse, block_size=16, sparsity=0.5, **options)
+
+
+_DRAWS = {"draws": True}
+_CONSTANT = {"differentiable": False}
+
+# by the name of the public function, with a suffix where there are several
+CALLS = {
+    "dropout": Call(lambda x, **o: pyrx.dropout(x, 0.3, **o), ("float 7 13",), **_DRAWS),
+    "dropout_mask": Call(
+        lambda x, seed=5, **o: (
+            pyrx.dropout_mask(x.shape, 0.3, seed, device=x.device, **o),
+            pyrx.dropout_mask(x.shape, 0.3, seed, packed=True, device=x.device, **o),
+        ),
+        ("float 7 13",),
+        differentiable=False,
+        draws=True,
+    ),
+    "multi_sample_dropout": Call(lambda x, **o: pyrx.multi_sample_dropout(x, 3, **o), ("float 7 13",), **_DRAWS),
+    "multi_sample_dropout_cross_entropy": Call(
+        _head, ("float 7 13", "float 5 13", "float 5", "ids 7", "ids 7", "float 7"), **_DRAWS
+    ),
+    "mixed_cross_entropy": Call(
+        lambda x, a, b, lam, **o: pyrx.mixed_cross_entropy(x, pyrx.MixedTarget(a, b, lam.detach()), **o),
+        ("float 7 5", "ids 7", "ids 7", "float 7"),
+    ),
+    "cutmix": Call(lambda x, y, **o: pyrx.cutmix(x, y, **o), (IMAGES, "ids 4"), **_DRAWS),
+    "cutmix lam": Call(
+        lambda x, y, **o: pyrx.cutmix(x, y, lam=0.3, pairing="random", per_sample=False, **o),
+        (IMAGES, "ids 4"),
+        **_DRAWS,
+    ),
+    "cutmix inplace": Call(
+        lambda x, y, **o: pyrx.cutmix(x.clone(), y, inplace=True, **o),
+        ("uint8 4 3 9 8", "ids 4"),
+        **_DRAWS,
+        **_CONSTANT,
+    ),
+    "mixup": Call(lambda x, y, **o: pyrx.mixup(x, y, mean=0.5, std=0.25, **o), (IMAGES, "ids 4"), **_DRAWS),
+    "resizemix": Call(lambda x, y, **o: pyrx.resizemix(x, y, **o), (IMAGES, "ids 4"), **_DRAWS),
+    "fmix": Call(lambda x, y, **o: pyrx.fmix(x, y, **o), (IMAGES, "ids 4"), **_DRAWS),
+    "fmix lam": Call(lambda x, y, **o: pyrx.fmix(x, y, lam=0.4, max_soft=0.2, **o), (IMAGES, "ids 4"), **_DRAWS),
+    "blend": Call(lambda x, y, alpha, **o: pyrx.blend(x, y, alpha, **o), (IMAGES, IMAGES, "float 4 1 9 8")),
+    "random_erasing": Call(lambda x, **o: pyrx.random_erasing(x, prob=1.0, mode="pixel", **o), (IMAGES,), **_DRAWS),
+    "cutout": Call(lambda x, **o: pyrx.cutout(x, **o), (IMAGES,), **_DRAWS),
+    "noise_mask": Call(lambda x, m, **o: pyrx.noise_mask(x, m, **o), (IMAGES, "float 4 1 9 8"), **_DRAWS),
+    "neighbor_fill": Call(lambda x, m, **o: pyrx.neighbor_fill(x, m, 2, **o), (IMAGES, "bool 4 1 9 8")),
+    "patch_mask": Call(
+        lambda x, **o: pyrx.patch_mask((len(x), 6, 6), method="hard", losses=x, return_indices=True, **o),
+        ("float 4 6 6",),
+        **_DRAWS,
+        **_CONSTANT,
+    ),
+    "nm_mask": Call(lambda w, **o: pyrx.nm_mask(w, 2, 4, **o), ("float 6 16",), **_CONSTANT),
+    "nm_sparsify": Call(lambda w, **o: pyrx.nm_sparsify(w, 2, 4, estimator="sr-ste", **o), ("float 6 16",)),
+    "nm_transposable_mask": Call(lambda w, **o: pyrx.nm_transposable_mask(w, 2, 4, **o), ("float 8 16",), **_CONSTANT),
+    "nm_compress": Call(lambda w, **o: pyrx.nm_compress(w, 2, 4, **o), ("float 6 16",), **_CONSTANT),
+    "nm_linear": Call(_nm_linear, ("float 3 16", "float 6 8", "float 6")),
+    "masked_adamw": Call(_adamw, ("float 8 16", "float 8 16"), **_CONSTANT),
+    "masked_sgd": Call(_sgd, ("float 8 16", "float 8 16"), **_CONSTANT),
+    "BlockMask": Call(
+        lambda flags, **o: (
+            pyrx.BlockMask.global_tokens(flags, block_size=16, **o)
+            & ~pyrx.BlockMask.causal(40, 16, device=flags.device)
+        ),
+        ("bool 2 40",),
+        **_CONSTANT,
+    ),
+    "block_sparse_attention": Call(
+        lambda q, k, v, **o: pyrx.block_sparse_attention(
+            q, k, v, _blocks(q), enable_gqa=True, dropout_p=0.3, return_lse=True, return_entropy=True, **o
+        ),
+        ATTENTION,
+        **_DRAWS,
+    ),
+    "block_sparse_attention_varlen": Call(_varlen, ("float 30 2 8",) * 3, **_DRAWS),
+    "reversed_attention": Call(
+        lambda q, k, u, **o: pyrx.reversed_attention(q, k, u, _blocks(q), enable_gqa=True, **o),
+        (*ATTENTION[:2], "float 2 4 40 3"),
+    ),
+    "perturbed_attention": Call(lambda q, k, v, **o: pyrx.perturbed_attention(q, k, v, **o), ("float 2 2 40 8",) * 3),
+    "erasing_attention": Call(
+        lambda q, k, v, region, **o: pyrx.erasing_attention(q, k, v, region, **o),
+        (*("float 2 2 40 8",) * 3, "bool 2 40"),
+    ),
+    "key_zeroed_attention": Call(
+        lambda q, k, v, region, **o: pyrx.key_zeroed_attention(q, k, v, region, enable_gqa=True, **o),
+        (*ATTENTION, "bool 2 70"),
+    ),
+    "head_dropout_attention": Call(
+        lambda q, k, v, **o: pyrx.head_dropout_attention(q, k, v, enable_gqa=True, head_dropout_p=0.4, **o),
+        ATTENTION,
+        **_DRAWS,
+    ),
+    "token_importance": Call(lambda q, k, **o: pyrx.token_importance(q, k, **o), ("float 2 2 40 8", "float 2 2 40 8")),
+    "token_dropout": Call(lambda x, i, **o: pyrx.token_dropout(x, i.detach(), 0.5), ("float 2 40 8", "float 2 40")),
+    "search.lse_cached": Call(_lse_cached, ATTENTION, **_CONSTANT),
+    "search.recall": Call(lambda q, k, **o: pyrx.search.recall(q, k, _blocks(q), **o), ATTENTION[:2], **_CONSTANT),
+    "search.pooled": Call(lambda q, k, **o: pyrx.search.pooled(q, k, block_size=16, **o), ATTENTION[:2], **_CONSTANT),
+    "search.vertical_slash": Call(
+        lambda q, k, **o: pyrx.search.vertical_slash(q, k, block_size=16, vertical=9, slash=9, **o),
+        ATTENTION[:2],
+        **_CONSTANT,
+    ),
+    "search.topk_blocks": Call(
+        lambda q, k, **o: pyrx.search.topk_blocks(q, k, block_size=16, topk=3, **o), ATTENTION[:2], **_CONSTANT
+    ),
+}
+DIFFERENTIABLE = tuple(name for name, call in CALLS.items() if call.differentiable)
+MATMULS = ("nm_linear",)  # whose backward has torch's matrix products: their bits depend on the count of threads
+
+
+def run(name, k=1, seed=5, tensors=None, **options):
+    """Results and gradients, all of them tensors without a graph."""
+    call = CALLS[name]
+    tensors, leaves = with_gradients(call.tensors(k) if tensors is None else tensors)
+    results = call(*tensors, seed=seed, **options)
+    found = torch.autograd.grad(loss_of(results), leaves, allow_unused=True) if call.differentiable else ()
+    return [each.detach() for each in (*results, *found) if each is not None]

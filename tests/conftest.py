@@ -23,6 +23,13 @@ settings.register_profile(
 settings.load_profile("pyrx")
 
 
+def pytest_collection_modifyitems(config, items):
+    if "large" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(pytest.mark.skip(reason="large: run by make test-large"))
+
+
 @pytest.fixture(autouse=True)
 def poison():
     """torch.empty, from Python and from C++, gives NaN (integers: their maximum)."""

@@ -469,25 +469,3 @@ def test_probabilities_of_a_mixed_target():
     torch.testing.assert_close(target.to_probabilities(4, 0.2), 0.8 * expected + 0.05)
     with pytest.raises(ValueError, match="expected label_smoothing in \\[0, 1\\], got 2"):
         target.to_probabilities(4, 2)
-
-
-# Processes.
-
-
-def test_works_in_forked_workers(cpu):
-    """After the parent used its threads, in the children that a DataLoader forks."""
-    from torch.utils.data import DataLoader
-
-    images = images_of((4, 3, 64, 64))
-    expected, _ = pyrx.cutmix(images, None, seed=1)
-
-    class Batches(torch.utils.data.Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, index):
-            return pyrx.cutmix(images, None, seed=1)[0]
-
-    loader = DataLoader(Batches(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
-    for found in loader:
-        assert_same_bits(found, expected)

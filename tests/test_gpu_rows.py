@@ -1,11 +1,11 @@
 """Every row on a GPU, by each of its backends: the reference's values, the same bits from run to run, other streams,
 two streams at once, CUDA graphs, no waiting for the device, a second GPU."""
 
-import calls
+import row_calls
 import pytest
 import torch
 from helpers import assert_same_bits, need
-from test_calls import assert_agree
+from test_row_calls import assert_agree
 
 from pyrx._backends import ABSENT
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 
 TABLE = [
     pytest.param(call, backend, id=f"{call.row}, {call.name}, {backend}")
-    for call in calls.TABLE
+    for call in row_calls.TABLE
     for backend in ("cuda", "triton")
     if (call.row, backend) not in ABSENT
 ]

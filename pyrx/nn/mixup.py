@@ -95,7 +95,7 @@ class Mixup(nn.Module):
                 "Mixup", images, target, self.draw, inplace=self.inplace, generator=self.generator, backend=self.backend
             )
         else:
-            mixed = MixedTarget(target, target, torch.ones(target.shape, device=target.device))
+            mixed = MixedTarget(target, target, torch.ones(target.shape, dtype=torch.float32, device=target.device))
         if self.mode == "half":
             half = images.shape[0] // 2
             kept = [None if each is None else each[:half] for each in mixed[3:]]

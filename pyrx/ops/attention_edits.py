@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._attention import MOST_HEAD_SIZE, check_logits
 from pyrx._checks import check_device, check_dtype, check_float, check_integer, check_number, check_shape, fail
-from pyrx._linear import autocast, without_autocast
+from pyrx._linear import autocast, is_autocast, without_autocast
 from pyrx._losses import accumulation_dtype, differentiable_once
 from pyrx._random import LEVELS, seed_tensor, threshold
 from pyrx.ops.block_mask import BlockMask, check_lists
@@ -446,7 +446,7 @@ def token_importance(
     check_number(op, "enhanced_weight", enhanced_weight)
     batch, heads, queries, _ = query.shape
     start, stop = (0, 0) if keyframe is None else _run(op, "keyframe", keyframe, queries)
-    if torch.is_autocast_enabled(query.device.type):
+    if is_autocast(query.device.type):
         query, key = cast(list[Tensor], autocast((query, key), query.device.type))
     # 1 / (Sq H) and its sums would not fit 16 bits: a weight between, and the rest afterwards
     weight = query.new_full((queries,), _UNIT)

@@ -22,6 +22,7 @@ from pyrx._checks import (
     check_tensor,
     check_written,
     fail,
+    is_read,
 )
 from pyrx._random import LEVELS, check_seed, seed_tensor
 from pyrx.reference import batch_mix as reference
@@ -326,7 +327,7 @@ def mix_batch(
             fail(op, "lam", "to be a float or a Tensor", type(lam).__name__, TypeError)
         if not 0 <= lam <= 1:
             fail(op, "lam", "in [0, 1]", lam)
-        lam = torch.full((samples,), float(lam), device=device)
+        lam = torch.full((samples,), float(lam), dtype=torch.float32, device=device)
     if isinstance(lam, Tensor) and lam.requires_grad:
         fail(op, "lam", "without requires_grad: there is no gradient to lam", "requires_grad=True")
     if lam is not None and boxes is None and draw.maximum > 0:
@@ -367,7 +368,7 @@ def mix_batch(
     _check_mix(op, images, labels, seed, lam, boxes, partner, way, draw, scale, bias, dtype)
     if inplace:
         _check_swap(op, way, draw.kind)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_read(images):
         _check_values(op, lam, boxes, partner, images, inplace)
     mixed, b, partner, lam, boxes = _apply(
         images, labels, seed, lam, boxes, partner, way, draw, scale, bias, dtype, inplace, out, chosen

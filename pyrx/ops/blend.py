@@ -20,6 +20,7 @@ from pyrx._checks import (
     check_tensor,
     check_written,
     fail,
+    is_read,
 )
 from pyrx.reference import blend as reference
 
@@ -202,7 +203,7 @@ def blend(
     chosen = select(ROW, x.device.type, accumulate, backend)
     if out is not None:
         check_out("blend", out, x, (x, y, alpha))
-    if partner is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if partner is not None and is_read(partner):
         outside = (partner < 0) | (partner >= y.shape[0])
         if bool(outside.any()):
             fail("blend", "partner", f"in [0, {y.shape[0]})", int(partner[outside][0]))

@@ -21,9 +21,8 @@ from pyrx._block_checks import (
     check_lengths,
     check_tokens,
     check_values,
-    is_read,
 )
-from pyrx._checks import check_device, check_dtype, check_integer, check_shape, check_tensor, fail
+from pyrx._checks import check_device, check_dtype, check_integer, check_shape, check_tensor, fail, is_read
 from pyrx.reference import block_mask as reference
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pyrx._attention import (
 )
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_float, check_shape, check_tensor, fail
-from pyrx._linear import autocast, without_autocast
+from pyrx._linear import autocast, is_autocast, without_autocast
 from pyrx._losses import accumulation_dtype, differentiable_once
 from pyrx._random import LEVELS, check_seed, seed_tensor, threshold
 from pyrx.ops.block_mask import BlockMask, check_lists
@@ -208,7 +208,7 @@ def prepare(
     """Of the arguments that public functions over attention share; `third` is the name of the value's place."""
     for name, each in (("query", query), ("key", key), (third, value)):
         check_tensor(op, name, each)
-    if torch.is_autocast_enabled(query.device.type):
+    if is_autocast(query.device.type):
         query, key, value = autocast((query, key, value), query.device.type)  # type: ignore[assignment]
         if isinstance(bias, Tensor):
             bias = bias.to(query.dtype)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrx._attention import window_of
-from pyrx._block_checks import is_read
-from pyrx._checks import check_device, check_float, check_shape, check_tensor, fail
+from pyrx._checks import check_device, check_float, check_shape, check_tensor, fail, is_read
 from pyrx.ops.block_mask import BlockMask
 from pyrx.ops.block_sparse_attention import block_sparse_attention
 from pyrx.reference.block_sparse_attention_varlen import sequence_ranges

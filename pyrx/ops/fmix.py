@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrx._checks import check_choice, check_device, check_image_shape, check_number, check_shape, check_tensor, fail
+from pyrx._checks import (
+    check_choice,
+    check_device,
+    check_image_shape,
+    check_number,
+    check_shape,
+    check_tensor,
+    fail,
+    is_read,
+)
 from pyrx._random import seed_tensor
 from pyrx.ops import batch_mix
 from pyrx.ops.blend import blend, check_alpha, check_out
@@ -101,7 +110,7 @@ def fmix(
     shared_lam = lam is None or not isinstance(lam, Tensor)
     if lam is not None and not isinstance(lam, Tensor):
         _check_range("lam", lam, 0, 1)
-        lam = torch.full((samples,), float(lam), device=device)
+        lam = torch.full((samples,), float(lam), dtype=torch.float32, device=device)
     if lam is not None and lam.requires_grad:
         fail(OP, "lam", "without requires_grad: there is no gradient to lam", "requires_grad=True")
     partner, way = None, GIVEN
@@ -113,7 +122,7 @@ def fmix(
     seed = seed_tensor(OP, seed, generator, device)
     draw = Draw(MIXUP, PER_SAMPLE if per_sample else PER_BATCH, chance, 0, float(alpha), 0.0, 0.0, 0.0, True)
     batch_mix._check_mix(OP, images, labels, seed, lam, None, partner, way, draw, (), (), images.dtype)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_read(images):
         batch_mix._check_values(OP, lam, None, partner, images, False)
     if mattes is not None:
         check_tensor(OP, "mattes", mattes)

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import check_device, check_float, check_shape, fail
+from pyrx._linear import is_autocast
 from pyrx._losses import (
     accumulation_dtype,
     check_class_weight,
@@ -171,7 +172,7 @@ def mixed_cross_entropy(
     lead = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
     dtype, device_type = input.dtype, input.device.type
     accumulation = accumulation_dtype(dtype)
-    loss_dtype = accumulation if torch.is_autocast_enabled(device_type) else dtype
+    loss_dtype = accumulation if is_autocast(device_type) else dtype
     ids_and_share = split_mixed(OP, target, accumulation, lead)
     class_weight = None if weight is None else weight.to(accumulation)
     chosen = select(OP, device_type, dtype, backend)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_shape, fail
-from pyrx._linear import autocast, rows_of
+from pyrx._linear import autocast, is_autocast, rows_of
 from pyrx._losses import (
     accumulation_dtype,
     check_class_weight,
@@ -402,7 +402,7 @@ def multi_sample_dropout_cross_entropy(
     check_choice(HEAD, "combine", combine, COMBINES)
     antithetic = is_antithetic(HEAD, sampling)
     device_type = input.device.type
-    under_autocast = torch.is_autocast_enabled(device_type)
+    under_autocast = is_autocast(device_type)
     features, classifier, bias = input, linear_weight, linear_bias
     if under_autocast:
         features, classifier, bias = autocast((input, linear_weight, linear_bias), device_type)  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import check_device, check_dtype, check_float, check_shape, check_tensor, fail
-from pyrx._linear import autocast, rows_of
+from pyrx._linear import autocast, is_autocast, rows_of
 from pyrx.ops.nm_sparsity import check_bits, check_nm, mask_bits, nm_mask
 from pyrx.reference import nm_packed as reference
 
@@ -368,7 +368,7 @@ def nm_linear(x: Tensor, packed: NMPacked, bias: Tensor | None = None, *, backen
         fail(op, "packed", "to be an NMPacked", type(packed).__name__, TypeError)
     device_type = packed.device.type
     values = packed.values
-    if torch.is_autocast_enabled(device_type):
+    if is_autocast(device_type):
         x, values, bias = autocast((x, values, bias), device_type)  # type: ignore[assignment]
     arguments = (x, values, packed.indices, bias, packed.n, packed.m)
     _check_linear(*arguments)

@@ -20,6 +20,7 @@ from pyrx._checks import (
     check_own_memory,
     check_tensor,
     fail,
+    is_read,
 )
 from pyrx._random import LEVELS, check_seed, seed_tensor
 from pyrx.ops.batch_mix import level
@@ -179,7 +180,7 @@ def _erase_batch(
     chosen = select(ROW, device.type, torch.float32 if images.dtype == torch.uint8 else images.dtype, backend)
     seed = seed_tensor(op, seed, generator, device)
     _check(op, images, seed, boxes, draw, MODES.index(mode), values)
-    if boxes is not None and device.type == "cpu" and not torch.compiler.is_compiling():
+    if boxes is not None and is_read(boxes):
         _check_boxes(op, boxes, images.shape[-2], images.shape[-1])
     arguments = (seed, boxes, draw, MODES.index(mode), values)
     if not inplace:

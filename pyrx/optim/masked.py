@@ -19,7 +19,7 @@ from pyrx.ops.nm_sparsity import check_nm, nm_mask, packed_shape
 # of the groups in state dicts of torch.optim.AdamW and SGD
 _TORCH_OPTIONS = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
-_ONE = torch.tensor(1.0, device="cpu")
+_ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 
 class _Masking(NamedTuple):
@@ -108,8 +108,10 @@ class MaskedOptimizer(Optimizer):
             masking = self._masking(group, param)
             if masking is None:
                 continue
-            if hasattr(param, "full_tensor"):  # FSDP's shards
-                fail(self.name, f"params[{i}]", "to be whole or have no mask", type(param.data).__name__, RuntimeError)
+            # shards: of fully_shard, and of FullyShardedDataParallel, which flattens too
+            if hasattr(param, "full_tensor") or hasattr(param, "_fsdp_flattened"):
+                got = f"{type(param.data).__name__} of a shard"
+                fail(self.name, f"params[{i}]", "to be whole or have no mask", got, RuntimeError)
             check_weight(self.name, f"params[{i}]", param, masking.n, masking.m, masking.dim, masking.pad)
             check_own_memory(self.name, f"params[{i}]", param)
             estimator = getattr(self._parametrizations.get(param), "estimator", None)

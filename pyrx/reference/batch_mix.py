@@ -122,7 +122,7 @@ def draw_mixes(
         paste = happens(words[:, 3], draw.switch_prob)
     mixed_lam = pasted_lam = lam
     if lam is None:
-        mixed_lam = pasted_lam = torch.ones(samples, device=seed.device)
+        mixed_lam = pasted_lam = torch.ones(samples, dtype=torch.float32, device=seed.device)
         if draw.kind in (MIXUP, EITHER):
             mixed_lam = beta(seed, index, draw.mixup_alpha).float()
         if draw.kind in (CUTMIX, EITHER) and draw.maximum == 0:

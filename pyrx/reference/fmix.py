@@ -54,6 +54,6 @@ def mattes(
     matte = rank < largest
     if max_soft > 0:
         ramp = (torch.minimum(lam, 1 - lam).double().clamp(max=max_soft) * pixels).long()[:, None]
-        falling = (largest + ramp - 1 - rank) / (2 * ramp - 1).clamp(min=1)
+        falling = (largest + ramp - 1 - rank).float() / (2 * ramp - 1).clamp(min=1)
         matte = torch.where(ramp > 0, falling.clamp(0, 1), matte.to(falling.dtype))
     return matte.reshape(samples, 1, height, width)

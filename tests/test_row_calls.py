@@ -1,7 +1,7 @@
-"""Every row's small calls (calls.py): the CPU's kernels and Triton's, interpreted, against the reference, and that the
+"""Every row's small calls (row_calls.py): the CPU's kernels and Triton's, interpreted, against the reference, and that the
 table is whole."""
 
-import calls
+import row_calls
 import pytest
 import torch
 from helpers import assert_same_bits, bits, need
@@ -9,7 +9,7 @@ from triton_helpers import INTERPRETED, run_interpreted
 
 from pyrx._backends import ABSENT, OPS
 
-TABLE = [pytest.param(each, id=f"{each.row}, {each.name}") for each in calls.TABLE]
+TABLE = [pytest.param(each, id=f"{each.row}, {each.name}") for each in row_calls.TABLE]
 
 
 def assert_agree(call, got, expected):
@@ -23,7 +23,7 @@ def assert_agree(call, got, expected):
 
 
 def test_every_row_has_calls():
-    assert {each.row for each in calls.TABLE} == set(OPS)
+    assert {each.row for each in row_calls.TABLE} == set(OPS)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="done in the other process")

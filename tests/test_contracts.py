@@ -1,0 +1,311 @@
+"""What every op keeps to, whichever it is: under transforms, modes and defaults, as tensors of other kinds, again."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from calls import CALLS, DIFFERENTIABLE, loss_of, run, with_gradients
+from helpers import assert_same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import pyrx
+
+each_op = pytest.mark.parametrize("name", CALLS)
+each_differentiable_op = pytest.mark.parametrize("name", DIFFERENTIABLE)
+SEED = torch.tensor(5)
+
+
+def same(found, expected, what=""):
+    assert len(found) == len(expected), what
+    for one, other in zip(found, expected, strict=True):
+        assert_same_bits(one, other, what)
+
+
+def without_gradients(results):
+    return [each.detach() for each in results]
+
+
+def test_every_public_function_has_a_call():
+    functions = {each for each in pyrx.__all__ if callable(getattr(pyrx, each))} - {"MixedTarget", "NMPacked"}
+    functions |= {f"search.{each}" for each in pyrx.search.__all__ if each.islower()}
+    functions |= {each for each in pyrx.optim.__all__ if each.islower()}
+    assert {name.split()[0] for name in CALLS} == functions
+
+
+# Transforms: the right result, or an error that says so.
+
+NOT_BATCHED = ("cutmix inplace", "masked_adamw", "masked_sgd", "BlockMask", "reversed_attention", "token_importance")
+
+
+@each_op
+def test_vmap(cpu, name):
+    call, tensors = CALLS[name], CALLS[name].tensors()
+    stacked = [torch.stack([each, each.flip(0)]) for each in tensors]
+
+    def batched():
+        return torch.vmap(lambda *each: tuple(call(*each, seed=SEED)))(*stacked)
+
+    if name in NOT_BATCHED:
+        with pytest.raises(RuntimeError, match="vmap|Batching rule|functorch transforms"):
+            batched()
+        return
+    results = batched()
+    for i in range(2):
+        same([each[i] for each in results], call(*(each[i] for each in stacked), seed=SEED))
+
+
+def tangents_of(name, backend, differentiate):
+    """The sum of the results' tangents under loss_of's weights, for tangents of one, by forward mode."""
+    call, tensors = CALLS[name], CALLS[name].tensors(dtype=torch.float64)
+    places = [i for i, each in enumerate(tensors) if each.is_floating_point()]
+
+    def function(*leaves):
+        every = list(tensors)
+        for i, leaf in zip(places, leaves, strict=True):
+            every[i] = leaf
+        floats = [each for each in call(*every, seed=SEED, backend=backend) if each.is_floating_point()]
+        weights = [torch.linspace(-1, 2, each.numel()).reshape(each.shape) for each in floats]
+        return sum(((each * weight).sum() for each, weight in zip(floats, weights, strict=True)), torch.zeros(()))
+
+    return differentiate(function, [tensors[i] for i in places])
+
+
+def by_jvp(function, leaves):
+    return torch.func.jvp(function, tuple(leaves), tuple(map(torch.ones_like, leaves)))[1]
+
+
+def by_duals(function, leaves):
+    with forward_ad.dual_level():
+        result = function(*(forward_ad.make_dual(each, torch.ones_like(each)) for each in leaves))
+        return forward_ad.unpack_dual(result).tangent
+
+
+def by_grad(function, leaves):
+    found = torch.func.grad(function, argnums=tuple(range(len(leaves))))(*leaves)
+    return sum(each.sum() for each in found)
+
+
+def by_backward(function, leaves):
+    leaves = [each.clone().requires_grad_() for each in leaves]
+    found = torch.autograd.grad(function(*leaves), leaves, allow_unused=True)
+    return sum(each.sum() for each in found if each is not None)
+
+
+@pytest.mark.parametrize("differentiate", [by_jvp, by_duals, by_grad])
+@each_differentiable_op
+def test_other_ways_to_differentiate(backend, name, differentiate):
+    """No tangent is lost on the way."""
+    try:
+        found = tangents_of(name, backend, differentiate)
+    except RuntimeError as error:
+        texts = ("functorch transforms", "jvp", "forward mode")
+        assert any(each in str(error) for each in texts), error
+        return
+    assert found is not None, "expected a tangent or an error, got none"
+    torch.testing.assert_close(found, tangents_of(name, backend, by_backward))
+
+
+@each_differentiable_op
+def test_double_backward(backend, name):
+    """Right, or refused by name."""
+    call, tensors = CALLS[name], CALLS[name].tensors(dtype=torch.float64)
+
+    def function(*leaves):
+        """Of the leaves that have a gradient, in their places; curved, so that there is a second derivative."""
+        every = list(tensors)
+        for i, leaf in zip(places, leaves, strict=True):
+            every[i] = leaf
+        return tuple(each.square() for each in call(*every, seed=SEED, backend=backend) if each.requires_grad)
+
+    places = [i for i, each in enumerate(tensors) if each.is_floating_point()]
+    _, leaves = with_gradients(tensors)
+    used = torch.autograd.grad(loss_of(function(*leaves)), leaves, allow_unused=True)
+    places = [i for i, gradient in zip(places, used, strict=True) if gradient is not None]
+    leaves = [tensors[i].clone().requires_grad_() for i in places]
+    gradients = torch.autograd.grad(loss_of(function(*leaves)), leaves, create_graph=True)
+    try:
+        sum(each.sum() for each in gradients).backward()
+    except RuntimeError as error:
+        assert "double backward" in str(error) or "once_differentiable" in str(error), error
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its upstream gradients
+        if name != "nm_sparsify":  # a straight-through gradient is no derivative
+            assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+@each_differentiable_op
+def test_checkpointed(cpu, name, reentrant):
+    """Seeds are drawn alike when the forward runs again."""
+    found = []
+    for call in (CALLS[name], lambda *each: checkpoint(CALLS[name], *each, use_reentrant=reentrant)):
+        torch.manual_seed(3)
+        tensors, leaves = with_gradients(CALLS[name].tensors())
+        results = call(*tensors)
+        loss_of(results).backward()
+        found.append(without_gradients(results) + [leaf.grad for leaf in leaves if leaf.grad is not None])
+    same(*found)
+
+
+@each_differentiable_op
+def test_graph_that_is_kept(backend, name):
+    """A second backward finds what the first found, whatever became of the first's results; hooks see them."""
+    tensors, leaves = with_gradients(CALLS[name].tensors())
+    results = CALLS[name](*tensors, seed=5, backend=backend)
+    seen = []
+    for each in results:
+        if each.requires_grad:
+            each.register_hook(lambda gradient: seen.append(gradient.shape))
+    loss = loss_of(results)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    kept = [None if each is None else each.clone() for each in first]
+    for each in first:
+        if each is not None:
+            each.fill_(torch.nan)
+    assert sorted(seen) == sorted(each.shape for each in results if each.requires_grad)
+    for leaf in leaves:
+        leaf.register_hook(lambda gradient: gradient * 2)
+    second = torch.autograd.grad(loss, leaves, allow_unused=True)
+    for one, other in zip(kept, second, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_same_bits(other, one * 2)
+
+
+# Modes and defaults.
+
+
+@contextlib.contextmanager
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)  # conftest.py puts back what was
+    yield
+
+
+def default_device():
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize("mode", [default_dtype, default_device, deterministic])
+@each_op
+def test_defaults_change_nothing(backend, name, mode):
+    tensors = CALLS[name].tensors()
+    expected = run(name, tensors=tensors, backend=backend)
+    with mode():
+        found = run(name, tensors=tensors, backend=backend)
+    same(found, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@each_op
+def test_without_gradients(backend, name, mode):
+    tensors, _ = with_gradients(CALLS[name].tensors())
+    expected = without_gradients(CALLS[name](*tensors, seed=5, backend=backend))
+    with mode():
+        found = CALLS[name](*tensors, seed=5, backend=backend)
+        made_there = CALLS[name](*(each.clone() for each in tensors), seed=5, backend=backend)
+    assert not any(each.requires_grad for each in found if not any(each is tensor for tensor in tensors))
+    same(found, expected)
+    same(made_there, expected)
+
+
+@each_op
+def test_autocast(backend, name):
+    """Gradients of the leaves' own dtype, values near those without; float64 is left alone."""
+    expected = run(name, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(name, backend=backend)
+        exact = run(name, tensors=CALLS[name].tensors(dtype=torch.float64), backend=backend)
+    assert len(found) == len(expected)
+    results = len(CALLS[name](*CALLS[name].tensors(), seed=5))
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.dtype == other.dtype or i < results and one.dtype == torch.bfloat16
+        torch.testing.assert_close(one.to(other.dtype), other, rtol=0.05, atol=0.05 * max(1.0, other.double().max()))
+    same(exact, run(name, tensors=CALLS[name].tensors(dtype=torch.float64), backend=backend))
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.draws and name != "dropout_mask"])
+def test_generators(backend, name):
+    """One that is given is all that is drawn from; else torch's own."""
+    call, tensors = CALLS[name], CALLS[name].tensors(3)
+
+    def drawn(seed):
+        return call(*tensors, generator=torch.Generator().manual_seed(seed), backend=backend)
+
+    before = torch.random.get_rng_state()
+    first = drawn(1)
+    same(drawn(1), first)
+    assert any(not torch.equal(one, other) for one, other in zip(drawn(2), first, strict=True))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(1)
+    same(call(*tensors, backend=backend), first)
+    assert not torch.equal(torch.random.get_rng_state(), before)
+
+
+# Other kinds of tensors.
+
+
+class Tagged(torch.Tensor):
+    """A subclass without rules of its own."""
+
+
+@pytest.mark.parametrize("kind", [Tagged, torch.nn.Parameter])
+@each_op
+def test_subclasses(backend, name, kind):
+    tensors = CALLS[name].tensors()
+    expected = CALLS[name](*tensors, seed=5, backend=backend)
+
+    def made(each):
+        return each.as_subclass(Tagged) if kind is Tagged else kind(each) if each.is_floating_point() else each
+
+    found = CALLS[name](*map(made, tensors), seed=5, backend=backend)
+    same([each.detach().as_subclass(torch.Tensor) for each in found], expected)
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+@each_op
+def test_tensors_without_memory(name, fake):
+    """Shapes, dtypes and strides are those of real results; what is drawn is no concern of theirs."""
+    call, tensors = CALLS[name], CALLS[name].tensors()
+    expected = call(*tensors, seed=5)
+    if fake:
+        with FakeTensorMode() as mode:
+            found = call(*map(mode.from_tensor, tensors), seed=5)
+    else:
+        found = call(*(each.to("meta") for each in tensors), seed=5)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert one.device.type == ("cpu" if fake else "meta")
+        if fake:  # the meta device is served by the reference, whose strides are its own
+            assert one.stride() == other.stride()
+
+
+class Module(torch.nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, *tensors):
+        return tuple(self.call(*tensors, seed=SEED))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CALLS if " " not in name])
+def test_exported(cpu, name):
+    tensors = CALLS[name].tensors()
+    with torch.no_grad():
+        program = torch.export.export(Module(CALLS[name]), tuple(tensors), strict=False)
+        same(program.module()(*tensors), CALLS[name](*tensors, seed=SEED))
