@@ -30,12 +30,16 @@ endif
 say = @printf '\n== %s\n' $(1)
 HAS_TORCH := import re, torch; v = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])); assert v >= (2, 11), v
 
-.PHONY: help demo test bench gpu lint build cpp clean gpu-here
+FUZZ_CASES ?= 12000
+FUZZ_SEED ?= 0
+
+.PHONY: help demo test fuzz bench gpu lint build cpp clean gpu-here
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    train a real model through pyrx: table and loss curves       (5 minutes after the build)'
 	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
+	@echo 'make fuzz    call every public function at random, FUZZ_CASES=$(FUZZ_CASES) times, FUZZ_SEED=$(FUZZ_SEED)  (10 minutes)'
 	@echo 'make bench   time every op against PyTorch and peers, tables and charts'
 	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
 	@echo 'make lint    ruff and mypy'
@@ -50,6 +54,11 @@ demo: $(call extras,demo)
 test: $(call extras,test) lint cpp
 	$(call say,'pytest on the CPU (some minutes)')
 	@PYRX_REQUIRE=cpu $(PY) -m pytest -q -m 'not gpu' -n $(TEST_JOBS) --dist worksteal
+
+fuzz: $(call extras,test) build
+	$(call say,'fuzzing: $(FUZZ_CASES) random calls from seed $(FUZZ_SEED) against the reference (10 minutes)')
+	@FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu $(PY) -m pytest -v --no-header --tb short tests/fuzz \
+	  -n $(TEST_JOBS) --dist worksteal --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED)
 
 bench: $(call extras,bench)
 	$(call say,'benchmarks (some minutes): results in bench/results')

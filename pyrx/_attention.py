@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrx._checks import (
+    check_bool,
     check_device,
     check_dtype,
     check_float,
@@ -152,6 +153,7 @@ def logits_of(
     softcap: float | None = None,
 ) -> Logits:
     """Logits of a public function's arguments; the ops check what is in them."""
+    check_bool(op, is_causal=is_causal)
     left, right = window_of(op, window, is_causal)
     row_bias, column_bias = None, None
     if isinstance(bias, tuple):

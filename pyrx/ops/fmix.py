@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrx._checks import check_choice, check_device, check_image_shape, check_number, check_shape, check_tensor, fail
+from pyrx._checks import (
+    check_bool,
+    check_choice,
+    check_device,
+    check_image_shape,
+    check_number,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from pyrx._random import seed_tensor
 from pyrx.ops import batch_mix
 from pyrx.ops.blend import blend, check_alpha, check_out
@@ -97,6 +106,7 @@ def fmix(
         fail(OP, "alpha", "above 0", alpha)
     _check_range("decay_power", decay_power, 0, 8)
     _check_range("max_soft", max_soft, 0, 0.5)
+    check_bool(OP, per_sample=per_sample)
     chance = batch_mix.level(OP, "prob", prob)
     shared_lam = lam is None or not isinstance(lam, Tensor)
     if lam is not None and not isinstance(lam, Tensor):

@@ -24,7 +24,7 @@ def most_kept(bits: Tensor, size: int, m: int) -> Tensor:
 
 def _integers(values: Tensor) -> Tensor:
     """Their bits: gather and scatter of floats touch NaN's."""
-    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    return values.resolve_neg().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
 def nm_compress(weight: Tensor, bits: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fuzz.calls import Call
-from fuzz.strategies import Draws, fuzzes
 from torch import Tensor
 
 import pyrx
+from fuzz.calls import Call
+from fuzz.strategies import Draws, fuzzes
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -237,7 +237,7 @@ def attention_module(draws: Draws) -> Call:
         return module(query, key, key_mask=key_mask)
 
     needs = draws.needs(query=arguments["query"], key=arguments["key"])
-    return Call(BlockSparseAttention, arguments, needs, exact=False, floor=1.0)
+    return Call(BlockSparseAttention, arguments, needs, exact=False, floor=1.0, fixed=("query", "key"))
 
 
 @fuzzes("nn.replace_attention")
@@ -270,4 +270,5 @@ def replace_attention(draws: Draws) -> Call:
                 query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=True
             )
 
-    return attention_call(draws, replaced, arguments)
+    fixed = ("query", "key", "value", "attn_mask", "is_causal", "scale")
+    return attention_call(draws, replaced, arguments).replace(fixed=fixed)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fuzz.calls import Call
-from fuzz.strategies import Draws, fuzzes
 from helpers import COMBINES, REDUCTIONS, SAMPLINGS, TARGETS
 
 import pyrx
+from fuzz.calls import Call
+from fuzz.strategies import Draws, fuzzes
 
 
 @fuzzes("dropout")
@@ -122,4 +122,4 @@ def to_probabilities(draws: Draws) -> Call:
         return pyrx.MixedTarget.to_probabilities(target, num_classes, label_smoothing)
 
     arguments = {"target": target, "num_classes": classes, "label_smoothing": draws.number(0.0, 1.0)}
-    return Call(probabilities, arguments)
+    return Call(probabilities, arguments, fixed=("target",))

@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+import pyrx
 from fuzz.calls import Call
 from fuzz.dropouts import sample
 from fuzz.mixing import boxes_of, images_of, is_free
 from fuzz.strategies import FLOATS, Draws, fuzzes
-from torch import Tensor, nn
-
-import pyrx
 
 METHODS = ("random", "block", "hard")
 
@@ -139,4 +139,5 @@ def layer_masking(draws: Draws) -> Call:
         ).eval()
         return pyrx.nn.LayerMasking(model, fill, backend=backend)(images, mask)
 
-    return Call(LayerMasking, arguments, draws.needs(images=arguments["images"]), exact=False, floor=1.0)
+    needs = draws.needs(images=arguments["images"])
+    return Call(LayerMasking, arguments, needs, exact=False, floor=1.0, fixed=("images",))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fuzz.calls import Call
-from fuzz.strategies import FLOATS, Draws, fuzzes
 from torch import Tensor
 
 import pyrx
+from fuzz.calls import Call
+from fuzz.strategies import FLOATS, Draws, fuzzes
 
 IMAGES = (torch.float32, torch.uint8, torch.bfloat16, torch.float16, torch.float64)
 MASKS = (torch.int64, torch.uint8, torch.bool, torch.int32)
@@ -41,7 +41,10 @@ def pairing_of(draws: Draws, samples: int) -> str | Tensor:
 def boxes_of(draws: Draws, lead: tuple[int, ...], images: Tensor) -> Tensor:
     """int64 (*lead, 4): (y0, x0, y1, x1) inside of the images."""
     height, width = images.shape[-2:]
-    ends = [draws.tensor((*lead, 2), torch.int64, high=size + 1, layout="offset").sort(-1).values for size in (height, width)]
+    ends = [
+        draws.tensor((*lead, 2), torch.int64, high=size + 1, layout="offset").sort(-1).values
+        for size in (height, width)
+    ]
     return torch.stack(ends, -1).flatten(-2)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fuzz.calls import Call
-from fuzz.dropouts import samples, target_of
-from fuzz.sparsity import ESTIMATORS, ratio
-from fuzz.strategies import Draws, fuzzes
 from helpers import COMBINES, REDUCTIONS, SAMPLINGS, TARGETS
 from torch import Tensor, nn
 
 import pyrx
+from fuzz.calls import Call
+from fuzz.dropouts import samples, target_of
+from fuzz.sparsity import ESTIMATORS, ratio
+from fuzz.strategies import Draws, fuzzes
 
 
 @fuzzes("nn.MultiSampleDropoutClassifier")
@@ -47,7 +47,8 @@ def classifier(draws: Draws) -> Call:
         return module(input, target)
 
     needs = draws.needs(input=arguments["input"])
-    return Call(MultiSampleDropoutClassifier, arguments, needs, exact=False, floor=4.0)
+    fixed = ("in_features", "num_classes")
+    return Call(MultiSampleDropoutClassifier, arguments, needs, exact=False, floor=4.0, fixed=fixed)
 
 
 @fuzzes("nn.MultiSampleDropout")
@@ -60,7 +61,8 @@ def wrapper(draws: Draws) -> Call:
         head = nn.Linear(shape[1], 4)
         return pyrx.nn.MultiSampleDropout(head, num_samples, p, sampling=sampling)(input, target)
 
-    return Call(MultiSampleDropout, arguments, draws.needs(input=arguments["input"]), exact=False, floor=4.0)
+    needs = draws.needs(input=arguments["input"])
+    return Call(MultiSampleDropout, arguments, needs, exact=False, floor=4.0, fixed=("input", "target"))
 
 
 def _options(draws: Draws) -> dict[str, Any]:
@@ -115,9 +117,16 @@ def sparsify(draws: Draws) -> Call:
         again = pyrx.nn.sparsity_report(model)
         assert str(again) and isinstance(again, pyrx.nn.SparsityReport) and again.rows == report.rows
         plain = pyrx.nn.desparsify_(model, leave_parametrized)
-        return [sparse, plain(x), report.parameters, report.kept, report.density, [each.name for each in report.skipped]]
+        return [
+            sparse,
+            plain(x),
+            report.parameters,
+            report.kept,
+            report.density,
+            [each.name for each in report.skipped],
+        ]
 
-    return Call(sparsify_, arguments, draws.needs(x=arguments["x"]), exact=False, floor=1.0)
+    return Call(sparsify_, arguments, draws.needs(x=arguments["x"]), exact=False, floor=1.0, fixed=("x",))
 
 
 SCHEDULES = {
@@ -158,4 +167,4 @@ def schedule(draws: Draws) -> Call:
             made.step()
         return [model(x), phases, made.phase, pyrx.nn.sparsity_report(model).kept]
 
-    return Call(scheduled, arguments, exact=False, floor=1.0)
+    return Call(scheduled, arguments, exact=False, floor=1.0, fixed=("x", "steps"))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fuzz.attending import BLOCK_SIZES, attention_call, block_size_of, key_range_of, mask_of, query_and_key, window_of
-from fuzz.calls import Call
-from fuzz.strategies import Draws, fuzzes
 from torch import Tensor
 
 import pyrx
+from fuzz.attending import BLOCK_SIZES, attention_call, block_size_of, key_range_of, mask_of, query_and_key, window_of
+from fuzz.calls import Call
+from fuzz.strategies import Draws, fuzzes
 from pyrx import BlockMask
 
 
@@ -70,7 +70,9 @@ def causal(draws: Draws) -> Call:
 
 @fuzzes("BlockMask.sliding_window")
 def sliding_window(draws: Draws) -> Call:
-    return Call(BlockMask.sliding_window, {**_geometry(draws), "window": window_of(draws), "is_causal": draws.chance(2)})
+    return Call(
+        BlockMask.sliding_window, {**_geometry(draws), "window": window_of(draws), "is_causal": draws.chance(2)}
+    )
 
 
 @fuzzes("BlockMask.global_tokens")
@@ -118,17 +120,19 @@ def flex(draws: Draws) -> Call:
     def through_flex(mask: BlockMask, backend: str | None = None) -> BlockMask:
         return BlockMask.from_flex(mask.to_flex(), partial="whole", backend=backend)
 
-    return Call(through_flex, {"mask": mask_of(draws, 2, 3, draws.size(200, least=1), draws.size(200, least=1))})
+    mask = mask_of(draws, 2, 3, draws.size(200, least=1), draws.size(200, least=1))
+    return Call(through_flex, {"mask": mask}, fixed=("mask",))
 
 
 @fuzzes("BlockMask", "BlockMask.to_dense", "BlockMask.density", "BlockMask.to", "BlockMask.plot")
 def reading(draws: Draws) -> Call:
     def read(mask: BlockMask) -> list[Any]:
         moved = mask.to("cpu")
-        moved.plot() if moved.shape[0] and min(moved.shape[1:]) > 0 else None
+        if min(moved.shape) > 0:
+            moved.plot()
         return [moved.to_dense(), moved.density(), moved.shape, repr(moved), moved]
 
-    return Call(read, {"mask": mask_of(draws, 2, 3, draws.size(200), draws.size(200))})
+    return Call(read, {"mask": mask_of(draws, 2, 3, draws.size(200), draws.size(200))}, fixed=("mask",))
 
 
 @fuzzes("BlockMask.keep_heads")
@@ -136,7 +140,7 @@ def keep_heads(draws: Draws) -> Call:
     batch, heads = draws.integer(1, 3), draws.integer(1, 4)
     mask = mask_of(draws, batch, heads, draws.size(100), draws.size(100))
     keep = draws.tensor(draws.pick((heads,), (batch, heads), (1, heads)), torch.bool)
-    return Call(lambda mask, keep: mask.keep_heads(keep), {"mask": mask, "keep": keep})
+    return Call(lambda mask, keep: mask.keep_heads(keep), {"mask": mask, "keep": keep}, fixed=("mask",))
 
 
 @fuzzes("BlockMask.__and__", "BlockMask.__or__", "BlockMask.__invert__")
@@ -153,7 +157,7 @@ def algebra(draws: Draws) -> Call:
     def combined(first: BlockMask, second: BlockMask) -> BlockMask:
         return first & second if how == "&" else first | second if how == "|" else ~first
 
-    return Call(combined, {"first": mask(), "second": mask()})
+    return Call(combined, {"first": mask(), "second": mask()}, fixed=("first", "second"))
 
 
 # The searches. Scores that are sums differ in their last bits between backends, and blocks of nearly the same score
@@ -263,4 +267,4 @@ def adaptive(draws: Draws) -> Call:
         return [module(query, key, value, step, key_mask=key_mask) for step in steps]
 
     call = attention_call(draws, AdaptiveSparseAttention, arguments)
-    return call.replace(needs=(), floor=1.0)
+    return call.replace(needs=(), floor=1.0, fixed=("steps",))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fuzz.calls import Call
-from fuzz.strategies import Draws, fuzzes
 from torch import Tensor
 
 import pyrx
+from fuzz.calls import Call
+from fuzz.strategies import Draws, fuzzes
 from pyrx.reference.dropout import pack_bits
 
 ESTIMATORS = ("ste", "sr-ste", "mdgf", "mdgf-scaled", "hard")
-RATIOS = ((2, 4), (1, 4), (4, 8), (1, 1), (1, 2), (3, 5), (1, 8), (7, 16), (1, 16), (2, 32), (5, 100), (128, 128), (1, 128))
+RATIOS = (
+    (2, 4), (1, 4), (4, 8), (1, 1), (1, 2), (3, 5), (1, 8), (7, 16), (1, 16), (2, 32), (5, 100), (128, 128), (1, 128),
+)  # fmt: skip
 
 
 def ratio(draws: Draws, most: int = 128) -> tuple[int, int]:
@@ -167,7 +169,9 @@ def masked_adamw(draws: Draws) -> Call:
     arguments = _step(draws, ("exp_avgs", "exp_avg_sqs"))
     arguments["steps"] = [torch.full((), float(draws.pick(1, 2, 10, 1000))) for _ in arguments["weights"]]
     arguments |= draws.some(
-        beta1=lambda: draws.number(0.0, 0.999), beta2=lambda: draws.number(0.0, 0.9999), eps=lambda: draws.pick(1e-8, 1e-3)
+        beta1=lambda: draws.number(0.0, 0.999),
+        beta2=lambda: draws.number(0.0, 0.9999),
+        eps=lambda: draws.pick(1e-8, 1e-3),
     )
     return _optimizer_call(pyrx.optim.masked_adamw, arguments, ("exp_avgs", "exp_avg_sqs"))
 
@@ -188,6 +192,8 @@ def _optimizer_call(function: Any, arguments: dict[str, Any], moments: tuple[str
     return Call(function, arguments, writes=("weights", *moments, "masks"), exact=False, floats=floats, floor=1.0)
 
 
+# options of torch.optim, whose errors are its own
+TORCHS = ("lr", "weight_decay", "maximize", "momentum", "dampening")
 OPTIMIZERS = {"optim.MaskedAdamW": pyrx.optim.MaskedAdamW, "optim.MaskedSGD": pyrx.optim.MaskedSGD}
 
 
@@ -225,7 +231,8 @@ def _optimizer(draws: Draws, name: str) -> Call:
         return [each.detach() for each in (*params, *state)]
 
     steps.__name__ = name.removeprefix("optim.")
-    return Call(steps, arguments, writes=("params",), exact=False, floats=("params", "grads"), floor=1.0)
+    floats = ("params", "grads")
+    return Call(steps, arguments, writes=("params",), exact=False, floats=floats, floor=1.0, fixed=(*floats, *TORCHS))
 
 
 @fuzzes("optim.MaskedAdamW")
@@ -236,5 +243,3 @@ def adamw_optimizer(draws: Draws) -> Call:
 @fuzzes("optim.MaskedSGD")
 def sgd_optimizer(draws: Draws) -> Call:
     return _optimizer(draws, "optim.MaskedSGD")
-
-

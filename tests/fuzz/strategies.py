@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz.calls import Call
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+import pyrx
+from fuzz.calls import Call
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 131)
@@ -23,17 +25,18 @@ KINDS = ("normal", "ties", "special", "huge", "tiny")
 # of every dtype of floats
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 6e-8, 1e-310, 65504.0, 3e38, -1e300, 1.0)
 
-# {name of a public function: what draws a call of it}
+# {name of a public function: what draws a call of it}, and every name that has one
 FUZZERS: dict[str, Callable[[Draws], Call]] = {}
+COVERED: set[str] = set()
 
 
 def fuzzes(*names: str) -> Callable[[Callable[[Draws], Call]], Callable[[Draws], Call]]:
-    """Registers what draws calls of the public functions `names`; a suffix after "-" tells fuzzers of one apart."""
+    """Registers what draws calls of the public functions `names`, under the first one."""
 
     def register(function: Callable[[Draws], Call]) -> Callable[[Draws], Call]:
-        for name in names:
-            assert name not in FUZZERS, name
-            FUZZERS[name] = function
+        assert not COVERED & set(names), names
+        COVERED.update(names)
+        FUZZERS[names[0]] = function
         return function
 
     return register
@@ -120,9 +123,7 @@ class Draws:
 
     def some(self, **arguments: Any) -> dict[str, Any]:
         """Any subset of keyword arguments, so that defaults are met too; a function is called for its value."""
-        return {
-            name: value() if callable(value) else value for name, value in arguments.items() if not self.chance(3)
-        }
+        return {name: value() if callable(value) else value for name, value in arguments.items() if not self.chance(3)}
 
 
 def _values(
@@ -141,7 +142,9 @@ def _values(
         return (values * torch.finfo(dtype).tiny / 8).to(dtype)
     if kind == "special":
         chosen = torch.randint(0, len(SPECIAL), shape, generator=generator)
-        mixed = torch.where(torch.rand(shape, generator=generator) < 0.3, torch.tensor(SPECIAL).double()[chosen], values)
+        mixed = torch.where(
+            torch.rand(shape, generator=generator) < 0.3, torch.tensor(SPECIAL).double()[chosen], values
+        )
         return mixed.to(dtype)
     return values.to(dtype)
 
@@ -203,13 +206,23 @@ TENSOR_CHANGES = (
 def spoil(draws: Draws, call: Call) -> Call:
     """The call with one argument spoiled. It may still be a good one."""
     parameters = inspect.signature(call.function).parameters.values()
-    names = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD and each.name != "backend"]
-    name = draws.pick(*dict.fromkeys((*call.arguments, *names)))
+    names = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+    # a device is parsed by torch, which says itself what is wrong
+    fixed = ("backend", "device", *call.fixed)
+    found = [name for name in dict.fromkeys((*call.arguments, *names)) if name not in fixed]
+    if call.takes_backend() and draws.chance(20):
+        return call.replace(asked=draws.pick("text", "cuda", 1, "triton", b"cpu", "CPU"))
+    if not found:
+        return call
+    name = draws.pick(*found)
     value = call.arguments.get(name)
+    # the lists of a mask belong together, and its constructors alone make them
     tensors = [each for each in pytree.tree_leaves(value) if isinstance(each, Tensor)]
+    tensors = [] if isinstance(value, pyrx.BlockMask) else tensors
     if tensors and not draws.chance(4):
         chosen = draws.pick(*range(len(tensors)))
-        spoiled = _spoiled_tensor(draws, tensors[chosen])
+        whole = isinstance(value, pyrx.NMPacked)
+        spoiled = _spoiled_tensor(draws, tensors[chosen], "values" if whole else draws.pick(*TENSOR_CHANGES))
         found = iter(range(len(tensors)))
         value = pytree.tree_map_only(Tensor, lambda each: spoiled if next(found) == chosen else each, value)
     else:
@@ -221,8 +234,7 @@ def _some_tensor(draws: Draws) -> Tensor:
     return draws.tensor(draws.shape(draws.integer(0, 5), 64), draws.pick(*DTYPES[:10]), draws.kind(), high=5, low=0)
 
 
-def _spoiled_tensor(draws: Draws, tensor: Tensor) -> Any:
-    change = draws.pick(*TENSOR_CHANGES)
+def _spoiled_tensor(draws: Draws, tensor: Tensor, change: str) -> Tensor:
     dims = tensor.dim()
     if change == "dtype":
         return tensor.to(draws.pick(*DTYPES))
@@ -244,8 +256,9 @@ def _spoiled_tensor(draws: Draws, tensor: Tensor) -> Any:
     if change == "values":
         if tensor.is_floating_point():
             return tensor.clone().fill_(draws.pick(math.nan, math.inf, -1.0, 2.0, 0.0))
-        if tensor.dtype != torch.bool:
+        if tensor.dtype is torch.uint8:  # bits, or positions that must differ
+            return tensor.clone().fill_(255)
+        if tensor.dtype is not torch.bool:
             return tensor.clone().fill_(draws.pick(-1, 0, 1, 2, torch.iinfo(tensor.dtype).max))
-    if change == "scalar":
-        return torch.zeros((), dtype=tensor.dtype)
-    return _some_tensor(draws)
+        return ~tensor
+    return torch.zeros((), dtype=tensor.dtype) if change == "scalar" else _some_tensor(draws)
