@@ -129,6 +129,7 @@ def check_logits(op: str, query: Tensor, key: Tensor, logits: Logits) -> None:
 
 def window_of(op: str, window: object, is_causal: bool) -> tuple[int, int]:
     """(left, right) of a window, int (both sides) or pair, -1 without limit; causal: none to the right."""
+    check_bool(op, is_causal=is_causal)
     pair = (window, window) if window is None or isinstance(window, int) else window
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         fail(op, "window", "to be an int or a pair (left, right)", repr(window), TypeError)
@@ -153,7 +154,6 @@ def logits_of(
     softcap: float | None = None,
 ) -> Logits:
     """Logits of a public function's arguments; the ops check what is in them."""
-    check_bool(op, is_causal=is_causal)
     left, right = window_of(op, window, is_causal)
     row_bias, column_bias = None, None
     if isinstance(bias, tuple):
