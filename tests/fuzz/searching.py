@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -189,6 +190,7 @@ def lse_cached(draws: Draws) -> Call:
         always=lambda: draws.tensor(draws.pick(full, full[2:], (1, 1, 1, full[3])), torch.bool),
     )
 
+    @functools.wraps(pyrx.search.lse_cached)
     def sizes(*args: Any, **options: Any) -> list[Any]:
         return _sizes(pyrx.search.lse_cached(*args, **options))
 
@@ -222,6 +224,7 @@ def pooled(draws: Draws) -> Call:
         topk=lambda: draws.pick(None, draws.number(0.0, 1.0)),
     )
 
+    @functools.wraps(pyrx.search.pooled)
     def sizes(*args: Any, **options: Any) -> list[Any]:
         mask = pyrx.search.pooled(*args, **options)
         return _sizes(mask)[:3]

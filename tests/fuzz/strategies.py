@@ -206,7 +206,7 @@ TENSOR_CHANGES = (
 def spoil(draws: Draws, call: Call) -> Call:
     """The call with one argument spoiled. It may still be a good one."""
     parameters = inspect.signature(call.function).parameters.values()
-    names = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+    names = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
     # a device is parsed by torch, which says itself what is wrong
     fixed = ("backend", "device", *call.fixed)
     found = [name for name in dict.fromkeys((*call.arguments, *names)) if name not in fixed]
