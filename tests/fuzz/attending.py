@@ -87,7 +87,7 @@ GRADIENTS = ("query", "key", "value", "u", "query_scale", "bias", "x")
 def attention_call(draws: Draws, function: Any, arguments: dict[str, Any], exact: bool = False) -> Call:
     floats = tuple(name for name in GRADIENTS if arguments.get(name) is not None)
     needs = draws.needs(**{name: arguments[name] for name in floats})
-    return Call(function, arguments, needs, exact=exact, floats=floats, floor=4.0)
+    return Call(function, arguments, needs, exact=exact, floats=floats, floor=4.0, hides=True)
 
 
 def _results(draws: Draws) -> dict[str, Any]:
