@@ -35,14 +35,18 @@ GPU_BENCH_MINUTES ?= 9
 SANITIZE_SECONDS ?= 240
 GPU_BUILT ?= gpu-build-here
 
-.PHONY: help demo test test-large bench gpu-model dist lint build cpp clean \
+.PHONY: help demo test test-large fuzz bench gpu-model dist lint build cpp clean \
   $(foreach each,gpu gpu-build gpu-sanitize gpu-test gpu-bench,$(each) $(each)-here)
+FUZZ_CASES ?= 12000
+FUZZ_SEED ?= 0
+
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    train a real model through pyrx: table and loss curves       (5 minutes after the build)'
 	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
 	@echo 'make test-large  tensors past 2^31 elements, 10000 calls of every op (half an hour, 16 GiB of memory)'
+	@echo 'make fuzz    call every public function at random, FUZZ_CASES=$(FUZZ_CASES) times, FUZZ_SEED=$(FUZZ_SEED)  (10 minutes)'
 	@echo 'make bench   time every op against PyTorch and peers, tables and charts'
 	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
 	@echo '             and its parts: make gpu-build, gpu-sanitize, gpu-test, gpu-bench  (each under 10 minutes)'
@@ -64,6 +68,10 @@ test: $(call extras,test) lint cpp
 test-large: $(call extras,test) build
 	$(call say,'pytest on tensors past 2^31 elements and on 10000 calls of every op (half an hour, 16 GiB of memory)')
 	@$(PY) -m pytest -q -m 'large and not gpu'
+fuzz: $(call extras,test) build
+	$(call say,'fuzzing: $(FUZZ_CASES) random calls from seed $(FUZZ_SEED) against the reference (10 minutes)')
+	@FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu $(PY) -m pytest -v --no-header --tb short tests/fuzz \
+	  -n $(TEST_JOBS) --dist worksteal --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED)
 
 bench: $(call extras,bench)
 	$(call say,'benchmarks (some minutes): results in bench/results')

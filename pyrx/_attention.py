@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrx._checks import (
+    check_bool,
     check_device,
     check_dtype,
     check_float,
@@ -128,6 +129,7 @@ def check_logits(op: str, query: Tensor, key: Tensor, logits: Logits) -> None:
 
 def window_of(op: str, window: object, is_causal: bool) -> tuple[int, int]:
     """(left, right) of a window, int (both sides) or pair, -1 without limit; causal: none to the right."""
+    check_bool(op, is_causal=is_causal)
     pair = (window, window) if window is None or isinstance(window, int) else window
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         fail(op, "window", "to be an int or a pair (left, right)", repr(window), TypeError)

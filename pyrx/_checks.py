@@ -19,6 +19,8 @@ def fail(op: str, argument: str, expected: object, got: object, error: type[Exce
 def check_tensor(op: str, argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
         fail(op, argument, "to be a Tensor", type(value).__name__, TypeError)
+    if value.layout is not torch.strided:
+        fail(op, argument, "to be a dense Tensor", value.layout, TypeError)
 
 
 def check_float(op: str, argument: str, value: Tensor) -> None:
@@ -45,7 +47,7 @@ def check_shape(op: str, argument: str, value: Tensor, names: str, shape: Sequen
 
 
 def check_choice(op: str, argument: str, value: object, choices: Sequence[str | None]) -> None:
-    if value not in choices:
+    if not (value is None or isinstance(value, str)) or value not in choices:
         fail(op, argument, "to be one of " + ", ".join(map(repr, choices)), repr(value))
 
 
@@ -59,6 +61,14 @@ def check_integer(op: str, argument: str, value: object, minimum: int, maximum: 
 def check_number(op: str, argument: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(op, argument, "to be a float", type(value).__name__, TypeError)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # which may be beyond any float
+        fail(op, argument, "to be a float", "an int of more than 64 bits")
+
+
+def check_bool(op: str, **flags: object) -> None:
+    for argument, value in flags.items():
+        if not isinstance(value, bool):
+            fail(op, argument, "to be a bool", type(value).__name__, TypeError)
 
 
 def check_image_shape(op: str, argument: str, value: Tensor) -> None:
@@ -68,7 +78,9 @@ def check_image_shape(op: str, argument: str, value: Tensor) -> None:
 
 
 def check_own_memory(op: str, argument: str, value: Tensor) -> None:
-    """Of a tensor that is written: no two of its elements lie in one place."""
+    """Of a tensor that is written: no two of its elements lie in one place, and it holds them as they are."""
+    if value.is_neg():  # torch copies such a tensor for the kernel and cannot write it back
+        fail(op, argument, "to hold its own values", "a negative view (see Tensor.resolve_neg)")
     reach = 0  # of the dimensions of smaller strides
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True), key=lambda each: int(each[0])):
         if size > 1 and stride <= reach:

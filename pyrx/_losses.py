@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_shape, fail
+from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_number, check_shape, fail
 from pyrx.targets import MixedTarget
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -41,6 +41,7 @@ def check_vectors(
 
 
 def check_options(op: str, label_smoothing: float, reduction: str) -> None:
+    check_number(op, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         fail(op, "label_smoothing", "in [0, 1]", label_smoothing)
     check_choice(op, "reduction", reduction, REDUCTIONS)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrx._checks import check_integer, fail
+from pyrx._checks import check_device, check_dtype, check_float, check_integer, check_number, check_shape, fail
 
 
 class MixedTarget(NamedTuple):
@@ -39,11 +39,16 @@ class MixedTarget(NamedTuple):
 
         Class ids must lie in [0, num_classes), as for torch.nn.functional.one_hot.
         """
-        check_integer("MixedTarget.to_probabilities", "num_classes", num_classes, 1, 2**31)
+        op = "MixedTarget.to_probabilities"
+        check_integer(op, "num_classes", num_classes, 1, 2**31)
+        check_number(op, "label_smoothing", label_smoothing)
         if not 0 <= label_smoothing <= 1:
-            fail("MixedTarget.to_probabilities", "label_smoothing", "in [0, 1]", label_smoothing)
-        if self.a.shape != self.lam.shape:
-            fail("MixedTarget.to_probabilities", "a", f"of lam's shape {list(self.lam.shape)}", list(self.a.shape))
+            fail(op, "label_smoothing", "in [0, 1]", label_smoothing)
+        check_float(op, "lam", self.lam)
+        for name, ids in (("a", self.a), ("b", self.b)):
+            check_dtype(op, name, ids, torch.int64)
+            check_shape(op, name, ids, "of lam's", self.lam.shape)
+            check_device(op, name, ids, self.lam.device)
         # compared, since scattered sums are not deterministic on a GPU
         classes = torch.arange(num_classes, device=self.a.device)
         lam, keep = self.lam.unsqueeze(-1), 1 - label_smoothing

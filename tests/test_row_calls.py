@@ -1,5 +1,5 @@
-"""Every row's small calls (row_calls.py): the CPU's kernels and Triton's, interpreted, against the reference, and that the
-table is whole."""
+"""The small calls of every row (row_calls.py): the CPU's kernels and Triton's, interpreted, against the reference, and
+that the table is whole."""
 
 import row_calls
 import pytest

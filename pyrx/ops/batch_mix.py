@@ -12,6 +12,7 @@ from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import (
     FLOAT_DTYPES,
+    check_bool,
     check_choice,
     check_device,
     check_dtype,
@@ -278,6 +279,8 @@ def _normalisation(
             fail(op, name, "to be a float or a sequence of floats", type(value).__name__, TypeError)
         if len(value) != channels:
             fail(op, name, f"of C = {channels} values", len(value))
+        for each in value:
+            check_number(op, name, each)
         found.append([float(each) for each in value])
     means, stds = found
     if not all(each > 0 for each in stds):
@@ -319,6 +322,9 @@ def mix_batch(
     for name, value in (("labels", labels), ("out", out)):
         if value is not None:
             check_tensor(op, name, value)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        fail(op, "dtype", "to be a torch.dtype", type(dtype).__name__, TypeError)
+    check_bool(op, inplace=inplace)
     samples, device = images.shape[0], images.device
     dtype = dtype if dtype is not None else out.dtype if out is not None else images.dtype
     scale, bias = _normalisation(op, images, mean, std, dtype)
@@ -450,6 +456,7 @@ def cutmix(
     Source: Yun et al., "CutMix", ICCV 2019, equations 1 and 2.
     """
     _check_alpha("cutmix", alpha)
+    check_bool("cutmix", per_sample=per_sample, correct_lam=correct_lam)
     minimum, maximum = check_minmax("cutmix", "minmax", minmax)
     granularity = PER_SAMPLE if per_sample else PER_BATCH
     draw = Draw(CUTMIX, granularity, level("cutmix", "prob", prob), 0, 0.0, alpha, minimum, maximum, correct_lam)
@@ -495,6 +502,7 @@ def mixup(
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
     """
     _check_alpha("mixup", alpha)
+    check_bool("mixup", per_sample=per_sample)
     granularity = PER_SAMPLE if per_sample else PER_BATCH
     chance = level("mixup", "prob", prob)
     draw = Draw(MIXUP, granularity, LEVELS if isinstance(lam, Tensor) else chance, 0, alpha, 0.0, 0.0, 0.0, True)
@@ -539,6 +547,7 @@ def resizemix(
     Source: Qin et al., "ResizeMix: Mixing Data with Preserved Object Information and True Labels", 2020.
     """
     minimum, maximum = check_minmax("resizemix", "scale", scale)
+    check_bool("resizemix", per_sample=per_sample)
     granularity = PER_SAMPLE if per_sample else PER_BATCH
     draw = Draw(RESIZEMIX, granularity, level("resizemix", "prob", prob), 0, 0.0, 0.0, minimum, maximum, True)
     return mix_batch(

@@ -19,7 +19,7 @@ from pyrx._attention import (
     window_of,
 )
 from pyrx._backends import select
-from pyrx._checks import check_device, check_dtype, check_float, check_shape, check_tensor, fail
+from pyrx._checks import check_bool, check_device, check_dtype, check_float, check_shape, check_tensor, fail
 from pyrx._linear import autocast, is_autocast, without_autocast
 from pyrx._losses import accumulation_dtype, differentiable_once
 from pyrx._random import LEVELS, check_seed, seed_tensor, threshold
@@ -217,6 +217,7 @@ def prepare(
     check_float(op, "query", query)
     if query.dim() != 4 or key.dim() != 4:
         fail(op, "query and key", "of shape [B, H, S, D]", [list(query.shape), list(key.shape)])
+    check_bool(op, is_causal=is_causal, enable_gqa=enable_gqa)
     if not enable_gqa and query.shape[1] != key.shape[1]:
         fail(op, "key", f"of the query's {query.shape[1]} heads (or enable_gqa=True)", key.shape[1])
     if block_mask is None:
@@ -330,6 +331,7 @@ def block_sparse_attention(
     """
     op = ROW
     level = threshold(op, dropout_p, "dropout_p")
+    check_bool(op, return_lse=return_lse, return_entropy=return_entropy)
     query, key, value, mask, logits, chosen = prepare(
         op,
         query,

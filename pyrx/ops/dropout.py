@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_float, check_integer, fail
+from pyrx._checks import check_bool, check_float, check_integer, fail
 from pyrx._random import LEVELS, MAX_SAMPLE, check_seed, is_antithetic, seed_tensor, threshold
 from pyrx.reference import dropout as reference
 
@@ -110,6 +110,7 @@ def dropout(
     check_float("dropout", "input", input)
     t = threshold("dropout", p)
     check_integer("dropout", "sample", sample, 0, MAX_SAMPLE)
+    check_bool("dropout", training=training)
     chosen = select("dropout", input.device.type, input.dtype, backend)
     if not training:
         return input
@@ -155,6 +156,9 @@ def dropout_mask(
     t = threshold(op, p)
     check_integer(op, "sample", sample, 0, MAX_SAMPLE)
     antithetic = is_antithetic(op, sampling)
+    check_bool(op, packed=packed)
+    if not isinstance(shape, (list, tuple)):
+        fail(op, "shape", "to be a sequence of ints", type(shape).__name__, TypeError)
     for size in shape:
         check_integer(op, "shape's sizes", size, 0, 2**62)
     _check_packed(op, shape, packed)

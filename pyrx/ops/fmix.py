@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrx._checks import (
+    check_bool,
     check_choice,
     check_device,
     check_image_shape,
@@ -106,6 +107,7 @@ def fmix(
         fail(OP, "alpha", "above 0", alpha)
     _check_range("decay_power", decay_power, 0, 8)
     _check_range("max_soft", max_soft, 0, 0.5)
+    check_bool(OP, per_sample=per_sample)
     chance = batch_mix.level(OP, "prob", prob)
     shared_lam = lam is None or not isinstance(lam, Tensor)
     if lam is not None and not isinstance(lam, Tensor):

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_integer, check_shape, fail
+from pyrx._checks import (
+    check_bool,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_float,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from pyrx.ops.nm_sparsity import check_bits, check_nm
 from pyrx.reference import masked_update as reference
 from pyrx.reference.masked_update import RULES
@@ -135,6 +146,23 @@ _library.define(
 )
 
 
+def _check_lists(op: str, lists: dict[str, object]) -> None:
+    for name, each in lists.items():
+        if not isinstance(each, (list, tuple)):
+            fail(op, name, "to be a list of Tensors", type(each).__name__, TypeError)
+        for i, tensor in enumerate(each):
+            check_tensor(op, f"{name}[{i}]", tensor)
+
+
+def _check_numbers(op: str, lr: float | Tensor, **numbers: float) -> None:
+    if not isinstance(lr, Tensor):
+        numbers["lr"] = lr
+    elif not lr.is_floating_point() or lr.numel() != 1:
+        fail(op, "lr", "to be a float or a floating-point Tensor of one element", f"{lr.dtype} {list(lr.shape)}")
+    for name, number in numbers.items():
+        check_number(op, name, number)
+
+
 def _chosen(op: str, weights: Sequence[Tensor], backend: str | None) -> str:
     if len(weights) == 0:
         return "reference"
@@ -213,6 +241,11 @@ def masked_adamw(
     """
     op = "masked_adamw"
     check_choice(op, "rule", rule, RULES)
+    lists = {"weights": weights, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _check_lists(op, {**lists, "masks": masks, "steps": steps})
+    _check_numbers(op, lr, strength=strength, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    check_bool(op, magnitude=magnitude, refresh=refresh, maximize=maximize)
+    check_integer(op, "dim", dim, -(2**31), 2**31)
     chosen = _chosen(op, weights, backend)
     number, lr_tensor = _rate(lr, weights)
     arguments = (
@@ -260,6 +293,11 @@ def masked_sgd(
     """
     op = "masked_sgd"
     check_choice(op, "rule", rule, RULES)
+    _check_lists(op, {"weights": weights, "grads": grads, "momentum_buffers": momentum_buffers, "masks": masks})
+    numbers = {"strength": strength, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+    _check_numbers(op, lr, **numbers)
+    check_bool(op, magnitude=magnitude, refresh=refresh, nesterov=nesterov, maximize=maximize)
+    check_integer(op, "dim", dim, -(2**31), 2**31)
     chosen = _chosen(op, weights, backend)
     number, lr_tensor = _rate(lr, weights)
     arguments = (

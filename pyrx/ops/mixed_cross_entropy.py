@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_device, check_float, check_shape, fail
+from pyrx._checks import check_device, check_float, check_integer, check_shape, fail
 from pyrx._linear import is_autocast
 from pyrx._losses import (
     accumulation_dtype,
@@ -169,6 +169,8 @@ def mixed_cross_entropy(
     if not isinstance(target, MixedTarget):
         fail(OP, "target", "to be a MixedTarget", type(target).__name__, TypeError)
     check_class_weight(OP, weight)
+    check_options(OP, label_smoothing, reduction)
+    check_integer(OP, "ignore_index", ignore_index, -(2**63), 2**63 - 1)
     lead = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
     dtype, device_type = input.dtype, input.device.type
     accumulation = accumulation_dtype(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_shape, fail
+from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_integer, check_shape, fail
 from pyrx._linear import autocast, is_autocast, rows_of
 from pyrx._losses import (
     accumulation_dtype,
@@ -400,6 +400,8 @@ def multi_sample_dropout_cross_entropy(
     check_class_weight(HEAD, weight)
     t = thresholds(HEAD, p, num_samples)
     check_choice(HEAD, "combine", combine, COMBINES)
+    check_options(HEAD, label_smoothing, reduction)
+    check_integer(HEAD, "ignore_index", ignore_index, -(2**63), 2**63 - 1)
     antithetic = is_antithetic(HEAD, sampling)
     device_type = input.device.type
     under_autocast = is_autocast(device_type)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_device, check_dtype, check_float, check_shape, check_tensor, fail
+from pyrx._checks import check_bool, check_device, check_dtype, check_float, check_shape, check_tensor, fail
 from pyrx._linear import autocast, is_autocast, rows_of
 from pyrx.ops.nm_sparsity import check_bits, check_nm, mask_bits, nm_mask
 from pyrx.reference import nm_packed as reference
@@ -183,6 +183,7 @@ class NMPacked:
         chosen = select(ROW, self.device.type, self.dtype, backend)
         arguments = (self.values, self.indices, self.n, self.m)
         if chosen == "reference":
+            _check_positions("nm_decompress", self)
             return reference.nm_decompress(*arguments)
         return _library.namespace(chosen).nm_decompress(*arguments)
 
@@ -249,6 +250,12 @@ def _semi_structured_kind(device: torch.device) -> Any:
     return None
 
 
+def _check_positions(op: str, packed: NMPacked) -> None:
+    """What only the values tell, of CPU tensors."""
+    if packed.device.type == "cpu" and not torch.compiler.is_compiling() and (packed.indices >= packed.m).any():
+        fail(op, "indices", f"in [0, {packed.m})", f"one of at least {packed.m}")
+
+
 def _unflatten(tensors: Iterable[Any], context: tuple[int, int]) -> NMPacked:
     # no checks: trees hold anything in a tensor's place
     packed = object.__new__(NMPacked)
@@ -309,6 +316,7 @@ def nm_compress(
     """
     op = "nm_compress"
     _check_compress(weight, None, n, m)
+    check_bool(op, magnitude=magnitude)
     chosen = select(ROW, weight.device.type, weight.dtype, backend)
     weight = weight.detach()
     if mask is None:
@@ -376,5 +384,6 @@ def nm_linear(x: Tensor, packed: NMPacked, bias: Tensor | None = None, *, backen
         return torch.nn.functional.linear(x.contiguous(), packed._semi_structured(), bias)
     chosen = select(ROW, device_type, values.dtype, backend)
     if chosen == "reference":
+        _check_positions(op, packed)
         return reference.nm_linear(*arguments)
     return _library.namespace(chosen).nm_linear(*arguments)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import (
+    check_bool,
     check_choice,
     check_device,
     check_dtype,
@@ -237,6 +238,7 @@ def nm_mask(
     op = "nm_mask"
     check_float(op, "scores", scores)
     check_nm(op, n, m)
+    check_bool(op, magnitude=magnitude, packed=packed, pad=pad)
     dim = normalized_dim(op, scores, dim) if scores.dim() else 0
     check_groups(op, "scores", scores, m, dim, pad)
     chosen = select(ROW, scores.device.type, scores.dtype, backend)
@@ -328,8 +330,10 @@ def nm_sparsify(
     check_float(op, "weight", weight)
     check_nm(op, n, m)
     check_choice(op, "estimator", estimator, ESTIMATORS)
+    check_bool(op, magnitude=magnitude, pad=pad)
     dim = normalized_dim(op, weight, dim) if weight.dim() else 0
     check_number(op, "strength", strength)
+    check_groups(op, "weight", weight, m, dim, pad)
     way = ESTIMATORS.index(estimator)
     _check_decay(op, decay, weight.device)
     factor = _decay_tensor(decay, weight.device) if FORWARD[way] == FACTOR else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_choice, check_float, fail
+from pyrx._checks import check_bool, check_choice, check_float, fail
 from pyrx.ops.nm_sparsity import check_nm, packed_shape
 from pyrx.reference import nm_transposable as reference
 
@@ -95,6 +95,7 @@ def nm_transposable_mask(
     check_float(OP, "scores", scores)
     check_nm(OP, n, m)
     check_choice(OP, "method", method, (None, *METHODS))
+    check_bool(OP, magnitude=magnitude, packed=packed)
     exact = (n, m) == (2, 4) if method is None else method == "exact"
     _check(scores, n, m, exact)
     chosen = select(ROW, scores.device.type, scores.dtype, backend)

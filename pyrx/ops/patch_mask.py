@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import (
+    check_bool,
     check_choice,
     check_device,
     check_float,
@@ -189,6 +190,7 @@ def patch_mask(
     check_integer(ROW, "num_masked", num_masked, 0, size)
     check_integer(ROW, "min_block", min_block, 1, MOST_PATCHES - 1)
     log_aspect = _log_aspect(min_aspect)
+    check_bool(ROW, return_indices=return_indices)
     hard = math.floor(num_masked * _share("hard_ratio", hard_ratio)) if way == HARD else 0
     if losses is not None:
         check_tensor(ROW, "losses", losses)

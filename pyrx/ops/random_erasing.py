@@ -12,6 +12,7 @@ from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import (
     FLOAT_DTYPES,
+    check_bool,
     check_choice,
     check_device,
     check_dtype,
@@ -165,6 +166,7 @@ def _erase_batch(
     check_tensor(op, "images", images)
     _check_images(op, images)
     check_choice(op, "mode", mode, MODES)
+    check_bool(op, inplace=inplace, return_boxes=return_boxes)
     expected = 'to be a float or a sequence of C floats (mode="rand" or "pixel" for noise)'
     values = [_number(op, "value", each, expected) for each in (value if isinstance(value, (list, tuple)) else [value])]
     for name, count in (("min_count", draw.min_count), ("max_count", draw.max_count), ("num_splits", draw.num_splits)):
@@ -251,10 +253,11 @@ def random_erasing(
     Source: Zhong et al., "Random Erasing Data Augmentation", AAAI 2020.
     """
     op = "random_erasing"
+    check_bool(op, per_sample=per_sample)
     most = min_count if max_count is None else max_count
     draw = Draw(
         RANDOM_ERASING, level(op, "prob", prob), min_count, most, *_pair(op, "scale", scale),
-        *_pair(op, "ratio", ratio), num_splits, bool(per_sample),
+        *_pair(op, "ratio", ratio), num_splits, per_sample,
     )  # fmt: skip
     return _erase_batch(op, images, draw, mode, value, inplace, boxes, seed, generator, backend, return_boxes)
 
@@ -286,9 +289,10 @@ def cutout(
     Source: DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017.
     """
     op = "cutout"
+    check_bool(op, per_sample=per_sample)
     share = _number(op, "length", length)
     if not 0 <= share <= 1:
         fail(op, "length", "in [0, 1]", length)
     check_integer(op, "num_holes", num_holes, 1, MAX_BOXES)
-    draw = Draw(CUTOUT, level(op, "prob", prob), num_holes, num_holes, share, share, 1.0, 1.0, 0, bool(per_sample))
+    draw = Draw(CUTOUT, level(op, "prob", prob), num_holes, num_holes, share, share, 1.0, 1.0, 0, per_sample)
     return _erase_batch(op, images, draw, mode, value, inplace, boxes, seed, generator, backend, return_boxes)

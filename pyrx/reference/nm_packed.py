@@ -28,7 +28,7 @@ def _integers(values: Tensor) -> Tensor:
 
 
 def nm_compress(weight: Tensor, bits: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    groups = _integers(weight.detach().contiguous()).unflatten(-1, (weight.shape[-1] // m, m))
+    groups = _integers(weight.detach().contiguous().resolve_neg()).unflatten(-1, (weight.shape[-1] // m, m))
     kept = unpack_bits(bits, weight.shape[-1]).unflatten(-1, (weight.shape[-1] // m, m))
     # kept ones first, then the others, each in order; the first n of them, by position
     found = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n].sort(dim=-1).values
@@ -41,7 +41,7 @@ class _Decompress(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, columns: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(columns)
         dense = values.new_zeros((*values.shape[:-1], size))
-        _integers(dense).scatter_(-1, columns, _integers(values.contiguous()))
+        _integers(dense).scatter_(-1, columns, _integers(values.contiguous().resolve_neg()))
         return dense
 
     @staticmethod

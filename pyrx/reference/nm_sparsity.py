@@ -29,7 +29,7 @@ BACKWARD = tuple(backward for _, backward in ESTIMATORS.values())
 
 def rank_keys(scores: Tensor, magnitude: bool) -> Tensor:
     """int64 keys that order as scores rank: zeros equal, every NaN one value above infinity."""
-    bits = scores.detach().contiguous().view(_INTEGERS[scores.element_size()]).long()
+    bits = scores.detach().contiguous().resolve_neg().view(_INTEGERS[scores.element_size()]).long()
     absolute = bits & (2 ** (8 * scores.element_size() - 1) - 1)
     infinity = _INFINITY[scores.dtype]
     nan = absolute > infinity

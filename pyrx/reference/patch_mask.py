@@ -40,7 +40,7 @@ def _random_keys(seed: Tensor, samples: int, size: int) -> Tensor:
 
 def _loss_keys(losses: Tensor) -> Tensor:
     """(N, L) int64: the larger the loss the larger, NaN above all; of equal losses the lower patch's is the larger."""
-    bits = losses.float().view(torch.int32).long() & 0xFFFFFFFF
+    bits = losses.float().resolve_neg().view(torch.int32).long() & 0xFFFFFFFF
     bits = torch.where(bits == 0x80000000, 0, bits)  # -0 equals 0
     order = torch.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     order = torch.where(bits & 0x7FFFFFFF > 0x7F800000, 0xFFFFFFFF, order)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyrx import _block_patterns as patterns
 from pyrx._attention import window_of
 from pyrx._block_checks import check_block_size
-from pyrx._checks import check_choice, check_device, check_dtype, check_integer, check_shape, fail
+from pyrx._checks import check_bool, check_choice, check_device, check_dtype, check_integer, check_shape, fail
 from pyrx._losses import accumulation_dtype
 from pyrx.ops.block_mask import BlockMask, select_blocks
 from pyrx.ops.block_mass import block_mass, block_recall
@@ -150,6 +150,7 @@ def lse_cached(
     size = check_block_size(op, block_size)
     check_share(op, "sparsity", sparsity)
     check_share(op, "recall_threshold", recall_threshold)
+    check_bool(op, head_adaptive=head_adaptive)
     kept = _always_of(op, always, text_tokens, query, key, size)
     mass = block_mass(query, key, lse, size, logits, backend_of("block_mass", backend)).float()
     reachable, diagonal = reach(query, key, size, logits.left, logits.right, key_mask)
@@ -274,6 +275,7 @@ class AdaptiveSparseAttention(nn.Module):
         op = "search.AdaptiveSparseAttention"
         check_share(op, "sparsity", sparsity)
         check_share(op, "recall_threshold", recall_threshold)
+        check_bool(op, head_adaptive=head_adaptive, is_causal=is_causal)
         check_block_size(op, block_size)
         check_integer(op, "warmup", warmup, 0, MOST_INT)
         if text_tokens is not None:

@@ -239,7 +239,11 @@ def topk_blocks(
         return pad(each, (0, 0, 0, -queries % size[0])).unflatten(1, (q_blocks, size[0])).sum(2)
 
     # one head at a time: its probabilities are all that is in memory
-    scores = torch.stack([summed(head) for head in range(heads)], 1)
+    scores = (
+        torch.stack([summed(head) for head in range(heads)], 1)
+        if heads
+        else means.new_zeros((query.shape[0], 0, q_blocks, k_blocks), dtype=torch.float32)
+    )
     reachable, diagonal = reach(query, key, size, logits.left, logits.right)
     around = (local - 1) * size[1]
     near = (k_first < q_first + size[0] + around) & (k_first + size[1] > q_first - around)
