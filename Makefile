@@ -30,7 +30,7 @@ endif
 say = @printf '\n== %s\n' $(1)
 HAS_TORCH := import re, torch; v = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])); assert v >= (2, 11), v
 
-.PHONY: help demo test bench gpu lint build cpp clean gpu-here
+.PHONY: help demo test bench gpu docs lint build cpp clean gpu-here
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
 	@echo 'make bench   time every op against PyTorch and peers, tables and charts'
 	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
+	@echo 'make docs    the documentation, every example in it run: build/docs/html  (2 minutes)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   only the environment and the extension'
 	@echo 'make clean   remove what was built (not the environment)'
@@ -73,6 +74,12 @@ gpu-here: $(call extras,test) $(call extras,bench) build
 	timeout 290 $(PY) bench/run.py --device cuda --out bench/results --minutes 4.4 || failed=$$?; \
 	$(PY) bench/report.py || failed=$$?; \
 	exit $$failed
+
+docs: $(call extras,docs) build
+	$(call say,'the examples of the docs')
+	@PYRX_REQUIRE=docs $(PY) -m pytest -q tests/test_docs.py
+	$(call say,'the pages: build/docs/html/index.html')
+	@$(PY) -m sphinx -q -W --keep-going -n -b html docs build/docs/html
 
 lint: $(call extras,test)
 	$(call say,'lint and types (seconds)')

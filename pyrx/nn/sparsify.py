@@ -47,6 +47,8 @@ class SparseLayer(NamedTuple):
 
 
 class SkippedLayer(NamedTuple):
+    """A layer or weight that a report passed over, and why."""
+
     name: str
     kind: str
     reason: str

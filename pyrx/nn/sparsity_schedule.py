@@ -155,7 +155,9 @@ class DenseThenSparse(SparsitySchedule):
 class StepwiseSDGF(SparsitySchedule):
     """Structure decay, stepwise: (M-1):M, then floor(M / 2^i):M for i = 1, 2, ... down to N:M.
 
-    Args: as of `DenseThenSparse`; the flow must have a step for each frame.
+    Args:
+        model, total_steps, dense_steps, fine_tune_steps: as of `DenseThenSparse`; the flow must have a step for each
+            frame.
 
     A layer of N:M has F = floor(log2(M / N)) + 1 frames of equal shares of the flow: of 1:16 15, 8, 4, 2 and 1 of 16
     are kept. Where M / N is no power of two a last frame of N:M follows. The rest is as of `SparsitySchedule`.
@@ -179,10 +181,11 @@ class StepwiseSDGF(SparsitySchedule):
 class GeometricSDGF(SparsitySchedule):
     """Structure decay, geometric: N:M from large groups to small ones, N 2^(F-1-i) : M 2^(F-1-i) for i = 0 .. F-1.
 
-    Args: as of `DenseThenSparse`, the flow with a step for each frame, and
+    Args:
+        model, total_steps, dense_steps, fine_tune_steps: as of `DenseThenSparse`, the flow with a step for each frame.
         frames: F. Default 4: 1:8 goes through 8:64, 4:32, 2:16 and 1:8.
 
-    ValueError where the largest group, M 2^(F-1), is above 128 or does not divide the layer's dimension (without
+    Raises ValueError where the largest group, M 2^(F-1), is above 128 or does not divide the layer's dimension (without
     `pad`). The rest is as of `SparsitySchedule`.
 
     Source: Bambhaniya et al., "Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", 2024,
@@ -262,7 +265,8 @@ class _MaskDecay(SparsitySchedule):
 class LinearMDGF(_MaskDecay):
     """Mask decay, linear: the forward multiplies what the mask drops by d = max(1 - beta t, 0), t the flow's step.
 
-    Args: as of `DenseThenSparse`, the flow with a step at least, and
+    Args:
+        model, total_steps, dense_steps, fine_tune_steps: as of `DenseThenSparse`, the flow with a step at least.
         beta: above 0. Default: 1 / the flow's steps, so that d is 0 when fine-tuning begins.
         estimator: "mdgf" or "mdgf-scaled", which every layer is set to. Default: the layers have one of them already,
             anything else is a ValueError.
@@ -284,7 +288,8 @@ class LinearMDGF(_MaskDecay):
 class ExponentialMDGF(_MaskDecay):
     """Mask decay, exponential: the forward multiplies what the mask drops by d = exp(-beta t), t the flow's step.
 
-    Args: as of `LinearMDGF`, but
+    Args:
+        model, total_steps, dense_steps, fine_tune_steps, estimator: as of `LinearMDGF`.
         beta: above 0. Default: log(100) / the flow's steps, so that d is 0.01 when fine-tuning begins and makes it 0.
 
     The rest is as of `SparsitySchedule`.

@@ -290,7 +290,7 @@ def multi_sample_dropout(
         backend: "reference", "cpu", "cuda" or "triton". Default: the fastest that can serve.
 
     Returns:
-        (M, *input.shape); each sample has input's strides.
+        `(M, *input.shape)`; each sample has input's strides.
 
     Equivalent to `torch.stack([pyrx.dropout(input, p, sample=m, seed=seed) for m in range(M)])`.
 

@@ -218,8 +218,8 @@ def nm_mask(
         backend: "reference", "cpu", "cuda" or "triton". Default: the fastest that can serve.
 
     Returns:
-        bool tensor of scores' shape and strides, True where kept; packed: uint8 (*shape[:-1], ceil(shape[-1] / 8)), bit
-        j of byte k is element 8k + j of its row, bits beyond the row 0. Of equal scores the one of the lower index
+        bool tensor of scores' shape and strides, True where kept; packed: uint8 `(*shape[:-1], ceil(shape[-1] / 8))`,
+        bit j of byte k is element 8k + j of its row, bits beyond the row 0. Of equal scores the one of the lower index
         stays; zeros of both signs are equal; NaN ranks highest, above infinity, so that it is never hidden, and NaNs
         are equal. The same bits on every backend. No gradient goes through it.
 
