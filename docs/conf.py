@@ -20,6 +20,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "docstrings",
+    "mathml",
     "results",
 ]
 exclude_patterns = ["_build", "_ext", "_templates"]
@@ -45,5 +46,6 @@ nitpick_ignore_regex = [("py:.*", r"(?!pyrx\b).*")]
 
 html_theme = "furo"
 html_theme_options = {"sidebar_hide_name": False}
+html_math_renderer = "mathml"
 html_show_sourcelink = False
 html_copy_source = False

@@ -5,6 +5,7 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 
@@ -25,6 +26,7 @@ MODULES = [each.name for each in pkgutil.walk_packages(pyrx.__path__, "pyrx.") i
 @pytest.fixture(autouse=True)
 def plain_defaults(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # of what an example starts
     torch.manual_seed(0)
 
 
@@ -62,7 +64,9 @@ def test_page(page, tmp_path, monkeypatch):
     names = {"__name__": "__main__"}
     for line, code in found:
         if ">>>" in code:
-            run_doctest(doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line))
+            test = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), line)
+            test.globs = names  # not a copy
+            run_doctest(test)
         else:
             # at its own line, for tracebacks
             exec(compile(ast.parse("\n" * line + code), str(page), "exec"), names)
