@@ -133,8 +133,13 @@ class Bench(SphinxDirective):
         chart(rows, Path(self.env.srcdir) / "_figures" / name)
         slower = [row for row in rows if row["ratio"] < 1]
         told = f"Slower than the best peer: {len(slower)} of {len(rows)} rows." if slower else ""
-        text = f"![times as fast as the best peer](/_figures/{name})\n\n{conditions(file)} {told}\n\n{table(rows)}"
-        return self.parse_text_to_nodes(text)
+        figure = f"![times as fast as the best peer](/_figures/{name})\n\n{conditions(file)} {told}"
+        return [
+            *self.parse_text_to_nodes(figure),
+            nodes.raw("", "<details><summary>the figures</summary>", format="html"),
+            *self.parse_text_to_nodes(table(rows)),
+            nodes.raw("", "</details>", format="html"),
+        ]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
