@@ -30,6 +30,24 @@ def plain_defaults(monkeypatch):
     torch.manual_seed(0)
 
 
+# what the README's examples take for granted
+GIVEN = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+features, target, labels = torch.randn(128, 512), torch.randint(10, (128,)), torch.randint(10, (8,))
+weight, bias = torch.randn(10, 512, requires_grad=True), torch.zeros(10)
+images, MEAN, STD = torch.randint(256, (8, 2, 16, 16), dtype=torch.uint8), (0.5, 0.5), (0.25, 0.25)
+body = nn.Flatten()
+model = nn.Sequential()
+model.add_module("body", nn.Sequential(nn.Flatten(), nn.Linear(512, 32), nn.ReLU()))
+model.add_module("head", nn.Linear(32, 10))
+total_steps, tokens, x = 3000, 256, torch.randn(4, 512)
+query, key, value = (torch.randn(1, 4, tokens, 32) for _ in range(3))
+"""
+
+
 def blocks(page):
     """(line, code) of the page's Python blocks."""
     text = page.read_text()
@@ -62,6 +80,8 @@ def test_page(page, tmp_path, monkeypatch):
     need_imports(page, [code for _, code in found])
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
+    if page.name == "README.md":
+        exec(GIVEN, names)
     for line, code in found:
         if ">>>" in code:
             test = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), line)

@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import pyrx
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
+
+import pyrx
 
 MODULES = (pyrx, pyrx.nn, pyrx.optim, pyrx.search)
 SECTION = re.compile(r"(Returns|Raises|Cost|Source|Shapes|Gradients):(?: |$)")
@@ -78,11 +79,16 @@ class LinkNames(SphinxPostTransform):
     def run(self, **options: Any) -> None:
         objects = self.env.domains["py"].objects
         for literal in list(self.document.findall(nodes.literal)):
-            name = re.sub(r"\(.*", "", literal.astext())
-            if name not in objects or isinstance(literal.parent, (nodes.reference, nodes.title)):
+            text = re.sub(r"\(.*", "", literal.astext())
+            # one word may be an argument's name
+            names = [text, *(f"{module.__name__}.{text}" for module in MODULES if re.search("[A-Z_]", text))]
+            name = next((each for each in names if each in objects), None)
+            if name is None or isinstance(literal.parent, (nodes.reference, nodes.title)):
                 continue
             found = objects[name]
-            reference = make_refnode(self.app.builder, self.env.docname, found.docname, found.node_id, literal.deepcopy())
+            reference = make_refnode(
+                self.app.builder, self.env.docname, found.docname, found.node_id, literal.deepcopy()
+            )
             literal.replace_self(reference)
 
 

@@ -1,8 +1,8 @@
 """The directive `bench`: a chart and a table of the cases of a result file, made when the pages are built.
 
-    ```{bench} batch_mix-cpu
-    :op: cutmix*
-    ```
+```{bench} batch_mix-cpu
+:op: cutmix*
+```
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 matplotlib.use("svg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 INK = "#808080"  # grey text reads on white and on black
@@ -36,23 +36,23 @@ def shown(value: Any) -> str:
 
 def case_name(params: dict[str, Any], constant: set[str]) -> str:
     """What tells a case from the others of its table."""
-    return ", ".join(shown(v) if isinstance(v, (str, list)) else f"{k} {v}" for k, v in params.items() if k not in constant)
+    return ", ".join(
+        shown(v) if isinstance(v, (str, list)) else f"{k} {v}" for k, v in params.items() if k not in constant
+    )
 
 
-def rows_of(cases: list[dict[str, Any]], contenders: str) -> list[dict[str, Any]]:
+def rows_of(row: str, cases: list[dict[str, Any]], contenders: str) -> list[dict[str, Any]]:
     varied = {k for case in cases for k in case["params"]}
     constant = {k for k in varied if len({json.dumps(case["params"].get(k)) for case in cases}) == 1}
     rows = []
     for case in cases:
         ms = {each["name"]: each["ms"]["median"] for each in case["contenders"]}
-        floors = {
-            each["of"]: ms[each["against"]] for each in case["comparisons"] if each["measure"] == "floor"
-        }
+        floors = {each["of"]: ms[each["against"]] for each in case["comparisons"] if each["measure"] == "floor"}
         for each in case["comparisons"]:
             if each["measure"] == "speed" and each.get("best_peer") and fnmatch.fnmatch(each["of"], contenders):
                 rows.append(
                     {
-                        "case": case_name(case["params"], constant),
+                        "case": case_name(case["params"], constant).removeprefix(row).lstrip(" ,"),
                         "of": each["of"],
                         "ms": ms[each["of"]],
                         "peer": each["against"],
@@ -66,11 +66,17 @@ def rows_of(cases: list[dict[str, Any]], contenders: str) -> list[dict[str, Any]
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
     """How many times as fast as the best peer, a bar a row."""
-    settings = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}
+    settings = {
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
     # paths, not fonts of the reader's; nothing that changes from build to build
     settings |= {"font.size": 9, "svg.fonttype": "path", "svg.hashsalt": "pyrx"}
     with pyplot.rc_context(settings):
-        figure, axis = pyplot.subplots(figsize=(7.5, 0.7 + 0.3 * len(rows)), layout="constrained")
+        figure, axis = pyplot.subplots(figsize=(9, 0.7 + 0.3 * len(rows)), layout="constrained")
         for i, row in enumerate(rows):
             ratio = row["ratio"]
             axis.barh(i, ratio - 1, 0.7, left=1, color=FASTER if ratio >= 1 else SLOWER)
@@ -84,7 +90,8 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
         if max(ratios) > 8:
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.set_xlim(min(0.8, 0.8 * min(ratios)), max(ratios) ** 1.45)
+            left = min(0.8, 0.8 * min(ratios))
+            axis.set_xlim(left, max(ratios) * (max(ratios) / left) ** 0.5)
         else:
             axis.set_xlim(min(0.8, 0.8 * min(ratios)), 1.4 * max(ratios))
         axis.set_xlabel("times as fast as the best peer")
@@ -97,7 +104,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| case | | ms | best peer | ms | times as fast | floor, ms |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         floor = number(row["floor"]) if row["floor"] is not None else ""
-        cells = [row["case"], row["of"], number(row["ms"]), row["peer"], number(row["peer_ms"]), number(row["ratio"]), floor]
+        cells = [
+            row["case"],
+            row["of"],
+            number(row["ms"]),
+            row["peer"],
+            number(row["peer_ms"]),
+            number(row["ratio"]),
+            floor,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -125,7 +140,7 @@ class Bench(SphinxDirective):
             for case in file["cases"]
             if fnmatch.fnmatch(case["params"]["op"], pattern) and "grows" not in case and "grows" not in case["params"]
         ]
-        rows = rows_of(cases, self.options.get("contenders", "*"))
+        rows = rows_of(file["row"], cases, self.options.get("contenders", "*"))
         if not rows:
             raise self.error(f"{path.name} has no case of {pattern} with a best peer")
         name = f"{path.stem}-{self.env.docname.replace('/', '-')}-{self.env.new_serialno('bench')}.svg"

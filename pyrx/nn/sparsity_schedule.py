@@ -147,6 +147,17 @@ class DenseThenSparse(SparsitySchedule):
 
     `dense_steps + fine_tune_steps = total_steps` prunes once and fine-tunes. The rest is as of `SparsitySchedule`.
 
+    >>> model = torch.nn.Linear(8, 2)
+    >>> report = pyrx.nn.sparsify_(model, 1, 4)
+    >>> schedule = pyrx.nn.DenseThenSparse(model, total_steps=4, dense_steps=1, fine_tune_steps=1)
+    >>> for _ in range(4):  # the training steps
+    ...     print(schedule.phase, float(model.weight.ne(0).float().mean()))
+    ...     schedule.step()
+    dense 1.0
+    flow 0.25
+    flow 0.25
+    fine-tune 0.25
+
     Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021 (a mask
     that follows the weights); Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (once, then fine-tuning).
     """
@@ -183,7 +194,7 @@ class GeometricSDGF(SparsitySchedule):
 
     Args:
         model, total_steps, dense_steps, fine_tune_steps: as of `DenseThenSparse`, the flow with a step for each frame.
-        frames: F. Default 4: 1:8 goes through 8:64, 4:32, 2:16 and 1:8.
+        frames: their number F. Default 4: 1:8 goes through 8:64, 4:32, 2:16 and 1:8.
 
     Raises ValueError where the largest group, M 2^(F-1), is above 128 or does not divide the layer's dimension (without
     `pad`). The rest is as of `SparsitySchedule`.

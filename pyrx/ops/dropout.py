@@ -150,6 +150,17 @@ def dropout_mask(
     (low32(i div 8), high32(i div 8), sample, 0) and i is the element's row-major index.
 
     Cost: one Philox call per eight elements and one write.
+
+    Raises:
+        ValueError: p, sample or sampling out of range. RuntimeError: a seed on another device than `device`, or a
+        backend that cannot serve.
+
+    >>> x = torch.randn(2, 8)
+    >>> mask = pyrx.dropout_mask(x.shape, 0.5, seed=1)
+    >>> torch.equal(pyrx.dropout(x, 0.5, seed=1), 2 * x * mask)
+    True
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
     """
     op = "dropout_mask"
     t = threshold(op, p)

@@ -232,6 +232,9 @@ def nm_mask(
         ValueError: n > m, an m that does not divide the dimension, a dim out of range. TypeError: integer or complex
         scores. RuntimeError: a backend that cannot serve.
 
+    >>> pyrx.nm_mask(torch.tensor([1.0, -3.0, 2.0, 0.5, 4.0, 4.0, 4.0, float("nan")]), 2, 4).int()
+    tensor([0, 1, 1, 0, 1, 0, 0, 1], dtype=torch.int32)
+
     Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
     """
     op = "nm_mask"
