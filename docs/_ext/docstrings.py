@@ -1,4 +1,4 @@
-"""How docstrings are written here, told to Sphinx: sections, links of public names, and that no public name is missing."""
+"""How docstrings are written here, told to Sphinx: sections, links of public names, and that none is missing."""
 
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ def conditions(file: dict[str, Any]) -> str:
     machine, versions = file["machine"], file["versions"]
     where = machine["gpu"][0] if machine["gpu"] else f"{machine['cpu']} ({machine['cpu_capability']})"
     threads = "" if machine["gpu"] else f", {machine['threads']} threads"
-    return f"{where}{threads}, torch {versions['torch']}, {file['started'][:10]}, commit {(file['commit'] or 'unknown')[:10]}."
+    commit = (file["commit"] or "unknown")[:10]
+    return f"{where}{threads}, torch {versions['torch']}, {file['started'][:10]}, commit {commit}."
 
 
 class Bench(SphinxDirective):

@@ -343,9 +343,9 @@ class BlockMask:
         """The patterns of Sparse Transformers, in blocks of the larger of the two sizes.
 
         A block of queries i attends to the blocks of keys j with `abs(i - j) < local`, and to those at every
-        `stride`-th distance, (i - j) % stride == 0; or, with `summary` c > 0, to the last c of every `stride` blocks of keys,
-        j % stride >= stride - c ("fixed"). Both directions: causal models pass is_causal=True, and `& causal` drops
-        the blocks that it hides.
+        `stride`-th distance, (i - j) % stride == 0; or, with `summary` c > 0, to the last c of every `stride` blocks
+        of keys, j % stride >= stride - c ("fixed"). Both directions: causal models pass is_causal=True, and
+        `& causal` drops the blocks that it hides.
 
         Source: Child et al., "Generating Long Sequences with Sparse Transformers" (2019).
         """
