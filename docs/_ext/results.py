@@ -41,18 +41,23 @@ def case_name(params: dict[str, Any], constant: set[str]) -> str:
     )
 
 
+def matches(name: str, patterns: str) -> bool:
+    return any(fnmatch.fnmatch(name, each.strip()) for each in patterns.split(";"))
+
+
 def rows_of(row: str, cases: list[dict[str, Any]], contenders: str) -> list[dict[str, Any]]:
     varied = {k for case in cases for k in case["params"]}
     constant = {k for k in varied if len({json.dumps(case["params"].get(k)) for case in cases}) == 1}
+    prefix = f"{row}, " if all(case["params"]["op"].startswith(row) for case in cases) else ""
     rows = []
     for case in cases:
         ms = {each["name"]: each["ms"]["median"] for each in case["contenders"]}
         floors = {each["of"]: ms[each["against"]] for each in case["comparisons"] if each["measure"] == "floor"}
         for each in case["comparisons"]:
-            if each["measure"] == "speed" and each.get("best_peer") and fnmatch.fnmatch(each["of"], contenders):
+            if each["measure"] == "speed" and each.get("best_peer") and matches(each["of"], contenders):
                 rows.append(
                     {
-                        "case": case_name(case["params"], constant).removeprefix(row).lstrip(" ,"),
+                        "case": case_name(case["params"], constant).removeprefix(prefix),
                         "of": each["of"],
                         "ms": ms[each["of"]],
                         "peer": each["against"],
@@ -125,39 +130,81 @@ def conditions(file: dict[str, Any]) -> str:
     return f"{where}{threads}, torch {versions['torch']}, {file['started'][:10]}, commit {commit}."
 
 
-class Bench(SphinxDirective):
-    """Of one result file: the cases whose op matches `op`, the contenders that match `contenders`."""
-
+class Results(SphinxDirective):
     required_arguments = 1
-    option_spec = {"op": directives.unchanged, "contenders": directives.unchanged}
+    option_spec = dict.fromkeys(("op", "contenders", "device"), directives.unchanged)
+
+    def files(self) -> list[dict[str, Any]]:
+        paths = sorted(RESULTS.glob(f"{self.arguments[0]}-{self.options.get('device', '*')}.json"))
+        for path in paths:
+            self.env.note_dependency(str(path))
+        found = [json.loads(path.read_text()) for path in paths]
+        return [file for file in found if not file["quick"]]
+
+
+class Bench(Results):
+    """Of a row: the cases whose op matches `op`, the contenders that match one of `contenders` (a; b)."""
 
     def run(self) -> list[nodes.Node]:
-        path = RESULTS / f"{self.arguments[0]}.json"
-        self.env.note_dependency(str(path))
-        file = json.loads(path.read_text())
-        pattern = self.options.get("op", "*")
+        made = [node for file in self.files() for node in self.of(file)]
+        if not made:
+            raise self.error(f"no result of {self.arguments[0]} matches {self.options}")
+        return made
+
+    def of(self, file: dict[str, Any]) -> list[nodes.Node]:
+        # cases that show growth have charts of their own in bench/README.md
         cases = [
             case
             for case in file["cases"]
-            if fnmatch.fnmatch(case["params"]["op"], pattern) and "grows" not in case and "grows" not in case["params"]
+            if fnmatch.fnmatch(case["params"]["op"], self.options.get("op", "*"))
+            and not ("grows" in case or "grows" in case["params"])
         ]
         rows = rows_of(file["row"], cases, self.options.get("contenders", "*"))
         if not rows:
-            raise self.error(f"{path.name} has no case of {pattern} with a best peer")
-        name = f"{path.stem}-{self.env.docname.replace('/', '-')}-{self.env.new_serialno('bench')}.svg"
+            return []
+        page = self.env.docname.replace("/", "-")
+        name = f"{file['row']}-{file['device']}-{page}-{self.env.new_serialno('bench')}.svg"
         (Path(self.env.srcdir) / "_figures").mkdir(exist_ok=True)
         chart(rows, Path(self.env.srcdir) / "_figures" / name)
-        slower = [row for row in rows if row["ratio"] < 1]
-        told = f"Slower than the best peer: {len(slower)} of {len(rows)} rows." if slower else ""
-        figure = f"![times as fast as the best peer](/_figures/{name})\n\n{conditions(file)} {told}"
+        slower = sum(row["ratio"] < 1 for row in rows)
+        told = f" Slower than the best peer: {slower} of {len(rows)} rows." if slower else ""
         return [
-            *self.parse_text_to_nodes(figure),
+            *self.parse_text_to_nodes(
+                f"![times as fast as the best peer](/_figures/{name})\n\n{conditions(file)}{told}"
+            ),
             nodes.raw("", "<details><summary>the figures</summary>", format="html"),
             *self.parse_text_to_nodes(table(rows)),
             nodes.raw("", "</details>", format="html"),
         ]
 
 
+class Memory(Results):
+    """Of a row: the peak of extra memory of a step."""
+
+    def run(self) -> list[nodes.Node]:
+        tables = [(file, each) for file in self.files() for each in file["memory"]]
+        if not tables:
+            raise self.error(f"no memory was measured of {self.arguments[0]}")
+        return [node for file, each in tables for node in self.parse_text_to_nodes(memory_table(file, each))]
+
+
+def memory_table(file: dict[str, Any], memory: dict[str, Any]) -> str:
+    over = memory.get("over", "M")  # what is varied
+    sizes = sorted({each[over] for each in memory["peaks"]})
+    peaks = {(each["name"], each[over]): each["bytes"] / 2**20 for each in memory["peaks"]}
+    lines = [
+        f"MiB, {case_name(memory['params'], {'op', 'p'})}, {file['device']}:",
+        "",
+        "| | " + " | ".join(f"{over} = {size}" for size in sizes) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for name in dict.fromkeys(each["name"] for each in memory["peaks"]):
+        cells = [number(peaks[name, size]) if (name, size) in peaks else "" for size in sizes]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("bench", Bench)
+    app.add_directive("memory", Memory)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -74,7 +74,7 @@ class SparsitySchedule:
 
     @property
     def phase(self) -> str:
-        """Of the coming step: "dense", "flow" or "fine-tune", and "fine-tune" after the last one."""
+        """The coming step's, "dense", "flow" or "fine-tune"; after the last step "fine-tune"."""
         if self.steps_done >= self.total_steps - self.fine_tune_steps:
             return "fine-tune"
         return "dense" if self.steps_done < self.dense_steps else "flow"
