@@ -79,6 +79,7 @@ docs: $(call extras,docs) build
 	$(call say,'the examples of the docs')
 	@PYRX_REQUIRE=docs $(PY) -m pytest -q tests/test_docs.py
 	$(call say,'the pages: build/docs/html/index.html')
+	@rm -rf docs/reference/generated docs/_figures
 	@$(PY) -m sphinx -q -E -W --keep-going -n -b html docs build/docs/html
 
 lint: $(call extras,test)

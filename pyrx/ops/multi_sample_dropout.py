@@ -382,7 +382,8 @@ def multi_sample_dropout_cross_entropy(
 
     Cost: three GEMMs of (B * M, D, C) multiply-adds forward and backward together, M / 2 + 1 in place of M for
     antithetic samples at p = 0.5, 1 for combine="logits". Memory is bounded whatever M is: no mask, dropped copy or
-    logits outlive a chunk of rows (on a GPU about 64 MiB). For "mean" and "sum" the gradients are made in the forward, for "none" in the backward.
+    logits outlive a chunk of rows (on a GPU about 64 MiB). For "mean" and "sum" the gradients are made in the forward,
+    for "none" in the backward.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, values and, on the CPU, class ids out of range (a GPU makes the loss
