@@ -30,16 +30,15 @@ endif
 say = @printf '\n== %s\n' $(1)
 HAS_TORCH := import re, torch; v = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])); assert v >= (2, 11), v
 
+FUZZ_CASES ?= 12000
+FUZZ_SEED ?= 0
 GPU_TEST_SECONDS ?= 540
 GPU_BENCH_MINUTES ?= 9
 SANITIZE_SECONDS ?= 240
 GPU_BUILT ?= gpu-build-here
 
-.PHONY: help demo test test-large fuzz bench gpu-model dist lint build cpp clean \
+.PHONY: help demo test test-large fuzz bench docs gpu-model dist lint build cpp clean \
   $(foreach each,gpu gpu-build gpu-sanitize gpu-test gpu-bench,$(each) $(each)-here)
-FUZZ_CASES ?= 12000
-FUZZ_SEED ?= 0
-
 .DEFAULT_GOAL := help
 
 help:
@@ -52,6 +51,7 @@ help:
 	@echo '             and its parts: make gpu-build, gpu-sanitize, gpu-test, gpu-bench  (each under 10 minutes)'
 	@echo 'make gpu-model  predict the GPU kernels'"'"' times from their machine code   (no GPU; 10 minutes after the build)'
 	@echo 'make dist    the source archive and the wheel, checked and tried in new environments'
+	@echo 'make docs    the documentation, every example in it run: build/docs/html  (2 minutes)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   only the environment and the extension'
 	@echo 'make clean   remove what was built (not the environment)'
@@ -128,6 +128,13 @@ gpu-sanitize-here: $(GPU_BUILT)
 dist: $(call extras,dist)
 	$(call say,'source archive and wheel: built, checked, installed elsewhere (some minutes)')
 	@$(PY) tests/release.py
+
+docs: $(call extras,docs) build
+	$(call say,'the examples of the docs')
+	@PYRX_REQUIRE=docs $(PY) -m pytest -q tests/test_docs.py
+	$(call say,'the pages: build/docs/html/index.html')
+	@rm -rf docs/reference/generated docs/_figures
+	@$(PY) -m sphinx -q -E -W --keep-going -n -b html docs build/docs/html
 
 lint: $(call extras,test)
 	$(call say,'lint and types (seconds)')

@@ -24,6 +24,11 @@ class MixedTarget(NamedTuple):
         mattes: (N or 1, 1, H, W), the weight of the sample's own pixels where FMix mixed them, or None.
 
     Equivalent to the probabilities `lam * one_hot(a) + (1 - lam) * one_hot(b)`, without building them.
+
+    >>> target = pyrx.MixedTarget(torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([0.75, 0.5]))
+    >>> target.to_probabilities(3)
+    tensor([[0.7500, 0.2500, 0.0000],
+            [0.0000, 0.0000, 1.0000]])
     """
 
     a: Tensor

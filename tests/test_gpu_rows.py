@@ -1,8 +1,8 @@
 """Every row on a GPU, by each of its backends: the reference's values, the same bits from run to run, other streams,
 two streams at once, CUDA graphs, no waiting for the device, a second GPU."""
 
-import row_calls
 import pytest
+import row_calls
 import torch
 from helpers import assert_same_bits, need
 from test_row_calls import assert_agree

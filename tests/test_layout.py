@@ -23,7 +23,7 @@ LAYERS = (
 )
 # whose formula is so hot that it is in C++
 NATIVE_FORMULAS = ("dropout", "mixed_cross_entropy", "multi_sample_dropout")
-FOLDERS = ("csrc", "triton_kernels", "pyrx", "tests", "bench", "examples", ".ci")
+FOLDERS = ("csrc", "triton_kernels", "pyrx", "tests", "bench", "examples", "docs", ".ci")
 CODE = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh"}
 TEXT = CODE | {".md", ".toml", ".txt", ".json", ".in", ""}
 MAX_LINES = 650

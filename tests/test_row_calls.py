@@ -1,8 +1,8 @@
 """The small calls of every row (row_calls.py): the CPU's kernels and Triton's, interpreted, against the reference, and
 that the table is whole."""
 
-import row_calls
 import pytest
+import row_calls
 import torch
 from helpers import assert_same_bits, bits, need
 from triton_helpers import INTERPRETED, run_interpreted

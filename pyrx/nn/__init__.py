@@ -5,7 +5,7 @@ from pyrx.nn.layer_masking import LayerMasking
 from pyrx.nn.mixup import Mixup
 from pyrx.nn.multi_sample_dropout import MultiSampleDropout, MultiSampleDropoutClassifier
 from pyrx.nn.nm_sparsity import NMSparsity
-from pyrx.nn.sparsify import SparsityReport, desparsify_, sparsify_, sparsity_report
+from pyrx.nn.sparsify import SkippedLayer, SparseLayer, SparsityReport, desparsify_, sparsify_, sparsity_report
 from pyrx.nn.sparsity_schedule import (
     DenseThenSparse,
     ExponentialMDGF,
@@ -26,6 +26,8 @@ __all__ = [
     "MultiSampleDropout",
     "MultiSampleDropoutClassifier",
     "NMSparsity",
+    "SkippedLayer",
+    "SparseLayer",
     "SparsityReport",
     "SparsitySchedule",
     "StepwiseSDGF",

@@ -47,6 +47,8 @@ class BlockSparseAttention(nn.Module):
 
     Equivalent to `timm.layers.Attention` with `attn_mask` the mask's blocks expanded to (Sq, Sk).
 
+    Cost: that of `pyrx.block_sparse_attention` and of the two linear layers.
+
     Raises: as `pyrx.block_sparse_attention`; ValueError for an embed_dim that the heads do not divide.
     """
 

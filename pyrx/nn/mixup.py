@@ -39,6 +39,8 @@ class Mixup(nn.Module):
     images as they are.
 
     Equivalent to `timm.data.Mixup` with the same arguments, in distribution; draws follow torch's generator.
+
+    Cost, errors and source are those of `pyrx.mixup` and `pyrx.cutmix`.
     """
 
     draw: Draw

@@ -31,6 +31,8 @@ class MultiSampleDropoutClassifier(nn.Linear):
 
     Equivalent to `CrossEntropyLoss()(Linear(D, C)(Dropout(p)(input)), target)`, averaged over M dropout masks. State
     dicts are those of `nn.Linear` (and `class_weight` where given).
+
+    Cost, errors and source are those of `pyrx.multi_sample_dropout_cross_entropy`.
     """
 
     num_samples: int
@@ -105,6 +107,8 @@ class MultiSampleDropout(nn.Module):
     M outputs, (M, B, ...). In eval one undropped pass: `head(input)`, or with a target its loss.
 
     Equivalent to `sum(loss(head(F.dropout(input, p)), target) for _ in range(M)) / M`.
+
+    Cost: that of `pyrx.multi_sample_dropout`, and the head on M times as many rows. Errors and source are its too.
     """
 
     head: nn.Module

@@ -47,6 +47,8 @@ class SparseLayer(NamedTuple):
 
 
 class SkippedLayer(NamedTuple):
+    """A layer or weight that a report passed over, and why."""
+
     name: str
     kind: str
     reason: str
@@ -304,6 +306,15 @@ def sparsify_(
         include, or a glob of per_layer, that matches no Linear or Conv layer; a glob of exclude that matches no module.
         TypeError: unknown options, types. All of it before anything is changed; RuntimeError of a backend that cannot
         serve: then what was changed is undone.
+
+    Equivalent to, for each layer, `register_parametrization(layer, "weight", pyrx.nn.NMSparsity(n, m, **options))`.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    >>> report = pyrx.nn.sparsify_(model, 2, 4, exclude=["2"])
+    >>> [layer.name for layer in report.rows], [(layer.name, layer.reason) for layer in report.skipped]
+    (['0'], [('2', 'excluded')])
+    >>> float(model[0].weight.ne(0).float().mean())
+    0.5
     """
     op = "sparsify_"
     check_nm(op, n, m)

@@ -81,7 +81,7 @@ class SparsitySchedule:
 
     @property
     def phase(self) -> str:
-        """Of the coming step: "dense", "flow" or "fine-tune", and "fine-tune" after the last one."""
+        """The coming step's, "dense", "flow" or "fine-tune"; after the last step "fine-tune"."""
         if self.steps_done >= self.total_steps - self.fine_tune_steps:
             return "fine-tune"
         return "dense" if self.steps_done < self.dense_steps else "flow"
@@ -154,6 +154,17 @@ class DenseThenSparse(SparsitySchedule):
 
     `dense_steps + fine_tune_steps = total_steps` prunes once and fine-tunes. The rest is as of `SparsitySchedule`.
 
+    >>> model = torch.nn.Linear(8, 2)
+    >>> report = pyrx.nn.sparsify_(model, 1, 4)
+    >>> schedule = pyrx.nn.DenseThenSparse(model, total_steps=4, dense_steps=1, fine_tune_steps=1)
+    >>> for _ in range(4):  # the training steps
+    ...     print(schedule.phase, float(model.weight.ne(0).float().mean()))
+    ...     schedule.step()
+    dense 1.0
+    flow 0.25
+    flow 0.25
+    fine-tune 0.25
+
     Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021 (a mask
     that follows the weights); Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (once, then fine-tuning).
     """
@@ -162,7 +173,9 @@ class DenseThenSparse(SparsitySchedule):
 class StepwiseSDGF(SparsitySchedule):
     """Structure decay, stepwise: (M-1):M, then floor(M / 2^i):M for i = 1, 2, ... down to N:M.
 
-    Args: as of `DenseThenSparse`; the flow must have a step for each frame.
+    Args:
+        model, total_steps, dense_steps, fine_tune_steps: as of `DenseThenSparse`; the flow must have a step for each
+            frame.
 
     A layer of N:M has F = floor(log2(M / N)) + 1 frames of equal shares of the flow: of 1:16 15, 8, 4, 2 and 1 of 16
     are kept. Where M / N is no power of two a last frame of N:M follows. The rest is as of `SparsitySchedule`.
@@ -186,10 +199,11 @@ class StepwiseSDGF(SparsitySchedule):
 class GeometricSDGF(SparsitySchedule):
     """Structure decay, geometric: N:M from large groups to small ones, N 2^(F-1-i) : M 2^(F-1-i) for i = 0 .. F-1.
 
-    Args: as of `DenseThenSparse`, the flow with a step for each frame, and
-        frames: F. Default 4: 1:8 goes through 8:64, 4:32, 2:16 and 1:8.
+    Args:
+        model, total_steps, dense_steps, fine_tune_steps: as of `DenseThenSparse`, the flow with a step for each frame.
+        frames: their number F. Default 4: 1:8 goes through 8:64, 4:32, 2:16 and 1:8.
 
-    ValueError where the largest group, M 2^(F-1), is above 128 or does not divide the layer's dimension (without
+    Raises ValueError where the largest group, M 2^(F-1), is above 128 or does not divide the layer's dimension (without
     `pad`). The rest is as of `SparsitySchedule`.
 
     Source: Bambhaniya et al., "Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", 2024,
@@ -269,7 +283,8 @@ class _MaskDecay(SparsitySchedule):
 class LinearMDGF(_MaskDecay):
     """Mask decay, linear: the forward multiplies what the mask drops by d = max(1 - beta t, 0), t the flow's step.
 
-    Args: as of `DenseThenSparse`, the flow with a step at least, and
+    Args:
+        model, total_steps, dense_steps, fine_tune_steps: as of `DenseThenSparse`, the flow with a step at least.
         beta: above 0. Default: 1 / the flow's steps, so that d is 0 when fine-tuning begins.
         estimator: "mdgf" or "mdgf-scaled", which every layer is set to. Default: the layers have one of them already,
             anything else is a ValueError.
@@ -291,7 +306,8 @@ class LinearMDGF(_MaskDecay):
 class ExponentialMDGF(_MaskDecay):
     """Mask decay, exponential: the forward multiplies what the mask drops by d = exp(-beta t), t the flow's step.
 
-    Args: as of `LinearMDGF`, but
+    Args:
+        model, total_steps, dense_steps, fine_tune_steps, estimator: as of `LinearMDGF`.
         beta: above 0. Default: log(100) / the flow's steps, so that d is 0.01 when fine-tuning begins and makes it 0.
 
     The rest is as of `SparsitySchedule`.

@@ -453,6 +453,14 @@ def cutmix(
         another) is left as it is and its lam is NaN. TypeError: dtypes.
         RuntimeError: devices, a backend that cannot serve, inplace or out of images that require a gradient.
 
+    >>> images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    >>> mixed, target = pyrx.cutmix(images, labels, seed=1)
+    >>> target.b  # partners from the other end of the batch
+    tensor([3, 2, 1, 0])
+    >>> again, _ = pyrx.cutmix(images, labels, lam=target.lam, boxes=target.boxes, pairing=target.pairing)
+    >>> torch.equal(again, mixed)
+    True
+
     Source: Yun et al., "CutMix", ICCV 2019, equations 1 and 2.
     """
     _check_alpha("cutmix", alpha)
@@ -536,6 +544,8 @@ def resizemix(
     The arguments are those of `pyrx.cutmix` but alpha, correct_lam, minmax and inplace; `scale` is the range of the
     box's sides as a share of the image's, one uniform draw a sample. The box lies wholly inside the image and lam is
     1 - box area / image area; `lam` is given beside `boxes` only.
+
+    Returns: as `pyrx.cutmix`.
 
     Equivalent to, for each sample i with partner j, `mixed[i] = images[i]` and, in the box, `mixed[i][..., y, x] =
     images[j][..., (y - y0) * H // (y1 - y0), (x - x0) * W // (x1 - x0)]`: nearest-neighbour interpolation.

@@ -191,8 +191,10 @@ def blend(
     Example: prompting a model by blurring what lies outside of N masks of one image (Yang et al., "Fine-Grained Visual
     Prompting", NeurIPS 2023). The image is blurred once, and neither it nor its blur is copied N times:
 
-        blurred = torchvision.transforms.functional.gaussian_blur(image, 101, sigma=100.0)    # (1, 3, H, W)
-        prompts = pyrx.blend(image.expand(N, -1, -1, -1), blurred.expand(N, -1, -1, -1), masks)  # masks (N, 1, H, W)
+    >>> image, masks = torch.rand(1, 3, 64, 64), torch.rand(5, 1, 64, 64) > 0.5
+    >>> blurred = F.avg_pool2d(image, 15, 1, 7)
+    >>> pyrx.blend(image.expand(5, -1, -1, -1), blurred.expand(5, -1, -1, -1), masks).shape
+    torch.Size([5, 3, 64, 64])
 
     Source: Porter and Duff, "Compositing Digital Images", SIGGRAPH 1984 (the operator over, of an opaque y).
     """

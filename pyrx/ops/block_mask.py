@@ -141,8 +141,9 @@ class BlockMask:
     key_ranges, | and ~ take none. They are pytrees, and go through torch.compile (which needs ~mask spelled
     mask.__invert__()), pickle, deepcopy and torch.save.
 
-    Raises, from every method: ValueError: shapes, block sizes, values out of range. TypeError: types and dtypes.
-    RuntimeError: devices, or a backend that cannot serve.
+    Raises:
+        ValueError: from every method, shapes, block sizes, values out of range. TypeError: types and dtypes.
+        RuntimeError: devices, or a backend that cannot serve.
     """
 
     kv_counts: Tensor
@@ -348,10 +349,10 @@ class BlockMask:
     ) -> BlockMask:
         """The patterns of Sparse Transformers, in blocks of the larger of the two sizes.
 
-        A block of queries i attends to the blocks of keys j with |i - j| < `local`, and to those at every `stride`-th
-        distance, (i - j) % stride == 0; or, with `summary` c > 0, to the last c of every `stride` blocks of keys,
-        j % stride >= stride - c ("fixed"). Both directions: causal models pass is_causal=True, and `& causal` drops
-        the blocks that it hides.
+        A block of queries i attends to the blocks of keys j with `abs(i - j) < local`, and to those at every
+        `stride`-th distance, (i - j) % stride == 0; or, with `summary` c > 0, to the last c of every `stride` blocks
+        of keys, j % stride >= stride - c ("fixed"). Both directions: causal models pass is_causal=True, and
+        `& causal` drops the blocks that it hides.
 
         Source: Child et al., "Generating Long Sequences with Sparse Transformers" (2019).
         """

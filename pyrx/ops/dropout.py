@@ -144,13 +144,24 @@ def dropout_mask(
         backend: "reference", "cpu", "cuda" or "triton". Default: the fastest that can serve.
 
     Returns:
-        bool tensor of `shape`, True where kept; packed: uint8 (*shape[:-1], ceil(shape[-1] / 8)), bit j of byte k is
-        element 8k + j of its row, bits beyond the row 0.
+        bool tensor of `shape`, True where kept; packed: uint8 `(*shape[:-1], ceil(shape[-1] / 8))`, bit j of byte k
+        is element 8k + j of its row, bits beyond the row 0.
 
     Equivalent to `u >= round(65536 * p)`, where u is 16-bit lane i mod 8 of Philox4x32-10 under key `seed` at counter
     (low32(i div 8), high32(i div 8), sample, 0) and i is the element's row-major index.
 
     Cost: one Philox call per eight elements and one write.
+
+    Raises:
+        ValueError: p, sample or sampling out of range. RuntimeError: a seed on another device than `device`, or a
+        backend that cannot serve.
+
+    >>> x = torch.randn(2, 8)
+    >>> mask = pyrx.dropout_mask(x.shape, 0.5, seed=1)
+    >>> torch.equal(pyrx.dropout(x, 0.5, seed=1), 2 * x * mask)
+    True
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
     """
     op = "dropout_mask"
     t = threshold(op, p)

@@ -290,7 +290,7 @@ def multi_sample_dropout(
         backend: "reference", "cpu", "cuda" or "triton". Default: the fastest that can serve.
 
     Returns:
-        (M, *input.shape); each sample has input's strides.
+        `(M, *input.shape)`; each sample has input's strides.
 
     Equivalent to `torch.stack([pyrx.dropout(input, p, sample=m, seed=seed) for m in range(M)])`.
 
@@ -381,8 +381,9 @@ def multi_sample_dropout_cross_entropy(
         F.cross_entropy(sum(logits) / M, target)                                # combine="logits"
 
     Cost: three GEMMs of (B * M, D, C) multiply-adds forward and backward together, M / 2 + 1 in place of M for
-    antithetic samples at p = 0.5, 1 for combine="logits". Memory does not grow with M: no mask, dropped copy or logits
-    outlive a chunk of rows. For "mean" and "sum" the gradients are made in the forward, for "none" in the backward.
+    antithetic samples at p = 0.5, 1 for combine="logits". Memory is bounded whatever M is: no mask, dropped copy or
+    logits outlive a chunk of rows (on a GPU about 64 MiB). For "mean" and "sum" the gradients are made in the forward,
+    for "none" in the backward.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, values and, on the CPU, class ids out of range (a GPU makes the loss

@@ -313,6 +313,12 @@ def nm_compress(
     Raises:
         ValueError: n > m, an m that does not divide, a mask of another shape or one that keeps more than n of a group.
         TypeError: dtypes. RuntimeError: devices, a backend that cannot serve.
+
+    >>> packed = pyrx.nm_compress(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), 2, 4)
+    >>> packed.values, packed.indices
+    (tensor([[-3.,  2.]]), tensor([[1, 2]], dtype=torch.uint8))
+
+    Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021.
     """
     op = "nm_compress"
     _check_compress(weight, None, n, m)

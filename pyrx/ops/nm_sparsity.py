@@ -219,8 +219,8 @@ def nm_mask(
         backend: "reference", "cpu", "cuda" or "triton". Default: the fastest that can serve.
 
     Returns:
-        bool tensor of scores' shape and strides, True where kept; packed: uint8 (*shape[:-1], ceil(shape[-1] / 8)), bit
-        j of byte k is element 8k + j of its row, bits beyond the row 0. Of equal scores the one of the lower index
+        bool tensor of scores' shape and strides, True where kept; packed: uint8 `(*shape[:-1], ceil(shape[-1] / 8))`,
+        bit j of byte k is element 8k + j of its row, bits beyond the row 0. Of equal scores the one of the lower index
         stays; zeros of both signs are equal; NaN ranks highest, above infinity, so that it is never hidden, and NaNs
         are equal. The same bits on every backend. No gradient goes through it.
 
@@ -232,6 +232,9 @@ def nm_mask(
     Raises:
         ValueError: n > m, an m that does not divide the dimension, a dim out of range. TypeError: integer or complex
         scores. RuntimeError: a backend that cannot serve.
+
+    >>> pyrx.nm_mask(torch.tensor([1.0, -3.0, 2.0, 0.5, 4.0, 4.0, 4.0, float("nan")]), 2, 4).int()
+    tensor([0, 1, 1, 0, 1, 0, 0, 1], dtype=torch.int32)
 
     Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
     """

@@ -68,8 +68,8 @@ def nm_transposable_mask(
         backend: "reference", "cpu", "cuda" or "triton". Default: the fastest that can serve.
 
     Returns:
-        bool tensor of scores' shape and strides, True where kept; packed: uint8 (*shape[:-1], ceil(C / 8)), bit j of
-        byte k is element 8k + j of its row, bits beyond the row 0. The same bits on every backend. No gradient goes
+        bool tensor of scores' shape and strides, True where kept; packed: uint8 (..., R, ceil(C / 8)), bit j of byte
+        k is element 8k + j of its row, bits beyond the row 0. The same bits on every backend. No gradient goes
         through it.
 
         "exact" adds in float32 (float64 for float64), every sum rounded alone, and takes the first of equal sums in a

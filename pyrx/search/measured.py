@@ -123,6 +123,15 @@ def lse_cached(
     Returns:
         `pyrx.BlockMask` (B, H). No gradient.
 
+    Equivalent to, with head_adaptive=False, a `topk` in each row of blocks of the sums over each block of
+    `torch.exp(scale * query @ key.mT - lse[..., None])`.
+
+    >>> query, key, value = (torch.randn(1, 2, 256, 32) for _ in range(3))
+    >>> out, lse = pyrx.block_sparse_attention(query, key, value, return_lse=True)
+    >>> mask = pyrx.search.lse_cached(query, key, lse, block_size=32, sparsity=0.75)
+    >>> float(mask.density())
+    0.25
+
     Cost: 2 D operations and an exponential a pair of positions and head, half of a dense forward; O(NQ NK) memory.
 
     Raises:
@@ -246,6 +255,10 @@ class AdaptiveSparseAttention(nn.Module):
         lse: (B, H, Sq), the log-sum-exp that searches use, or None. Neither is part of the state dict.
 
     One module for every layer: each holds its own. Guidance goes through as one batch.
+
+    Cost: of `pyrx.block_sparse_attention`, dense or of the blocks found; of `lse_cached` in steps that search.
+
+    Raises: as `lse_cached`; ValueError for steps below 1.
 
     Source: Xia et al., "Training-free and Adaptive Sparse Attention for Efficient Long Video Generation" (2025),
     arXiv 2502.21079.
