@@ -30,13 +30,14 @@ endif
 say = @printf '\n== %s\n' $(1)
 HAS_TORCH := import re, torch; v = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])); assert v >= (2, 11), v
 
-.PHONY: help demo test bench gpu lint build cpp clean gpu-here
+.PHONY: help demo test bench bench-compare gpu lint build cpp clean gpu-here
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    train a real model through pyrx: table and loss curves       (5 minutes after the build)'
 	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
 	@echo 'make bench   time every op against PyTorch and peers, tables and charts'
+	@echo 'make bench-compare BASE=<commit> [K=<filter>]: what is slower than there  (20 minutes for every case)'
 	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   only the environment and the extension'
@@ -55,6 +56,12 @@ bench: $(call extras,bench)
 	$(call say,'benchmarks (some minutes): results in bench/results')
 	@$(PY) bench/run.py
 	@$(PY) bench/report.py
+
+# BASE: the commit to compare with; K: only the cases whose name matches
+bench-compare: $(call extras,bench) build
+	@test -n '$(BASE)' || { echo 'make bench-compare BASE=<commit> [K=<filter>]'; exit 2; }
+	$(call say,'this tree against $(BASE), case by case')
+	@$(PY) bench/compare.py '$(BASE)' $(if $(K),-k '$(K)')
 
 # an environment made before wins, then a system Python whose torch sees a GPU, then a new environment
 gpu:

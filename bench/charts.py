@@ -137,7 +137,7 @@ def sweeps(file: File) -> dict[tuple[str, str], list[Case]]:
 
 
 def lines(points: Sequence[Case]) -> Iterator[tuple[str, str, str, list[tuple[float, float]]]]:
-    """Kind, name, label and (size, milliseconds): pyrx's first contender, its floor, and what is the best peer anywhere."""
+    """Kind, name, label and (size, milliseconds) of pyrx's first contender, of each best peer, and of the floor."""
     speeds = [leading(case) for case in points]
     first = next(each["name"] for each in points[0]["contenders"] if each["kind"] == "pyrx")
     names = [("pyrx", speed["of"] if (speed := speeds[0]) else first)]

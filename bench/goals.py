@@ -15,7 +15,8 @@ class Goal:
     """`contender` in the cases of `row` with `params` (the worst counts) against another contender, or its floor.
 
     measure "speed": at least `asked` times as fast; "floor": at most `asked` times its time; "density": at most `asked`
-    times the share of blocks of the dense time; "memory": at its largest size at most `asked` times that of the smallest.
+    times the share of blocks of the dense time; "memory": its peak at the largest size at most `asked` times that at
+    the smallest.
     """
 
     what: str
@@ -116,7 +117,7 @@ CPU = [
         for rule, against, asked in (("SDPA, mask", "SDPA, mask", 7), ("SDPA, dense", "SDPA, dense", 6))
     ),
     *(
-        Goal(f"attention, {density:.0%} of the blocks of {block}", "share of dense time", 1.2, ATTENTION,
+        Goal(f"attention, {100 * density:g} % of the blocks of {block}", "share of dense time", 1.2, ATTENTION,
              {"op": f"{ATTENTION}, time against density", "block": block}, f"pyrx, density {density:g}",
              "pyrx, density 1", "density")
         for block in (128, 64)
@@ -188,7 +189,7 @@ GPU = [
     Goal("attention, forward + backward, 20 %", FLEX, 1.1, ATTENTION,
          {"op": f"{ATTENTION}, forward + backward"}, "pyrx", FLEX),
     *(
-        Goal(f"attention, {density:.0%} of the blocks", "share of dense time", 1.25, ATTENTION,
+        Goal(f"attention, {100 * density:g} % of the blocks", "share of dense time", 1.25, ATTENTION,
              {"op": f"{ATTENTION}, time against density", "block": 128}, f"pyrx, density {density:g}",
              "pyrx, density 1", "density")
         for density in (0.5, 0.2, 0.1)
@@ -217,9 +218,8 @@ def seen_in(goal: Goal, case: Case, results: Results) -> float:
 
 def memory(goal: Goal, results: Results) -> list[float]:
     """The peak at the largest size over that at the smallest."""
-    files = [each for each in results.files if each["row"] == goal.row and each["device"] == results.device]
     found = []
-    for record in (each for file in files for each in file["memory"]):
+    for record in (each for file in results.of_row(goal.row) for each in file["memory"]):
         over = record.get("over", "M")
         peaks = {each[over]: each["bytes"] for each in record["peaks"] if each["name"] == goal.contender}
         found.append(peaks[max(peaks)] / peaks[min(peaks)])
@@ -230,8 +230,14 @@ def limit_text(goal: Goal, case: Case) -> str:
     """Beside a missed target: how far its floor is from that peer, or it from its floor."""
     limit, floor = (comparison(case, goal.contender, measure) for measure in ("limit", "floor"))
     if goal.measure == "speed" and limit is not None and goal.against in ("best peer", limit["against"]):
-        return f"; its floor {times(limit['ratio'])}"
-    return f"; {floor['ratio']:.2f} times its floor" if floor is not None and goal.measure != "floor" else ""
+        return f" (its floor {times(limit['ratio'])})"
+    return f" ({floor['ratio']:.2f} times its floor)" if floor is not None and goal.measure != "floor" else ""
+
+
+def digits(seen: float, asked: float) -> str:
+    """Two, or as many as tell it from what was asked."""
+    texts = [(f"{seen:.{n}g}", f"{asked:.{n}g}") for n in (2, 3, 4)]
+    return times(seen) if seen >= 100 else next((one for one, other in texts if one != other), texts[-1][0])
 
 
 def met(goal: Goal, seen: float) -> bool:
@@ -251,9 +257,9 @@ def state(goal: Goal, dtype: str, results: Results) -> tuple[str, bool | None]:
         return "", None
     worst = min(found) if goal.measure == "speed" else max(found)
     if met(goal, worst):
-        return times(worst), True
+        return digits(worst, goal.asked), True
     case = cases[found.index(worst)]
-    return f"**{worst:.3g}, missed**" + (limit_text(goal, case) if case is not None else ""), False
+    return f"**{digits(worst, goal.asked)}**" + (limit_text(goal, case) if case is not None else ""), False
 
 
 def rows(results: Results) -> tuple[list[list[str]], list[bool | None]]:

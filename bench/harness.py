@@ -62,6 +62,11 @@ def sweep(over: str, sizes: Sequence[Any], values: Callable[[Any], tuple[Any, ..
     ]
 
 
+def is_sweep(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("growth") is not None
+
+
 def size_of(growth: Growth | None, over: str, otherwise: Any) -> Any:
     """The size where `over` grows, else the one of the other cases."""
     return growth.at if growth is not None and growth.over == over else otherwise

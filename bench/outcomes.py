@@ -1,4 +1,4 @@
-"""Reads the result files and answers questions about them: which case, how many times as fast, how far from the floor."""
+"""Reads the result files and answers questions about them: which case, how many times as fast."""
 
 from __future__ import annotations
 
@@ -83,18 +83,18 @@ def steady(case: Case) -> bool:
 
 @dataclass
 class Results:
-    """The files of one device."""
+    """The files, asked about one device."""
 
     files: Sequence[File]
     device: str = "cpu"
 
+    def of_row(self, row: str) -> list[File]:
+        return [file for file in self.files if file["row"] == row and file["device"] == self.device]
+
     def cases(self, row: str, **params: Any) -> list[Case]:
-        """Those of the row with these parameters."""
-        found = []
-        for file in self.files:
-            if file["row"] == row and file["device"] == self.device:
-                found += [case for case in whole(file) if all(case["params"].get(k) == v for k, v in params.items())]
-        return found
+        """Those of the row with these parameters; None: without the parameter."""
+        found = [case for file in self.of_row(row) for case in whole(file)]
+        return [case for case in found if all(case["params"].get(k) == v for k, v in params.items())]
 
     def case(self, row: str, **params: Any) -> Case:
         found = self.cases(row, **params)

@@ -165,11 +165,18 @@ def head(cpu: Results) -> str:
     return table(["B, D, C, M: independent / antithetic", *columns], rows)
 
 
+def span(ratios: list[float]) -> tuple[str, str]:
+    if not ratios:
+        raise LookupError("no case of dropout")
+    return times(min(ratios)), times(max(ratios))
+
+
 def memory(cpu: Results) -> str:
-    (record,) = (each for file in cpu.files if file["row"] == HEAD for each in file["memory"])
+    record = next((each for file in cpu.of_row(HEAD) for each in file["memory"]), None)
+    if record is None:
+        raise LookupError("no record of the head's memory")
     mib = {(each["name"], each["M"]): f"{each['bytes'] / 2**20:.0f}" for each in record["peaks"]}
-    sparse = cpu.cases("dropout", op="dropout")
-    low, high = (times(pick(cpu.speed(case, "pyrx", "eager") for case in sparse)) for pick in (min, max))
+    low, high = span([cpu.speed(case, "pyrx", "eager") for case in cpu.cases("dropout", op="dropout")])
     return (
         f"A step at 256, 512, 1000 takes {mib['pyrx independent', 1]} MiB of extra memory with one sample and "
         f"{mib['pyrx independent', 32]} MiB with 32 (the eager\nbatched form {mib['eager batched', 1]} and "
@@ -191,12 +198,12 @@ def gpu_notes(gpu: Results) -> str:
     large = gpu.case(HEAD, dtype="bfloat16", **sized(GPU_SIZES[0]))
     compiled = times(gpu.speed(large, "pyrx independent", "compiled batched"))
     share = 1 / gpu.over_floor(large, "pyrx independent, CUDA graph")
-    dropout = [1 / gpu.speed(case, "pyrx", "eager") for case in gpu.cases("dropout", op="dropout")]
+    low, high = span([1 / gpu.speed(case, "pyrx", "eager") for case in gpu.cases("dropout", op="dropout")])
+    size = ", ".join(map(str, GPU_SIZES[0][:3]))
     return (
-        f"Called eagerly it is {compiled} times as fast as the compiled batched form at "
-        f"{', '.join(map(str, GPU_SIZES[0][:3]))} in bfloat16; the three bare GEMMs take\n{100 * share:.0f} % of its time on "
-        f"the device. `pyrx.dropout` alone has nothing to fuse: called eagerly on the GPU it took "
-        f"{times(min(dropout))} to {times(max(dropout))} times the\ntime of `F.dropout`."
+        f"Called eagerly it is {compiled} times as fast as the compiled batched form at {size} in bfloat16; the three "
+        f"bare\nGEMMs take {100 * share:.0f} % of its time on the device. `pyrx.dropout` alone has nothing to fuse: "
+        f"called eagerly on the GPU it\ntook {low} to {high} times the time of `F.dropout`."
     )
 
 
@@ -211,26 +218,32 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
 }
 
 
-def rendered(text: str, files: Sequence[File]) -> str:
-    """The page with every region made anew."""
-    results = {
-        device: Results([each for each in files if each["device"] == device], device) for device in ("cpu", "cuda")
-    }
+def rendered(text: str, files: Sequence[File]) -> tuple[str, list[str]]:
+    """The page with every region made anew, and the regions that stay as they are for want of a result."""
+    results, wanting = {device: Results(files, device) for device in ("cpu", "cuda")}, []
 
     def region(match: re.Match[str]) -> str:
         device, part = PARTS[match[2]]
-        return f"{match[1]}\n{part(results[device])}\n\n{match[3]}"
+        try:
+            return f"{match[1]}\n{part(results[device])}\n\n{match[3]}"
+        except LookupError as reason:
+            wanting.append(f"{match[2]}: {reason}")
+            return match[0]
 
-    return REGION.sub(region, text)
+    return REGION.sub(region, text), wanting
 
 
 def stale(files: Sequence[File]) -> list[str]:
-    """The lines of the page that the result files do not give, and regions that are missing."""
+    """The lines of the page that the result files do not give, and regions that are missing or have no results."""
     text = PAGE.read_text()
     lines = set(text.splitlines())
     missing = [f"no region {name}" for name in PARTS if f"<!-- bench: {name} -->" not in lines]
-    return missing + [f"not in README.md: {line}" for line in rendered(text, files).splitlines() if line not in lines]
+    fresh, wanting = rendered(text, files)
+    return missing + wanting + [f"not in README.md: {line}" for line in fresh.splitlines() if line not in lines]
 
 
 def write(files: Sequence[File]) -> None:
-    PAGE.write_text(rendered(PAGE.read_text(), files))
+    fresh, wanting = rendered(PAGE.read_text(), files)
+    PAGE.write_text(fresh)
+    for each in wanting:
+        print(f"README.md keeps what it says of {each}")

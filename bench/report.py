@@ -40,7 +40,7 @@ Written by `make bench` (`bench/run.py`, then `bench/report.py`) from the files 
 
 The contenders of a case take turns in one process, in a new random order each round; times are medians over the rounds,
 compile time left out. Before they are timed they are checked: pyrx against the plain PyTorch reference with the same
-masks, the others by their values or their statistics. `make bench-compare BASE=<commit>` pairs two versions in the same way.
+masks, the others by their values or their statistics. `make bench-compare BASE=<commit>` pairs two versions likewise.
 
 - *best peer*: the fastest of the PyTorch forms (eager and compiled) and other libraries.
 - *times as fast*: best peer's time over pyrx's, with the quartiles of that ratio within one round.
@@ -64,16 +64,16 @@ def image(text: str, path: Path, page: Path) -> str:
     return f"![{text}]({path.relative_to(page.parent).as_posix()})"
 
 
-def targets(results: Results) -> str:
-    """Every target of this device, the missed first; how many of the measured ones are met."""
+def targets(results: Results) -> tuple[str, str]:
+    """How many of the measured targets of this device are met; all of them, the missed first, what is missed bold."""
     lines, states = goals.rows(results)
     order = sorted(range(len(lines)), key=lambda i: (states[i] is None, states[i] is not False))
-    marks = {True: "met", False: "**missed**", None: ""}
+    marks = {True: "met", False: "missed", None: ""}
     rows = [[*lines[i], marks[states[i]]] for i in order]
     known = [each for each in states if each is not None]
-    head = f"**{sum(known)} of the {len(known)} targets measured on the {DEVICES[results.device]} are met"
-    head += f"; {len(states) - len(known)} more are not measured.**" if len(known) < len(states) else ".**"
-    return f"{head}\n\n" + table(["", "against", "asked", *goals.DTYPES, ""], rows)
+    counts = f"{sum(known)} of the {len(known)} targets measured on the {DEVICES[results.device]} are met"
+    counts += f", {len(states) - len(known)} more are not measured" if len(known) < len(states) else ""
+    return counts, table(["", "against", "asked", *goals.DTYPES, ""], rows)
 
 
 def case_rows(case: Case) -> Iterator[list[str]]:
@@ -172,8 +172,8 @@ def write_page(files: list[File], folder: Path, page: Path) -> None:
         parts += [f"## At a glance, {name}"] if own else []
         parts += [image(f"times as fast as the best peer, every op, {name}", path, page)] if path else []
         if own:
-            text = targets(Results(own, device))
-            parts.append(text if device == "cpu" else folded(text.split("\n")[0].strip("*"), text))
+            counts, lines = targets(Results(files, device))
+            parts += [f"**{counts}**", lines] if device == "cpu" else [folded(counts, lines)]
     for file in files:
         name, figures = f"{file['row']}-{file['device']}.svg", []
         if file["row"] == goals.HEAD and (path := charts.head(file, folder / f"head-{file['device']}.svg")):
@@ -203,9 +203,8 @@ def short_table(files: list[File]) -> str:
                     f"{speed['ratio']:>6.2f} {over:>6}"
                 )
     for device in DEVICES:
-        results = Results([file for file in files if file["device"] == device], device)
-        if results.files:
-            found, states = goals.rows(results)
+        if any(file["device"] == device for file in files):
+            found, states = goals.rows(Results(files, device))
             missed = [" ".join(line).replace("*", "") for line, ok in zip(found, states, strict=True) if ok is False]
             lines.append(f"{device}: {states.count(True)} targets met, {len(missed)} missed")
             lines += [f"  {each}" for each in missed]

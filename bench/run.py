@@ -25,7 +25,7 @@ if missing:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from harness import SETTINGS, set_threads  # noqa: E402
+from harness import SETTINGS, is_sweep, set_threads  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from pyrx import _extension, info  # noqa: E402
@@ -74,11 +74,6 @@ def header(device: str, quick: bool) -> dict[str, Any]:
             "arch_list": record.get("arch_list"),
         },
     }
-
-
-def is_sweep(item: pytest.Item) -> bool:
-    callspec = getattr(item, "callspec", None)
-    return callspec is not None and callspec.params.get("growth") is not None
 
 
 class Recorder:
