@@ -172,8 +172,8 @@ def growth(file: File, path: Path) -> Path | None:
         axis.set_visible(False)
     for axis, ((op, over), points) in zip(axes.flat, found.items(), strict=False):
         colours = iter(OTHERS)
-        for kind, name, label, values in lines(points):
-            first = kind == "pyrx" and name.startswith("pyrx")
+        for i, (kind, _, label, values) in enumerate(lines(points)):
+            first = i == 0
             colour = "#2f8fdd" if first else INK if kind == "floor" else next(colours)
             style = {"linestyle": ":" if kind == "floor" else "-", "marker": "" if kind == "floor" else "o"}
             axis.plot(*zip(*values, strict=True), color=colour, linewidth=2.2 if first else 1.5, markersize=4,

@@ -235,7 +235,7 @@ def compare(arguments: argparse.Namespace) -> int:
     for case, each in slower:
         print(f"SLOWER {line(case, each)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"compare-{arguments.device}.json"
+    path = arguments.out / f"{arguments.device}.json"
     commit = {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain"))}
     record = {"base": sha, **commit, "device": arguments.device, "quick": arguments.quick, "slower_from": SLOWER}
     path.write_text(json.dumps({**record, "cases": found, "not_compared": alone}, indent=1) + "\n")
@@ -328,7 +328,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds: whether it works")
     parser.add_argument("--seconds", type=float, default=4.0, help="a case's rounds take about this long")
-    parser.add_argument("--out", type=Path, default=HERE / "out")
+    parser.add_argument("--out", type=Path, default=HERE / "out" / "compare")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:

@@ -1,4 +1,4 @@
-"""The report says what the result files say: targets, charts, the figures of README.md; sweeps lose their slow peers."""
+"""The report says what the result files say: targets, charts, README.md's figures; and sweeps lose their slow peers."""
 
 import json
 import re
