@@ -36,7 +36,7 @@ HAS_TORCH := import re, torch; v = tuple(map(int, re.findall(r"\d+", torch.__ver
 help:
 	@echo 'make demo    train a real model through pyrx: table and loss curves       (5 minutes after the build)'
 	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
-	@echo 'make bench   time every op against PyTorch and peers, tables and charts'
+	@echo 'make bench   time every op against PyTorch and peers, tables and charts    (40 minutes)'
 	@echo 'make bench-compare BASE=<commit> [K=<filter>]: what is slower than there  (20 minutes for every case)'
 	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
 	@echo 'make lint    ruff and mypy'
@@ -53,7 +53,7 @@ test: $(call extras,test) lint cpp
 	@PYRX_REQUIRE=cpu $(PY) -m pytest -q -m 'not gpu' -n $(TEST_JOBS) --dist worksteal
 
 bench: $(call extras,bench)
-	$(call say,'benchmarks (some minutes): results in bench/results')
+	$(call say,'benchmarks (about 40 minutes on 2 cores): results in bench/results')
 	@$(PY) bench/run.py
 	@$(PY) bench/report.py
 

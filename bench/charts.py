@@ -163,7 +163,7 @@ def growth(file: File, path: Path) -> Path | None:
     pyplot = library() if found else None
     if pyplot is None:
         return None
-    across = min(PANELS, len(found))
+    across = 2 if len(found) == 4 else min(PANELS, len(found))
     down = math.ceil(len(found) / across)
     figure, axes = pyplot.subplots(
         down, across, figsize=(4.1 * across, 3.5 * down), squeeze=False, layout="constrained"

@@ -71,6 +71,14 @@ def test_target_has_its_result(goal, files):
                     assert each["target"] == pytest.approx(goal.asked), case["params"]
 
 
+@needs_results
+def test_page_is_that_of_the_result_files(files, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.write_page(files, tmp_path / "results", tmp_path / "README.md")
+    same = (tmp_path / "README.md").read_text() == (BENCH / "README.md").read_text()
+    assert same, "python bench/report.py writes bench/README.md"
+
+
 def contender(name, kind, ms, group=""):
     quartiles = {"min": ms * 0.9, "p25": ms, "median": ms, "p75": ms}
     return {"name": name, "kind": kind, "group": group, "note": "", "calls": 1, "ms": quartiles}
