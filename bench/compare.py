@@ -127,11 +127,15 @@ def judge(contender: str, ms: dict[str, list[float]]) -> dict[str, Any]:
     return {"contender": contender, "ms": times, "ratio": ratio, "rounds": len(ms["base"]), "verdict": verdict}
 
 
+Warm = dict[str, dict[str, dict[str, Any]]]  # tree, contender: its rough seconds and calls a visit, or the error
+
+
 def pair(
-    both: dict[str, Worker], names: Sequence[str], seconds: float, limits: tuple[int, int]
+    both: dict[str, Worker], warm: Warm, names: Sequence[str], seconds: float, limits: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """The contenders that both trees have, in turns."""
-    warm = {tree: worker.ask(do="warm")["contenders"] for tree, worker in both.items()}
+    """The contenders that run in both trees, in turns."""
+    if not names:
+        return []
     calls = {name: max(warm[tree][name]["calls"] for tree in TREES) for name in names}
     a_round = sum((calls[name] + 1) * warm[tree][name]["seconds"] for name in names for tree in TREES)
     rounds = min(limits[1], max(limits[0], int(seconds / a_round)))
@@ -171,12 +175,15 @@ def measure(
                     alone[tree].append(f"{case} fails: {state['error']}")
             ready = {tree: both[tree] for tree in TREES if states[tree].get("contenders")}
             if len(ready) == len(TREES):
-                names = [each for each in states["new"]["contenders"] if each in states["base"]["contenders"]]
-                for tree, other in (TREES, TREES[::-1]):
-                    more = [each for each in states[other]["contenders"] if each not in names]
-                    alone[tree] += [f"{case}: {each} is absent" for each in more]
-                found[case] = pair(both, names, seconds, limits)
-                for each in found[case]:
+                warm = {tree: worker.ask(do="warm")["contenders"] for tree, worker in both.items()}
+                names = list(warm["new"] | warm["base"])
+                for tree in TREES:
+                    why = {each: warm[tree].get(each, {"error": "is absent"}).get("error") for each in names}
+                    alone[tree] += [f"{case}: {each}: {error}" for each, error in why.items() if error]
+                    names = [each for each in names if not why[each]]
+                results = pair(both, warm, names, seconds, limits)
+                found |= {case: results} if results else {}
+                for each in results:
                     print(line(case, each), flush=True)
             for worker in ready.values():
                 worker.send(do="end")
@@ -271,6 +278,13 @@ def work(tree: Path, arguments: argparse.Namespace) -> int:
     SETTINGS.say = lambda text: print(text, file=sys.stderr)
     current = {"case": "", "told": False}
 
+    def warmed(one: Contender) -> dict[str, Any]:
+        try:
+            warm_up([one])
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        return {"seconds": one.seconds, "calls": one.calls}
+
     def drive(row: str, params: dict[str, Any], contenders: Sequence[Contender]) -> None:
         """Answers until the parent is done with the case."""
         ours = {each.name: each for each in contenders if each.kind == "pyrx"}
@@ -279,8 +293,7 @@ def work(tree: Path, arguments: argparse.Namespace) -> int:
         visit = visitor()
         while (message := receive())["do"] != "end":
             if message["do"] == "warm":
-                warm_up(list(ours.values()))
-                send(contenders={name: {"seconds": each.seconds, "calls": each.calls} for name, each in ours.items()})
+                send(contenders={name: warmed(each) for name, each in ours.items()})
             else:
                 one = ours[message["name"]]
                 one.calls = message["calls"]

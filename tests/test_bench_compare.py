@@ -66,12 +66,16 @@ class Planted:
             self.answers += [{"case": each, **self.cases[each]} for each in message["run"]]
 
     def receive(self):
-        return self.answers.pop(0)
+        answer = self.answers.pop(0)
+        self.at = answer.get("case")
+        return answer
 
     def ask(self, **message):
         self.log.append(message)
         if message["do"] == "warm":
-            return {"contenders": {name: {"seconds": ms / 1e3, "calls": 2} for name, ms in self.ms.items()}}
+            names = self.cases[self.at]["contenders"]
+            return {"contenders": {name: {"seconds": self.ms[name] / 1e3, "calls": 2} if name in self.ms else
+                                   {"error": "TypeError: no such argument"} for name in names}}  # fmt: skip
         return {"ms": self.ms[message["name"]]}
 
 
@@ -90,17 +94,28 @@ def measured(monkeypatch, base, new, only=None):
 def test_cases_of_one_tree_are_named(monkeypatch, capsys):
     both = {"contenders": ["pyrx"]}
     base = Planted({"a": both, "gone": both, "broken": {"error": "TypeError: no such argument"}}, {"pyrx": 1.0})
-    new = Planted({"a": {"contenders": ["pyrx", "pyrx, out="]}, "broken": both, "added": both}, {"pyrx": 2.0})
+    more = {"contenders": ["pyrx", "pyrx, out="]}
+    new = Planted({"a": more, "broken": both, "added": both}, {"pyrx": 2.0, "pyrx, out=": 2.0})
     found, alone = measured(monkeypatch, base, new)
     assert {case: [each["verdict"] for each in results] for case, results in found.items()} == {"a": ["slower"]}
     assert alone == {
-        "base": ["added is absent", "a: pyrx, out= is absent", "broken fails: TypeError: no such argument"],
+        "base": ["added is absent", "a: pyrx, out=: is absent", "broken fails: TypeError: no such argument"],
         "new": ["gone is absent"],
     }
     assert "2.000 (2.000 to 2.000)" in capsys.readouterr().out
     # the one that was ready for the broken case is sent on, the other is not waited for
     assert new.log[-1] == {"do": "end"} and base.log[-1] == {"do": "end"}
     assert len([each for each in new.log if each == {"do": "end"}]) == 2
+
+
+def test_contender_that_cannot_run_is_named(monkeypatch):
+    """The new argument of an op is found when it is first called."""
+    cases = {"a": {"contenders": ["pyrx", "pyrx, new argument"]}, "b": {"contenders": ["pyrx, new argument"]}}
+    base, new = Planted(cases, {"pyrx": 1.0}), Planted(cases, {"pyrx": 1.0, "pyrx, new argument": 1.0})
+    found, alone = measured(monkeypatch, base, new)
+    assert {case: [each["contender"] for each in results] for case, results in found.items()} == {"a": ["pyrx"]}
+    assert alone["base"] == [f"{case}: pyrx, new argument: TypeError: no such argument" for case in "ab"]
+    assert alone["new"] == [] and new.log[-1] == {"do": "end"}
 
 
 def test_trees_take_turns_with_the_same_calls(monkeypatch):
