@@ -23,6 +23,7 @@ def test_both_quartiles_must_say_slower():
     # the median is slower, a quarter of the rounds is not
     assert judged(base, [1.0, 1.04, 1.2, 1.3, 1.4])["verdict"] == "same"
     assert judged(base, [0.7, 0.8, 0.9, 0.94, 1.2])["verdict"] == "faster"
+    assert judged(base, [0.7, 0.8, 0.9, 0.97, 1.2])["verdict"] == "same"
     assert judged(base, [1.0, 1.04, 1.04, 1.04, 1.04])["verdict"] == "same"
 
 
