@@ -94,7 +94,7 @@ def ratio_cases() -> list[Any]:
     ratios = RATIOS[:1] if SETTINGS.quick else RATIOS
     found = [pytest.param(n, m, dtype, None, id=f"{n}_{m}-{str(dtype)[6:]}") for dtype in dtypes() for n, m in ratios]
     found += sweep("side", SIDES, lambda side: (2, 4, dtypes()[0]))
-    return found + sweep("M, half kept", (2, 4, 8, 16, 32, 64, 128), lambda m: (m // 2, m, dtypes()[0]))
+    return found + sweep("M half kept", (2, 4, 8, 16, 32, 64, 128), lambda m: (m // 2, m, dtypes()[0]))
 
 
 @pytest.mark.parametrize(("n", "m", "dtype", "growth"), ratio_cases())
