@@ -150,18 +150,15 @@ def warnings(file: File) -> list[str]:
 
 def section(file: File, figures: list[str]) -> str:
     parts = [f"## {file['row']}, {DEVICES[file['device']]}", *warnings(file), *figures]
+    details = [conditions(file)]
     for op in dict.fromkeys(title(case) for case in file["cases"]):
         cases = [case for case in whole(file) if title(case) == op]
         points = [case for case in file["cases"] if title(case) == op and "grows" in case]
-        parts.append(f"### {op}")
         if cases:
-            parts.append(table(COLUMNS, [row for case in cases for row in case_rows(case)]))
-            parts.append(folded("every contender", all_times(cases)))
-        if points:
-            parts.append(folded("every size of the chart", all_times(points)))
+            parts += [f"### {op}", table(COLUMNS, [row for case in cases for row in case_rows(case)])]
+        details += [f"**{op}**\n\n{all_times(each)}" for each in (cases, points) if each]
     parts += [memory_table(each) for each in file["memory"]]
-    parts.append(folded("conditions", conditions(file)))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, folded("conditions, and every contender", "\n\n".join(details))])
 
 
 def write_page(files: list[File], folder: Path, page: Path) -> None:
