@@ -37,7 +37,7 @@ GPU_BENCH_MINUTES ?= 9
 SANITIZE_SECONDS ?= 240
 GPU_BUILT ?= gpu-build-here
 
-.PHONY: help demo test test-large fuzz bench docs gpu-model dist lint build cpp clean \
+.PHONY: help demo test test-large fuzz bench bench-compare docs gpu-model dist lint build cpp clean \
   $(foreach each,gpu gpu-build gpu-sanitize gpu-test gpu-bench,$(each) $(each)-here)
 .DEFAULT_GOAL := help
 
@@ -46,7 +46,8 @@ help:
 	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
 	@echo 'make test-large  tensors past 2^31 elements, 10000 calls of every op (half an hour, 16 GiB of memory)'
 	@echo 'make fuzz    call every public function at random, FUZZ_CASES=$(FUZZ_CASES) times, FUZZ_SEED=$(FUZZ_SEED)  (10 minutes)'
-	@echo 'make bench   time every op against PyTorch and peers, tables and charts'
+	@echo 'make bench   time every op against PyTorch and peers, tables and charts    (40 minutes)'
+	@echo 'make bench-compare BASE=<commit> [K=<filter>]: what is slower than there  (20 minutes for every case)'
 	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
 	@echo '             and its parts: make gpu-build, gpu-sanitize, gpu-test, gpu-bench  (each under 10 minutes)'
 	@echo 'make gpu-model  predict the GPU kernels'"'"' times from their machine code   (no GPU; 10 minutes after the build)'
@@ -68,15 +69,22 @@ test: $(call extras,test) lint cpp
 test-large: $(call extras,test) build
 	$(call say,'pytest on tensors past 2^31 elements and on 10000 calls of every op (half an hour, 16 GiB of memory)')
 	@$(PY) -m pytest -q -m 'large and not gpu'
+
 fuzz: $(call extras,test) build
 	$(call say,'fuzzing: $(FUZZ_CASES) random calls from seed $(FUZZ_SEED) against the reference (10 minutes)')
 	@FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu $(PY) -m pytest -v --no-header --tb short tests/fuzz \
 	  -n $(TEST_JOBS) --dist worksteal --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED)
 
 bench: $(call extras,bench)
-	$(call say,'benchmarks (some minutes): results in bench/results')
+	$(call say,'benchmarks (about 40 minutes on 2 cores): results in bench/results')
 	@$(PY) bench/run.py
 	@$(PY) bench/report.py
+
+# BASE: the commit to compare with; K: only the cases whose name matches
+bench-compare: $(call extras,bench) build
+	@test -n '$(BASE)' || { echo 'make bench-compare BASE=<commit> [K=<filter>]'; exit 2; }
+	$(call say,'this tree against $(BASE), case by case')
+	@$(PY) bench/compare.py '$(BASE)' $(if $(K),-k '$(K)')
 
 # an environment made before wins, then a system Python whose torch sees a GPU, then a new environment
 gpu gpu-build gpu-test gpu-bench gpu-sanitize:

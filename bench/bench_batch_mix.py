@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, expect, on_the_gpu, run_case, set_threads
+from harness import SETTINGS, Contender, Growth, Target, expect, on_the_gpu, run_case, set_threads, size_of, sweep
 from torch import Tensor
 
 import pyrx
@@ -19,11 +19,15 @@ SHARE = "of 0.321 of the bytes, the mean share of CutMix's boxes"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def batch() -> tuple[Tensor, Tensor]:
+SIDES, BATCHES = (32, 64, 112, 224, 448), (8, 32, 128, 256)
+
+
+def batch(growth: Growth | None) -> tuple[Tensor, Tensor]:
     """64 float32 images on the CPU, 256 of bfloat16 on a GPU, and labels."""
     device = SETTINGS.device
     samples, dtype = (64, torch.float32) if device == "cpu" else (256, torch.bfloat16)
-    images = torch.rand(samples, 3, 224, 224, device=device).to(dtype)
+    samples, side = size_of(growth, "batch", samples), size_of(growth, "side", 224)
+    images = torch.rand(samples, 3, side, side, device=device).to(dtype)
     return images, torch.randint(0, CLASSES, (samples,), device=device)
 
 
@@ -69,6 +73,8 @@ def close(name: str, got: Tensor, expected: Tensor, slack: float) -> dict[str, A
 
 def run(
     op: str,
+    images: Tensor,
+    growth: Growth | None,
     contenders: list[Contender],
     benchmark: Any,
     check: Callable[[dict[str, Contender]], list[dict[str, Any]]],
@@ -78,23 +84,27 @@ def run(
     """One case, on a GPU with the CUDA graphs beside it; the targets are this device's."""
     graphs = on_the_gpu(contenders)
     floors = floors | {f"{a}, CUDA graph": f"{b}, CUDA graph" for a, b in floors.items() if graphs}
-    images, _ = batch()
     params = {"op": op, "shape": list(images.shape), "dtype": str(images.dtype)[6:]}
-    run_case(ROW, params, [*contenders, *graphs], benchmark, check=check, floors=floors, targets=targets)
+    run_case(ROW, params, [*contenders, *graphs], benchmark, check=check, floors=floors, targets=targets, growth=growth)
 
 
-@pytest.mark.parametrize("per_sample", [False, True], ids=["one_box", "per_sample"])
-def test_cutmix_in_place(per_sample: bool, benchmark: Any) -> None:
+IN_PLACE = [pytest.param(False, None, id="one_box"), pytest.param(True, None, id="per_sample")]
+IN_PLACE += sweep("side", SIDES, lambda side: (True,)) + sweep("batch", BATCHES, lambda samples: (True,))
+
+
+@pytest.mark.parametrize(("per_sample", "growth"), IN_PLACE)
+def test_cutmix_in_place(per_sample: bool, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
-    images, labels = batch()
+    images, labels = batch(growth)
+    whole = images.shape[-1]
     mode = "elem" if per_sample else "batch"
     own, theirs = images.clone(), images.clone()
     # a box of the mean share of CutMix's, so that every round moves the same bytes, on every side
-    side = int(224 * 0.321**0.5)
+    side = int(whole * 0.321**0.5)
     generator = torch.Generator().manual_seed(0)
-    corners = torch.randint(0, 224 - side, (len(images) if per_sample else 1, 2), generator=generator)
+    corners = torch.randint(0, whole - side, (len(images) if per_sample else 1, 2), generator=generator)
     boxes = torch.cat([corners, corners + side], 1).expand(len(images), 4).contiguous().to(images.device)
-    lam = torch.full((len(images),), 1 - side**2 / 224**2, device=images.device)
+    lam = torch.full((len(images),), 1 - side**2 / whole**2, device=images.device)
     given = {"lam": lam, "boxes": boxes, "per_sample": per_sample}
     contenders = [
         *timm_contender(f"timm {mode}", theirs, labels, cutmix_alpha=1.0, mode=mode),
@@ -112,12 +122,13 @@ def test_cutmix_in_place(per_sample: bool, benchmark: Any) -> None:
     else:
         targets = [Target("pyrx, mean boxes, CUDA graph", "floor", 1 / 0.8)]
     floors = {"pyrx": "floor", "pyrx, mean boxes": "floor"}
-    run(f"cutmix in place, {mode}", contenders, benchmark, check, floors, targets)
+    run(f"cutmix in place, {mode}", images, growth, contenders, benchmark, check, floors, targets)
 
 
-def test_cutmix_out_of_place(benchmark: Any) -> None:
+@pytest.mark.parametrize("growth", [None, *sweep("side", SIDES), *sweep("batch", BATCHES)])
+def test_cutmix_out_of_place(growth: Growth | None, benchmark: Any) -> None:
     set_threads()
-    images, labels = batch()
+    images, labels = batch(growth)
     out = torch.empty_like(images)
     transforms, kornia = available("torchvision.transforms.v2"), available("kornia.augmentation")
     contenders = []
@@ -147,12 +158,13 @@ def test_cutmix_out_of_place(benchmark: Any) -> None:
     else:
         targets = [Target(f"{name}, CUDA graph", "floor", 1 / 0.8) for name in ("pyrx", "pyrx, out=")]
     floors = {"pyrx": "floor, new memory", "pyrx, out=": "floor, buffer"}
-    run("cutmix", contenders, benchmark, check, floors, targets)
+    run("cutmix", images, growth, contenders, benchmark, check, floors, targets)
 
 
-def test_mixup(benchmark: Any) -> None:
+@pytest.mark.parametrize("growth", [None, *sweep("side", SIDES)])
+def test_mixup(growth: Growth | None, benchmark: Any) -> None:
     set_threads()
-    images, labels = batch()
+    images, labels = batch(growth)
     own, theirs, out = images.clone(), images.clone(), torch.empty_like(images)
     contenders = [
         *timm_contender("timm elem", theirs, labels, mixup_alpha=1.0, mode="elem"),
@@ -176,15 +188,19 @@ def test_mixup(benchmark: Any) -> None:
     else:
         targets = [Target(f"{name}, CUDA graph", "floor", 1 / 0.8) for name in names]
     floors = dict.fromkeys(names, "floor, buffer") | {"pyrx": "floor, new memory"}
-    run("mixup, per sample", contenders, benchmark, check, floors, targets)
+    run("mixup, per sample", images, growth, contenders, benchmark, check, floors, targets)
 
 
-@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "contiguous"])
-def test_normalised_cutmix(last: bool, benchmark: Any) -> None:
+NORMALISED = [pytest.param(True, None, id="channels_last"), pytest.param(False, None, id="contiguous")]
+NORMALISED += sweep("side", SIDES, lambda side: (True,))
+
+
+@pytest.mark.parametrize(("last", "growth"), NORMALISED)
+def test_normalised_cutmix(last: bool, growth: Growth | None, benchmark: Any) -> None:
     """uint8 to normalised floating-point, with CutMix of per-sample boxes."""
     set_threads()
     torch._dynamo.reset()
-    like, labels = batch()
+    like, labels = batch(growth)
     layout = torch.channels_last if last else torch.contiguous_format
     images = (like.float() * 255).round().to(torch.uint8).contiguous(memory_format=layout)
     out = torch.empty_like(like).contiguous(memory_format=layout)
@@ -229,4 +245,4 @@ def test_normalised_cutmix(last: bool, benchmark: Any) -> None:
             targets += [Target(name, eager, first), Target(name, fused, second)]
     floors = {"pyrx": "floor, new memory", "pyrx, out=": "floor, buffer"}
     op = f"uint8 to normalised, {str(layout)[6:].removesuffix('_format')}"
-    run(op, contenders, benchmark, check, floors, targets)
+    run(op, like, growth, contenders, benchmark, check, floors, targets)

@@ -9,21 +9,37 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, expect, moved_bytes, run_case, set_threads, with_graphs
+from harness import (
+    SETTINGS,
+    Contender,
+    Growth,
+    expect,
+    moved_bytes,
+    run_case,
+    set_threads,
+    size_of,
+    sweep,
+    with_graphs,
+)
 from torch import Tensor
 
 import pyrx
 
 ROW = "blend"
-SHAPE = (64, 3, 224, 224)
+SAMPLES, SIDES = 64, (32, 64, 112, 224, 448)
 CASES = [(torch.float32, False), (torch.uint8, False), (torch.float32, True)]
 
 
-def images_of(dtype: torch.dtype) -> Tensor:
+def shape_of(growth: Growth | None) -> tuple[int, ...]:
+    side = size_of(growth, "side", 224)
+    return SAMPLES, 3, side, side
+
+
+def images_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     device = SETTINGS.device
     if dtype == torch.uint8:
-        return torch.randint(0, 256, SHAPE, dtype=dtype, device=device)
-    return torch.rand(SHAPE, device=device).to(dtype)
+        return torch.randint(0, 256, shape, dtype=dtype, device=device)
+    return torch.rand(shape, device=device).to(dtype)
 
 
 def lerp(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
@@ -42,18 +58,21 @@ def unlike(name: str, got: Tensor, expected: Tensor, slack: float) -> dict[str, 
     return expect(name, "largest difference from the reference", difference, slack)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "backward"),
-    CASES[: 1 if SETTINGS.quick else None],
-    ids=lambda value: str(value).removeprefix("torch."),
-)
-def test_blend(dtype: torch.dtype, backward: bool, benchmark: Any) -> None:
+def blends() -> list[Any]:
+    cases = CASES[: 1 if SETTINGS.quick else None]
+    found = [pytest.param(dtype, backward, None, id=f"{str(dtype)[6:]}-{backward}") for dtype, backward in cases]
+    return found + sweep("side", SIDES, lambda side: (torch.float32, False))
+
+
+@pytest.mark.parametrize(("dtype", "backward", "growth"), blends())
+def test_blend(dtype: torch.dtype, backward: bool, growth: Growth | None, benchmark: Any) -> None:
     """(N, 1, H, W) mattes; backward: all three gradients."""
     set_threads()
     torch._dynamo.reset()
-    x, y = images_of(dtype), images_of(dtype)
-    alpha = torch.rand(SHAPE[0], 1, *SHAPE[2:], device=SETTINGS.device)
-    leaves, upstream, buffer = (x, y, alpha), torch.rand(SHAPE, device=SETTINGS.device), torch.empty_like(x)
+    shape = shape_of(growth)
+    x, y = images_of(shape, dtype), images_of(shape, dtype)
+    alpha = torch.rand(shape[0], 1, *shape[2:], device=SETTINGS.device)
+    leaves, upstream, buffer = (x, y, alpha), torch.rand(shape, device=SETTINGS.device), torch.empty_like(x)
     if backward:
         leaves = tuple(each.requires_grad_() for each in leaves)
 
@@ -92,8 +111,8 @@ def test_blend(dtype: torch.dtype, backward: bool, benchmark: Any) -> None:
                     found.append(unlike(name, one, other, 0.0 if exact else slack))
         return found
 
-    params = {"op": "blend", "shape": list(SHAPE), "dtype": str(dtype)[6:], "backward": backward}
-    run_case(ROW, params, contenders, benchmark, check=check, floors=floors)
+    params = {"op": "blend", "shape": list(shape), "dtype": str(dtype)[6:], "backward": backward}
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, growth=growth)
 
 
 def host_matte(lam: float, size: tuple[int, int], decay_power: float = 3.0) -> Tensor:
@@ -110,17 +129,22 @@ def host_matte(lam: float, size: tuple[int, int], decay_power: float = 3.0) -> T
     return matte.reshape(1, 1, height, width)
 
 
-@pytest.mark.parametrize("per_sample", [False, True], ids=["one_matte", "per_sample"])
-def test_fmix(per_sample: bool, benchmark: Any) -> None:
+FMIXES = [pytest.param(False, None, id="one_matte"), pytest.param(True, None, id="per_sample")]
+FMIXES += sweep("side", SIDES, lambda side: (False,))
+
+
+@pytest.mark.parametrize(("per_sample", "growth"), FMIXES)
+def test_fmix(per_sample: bool, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
-    images = images_of(torch.float32)
-    labels = torch.randint(0, 1000, SHAPE[:1], device=SETTINGS.device)
+    shape = shape_of(growth)
+    images = images_of(shape, torch.float32)
+    labels = torch.randint(0, 1000, shape[:1], device=SETTINGS.device)
     beta = torch.distributions.Beta(1.0, 1.0)
 
     def host() -> Any:
-        lam = [beta.sample().item() for _ in range(SHAPE[0] if per_sample else 1)]
-        matte = torch.cat([host_matte(each, SHAPE[2:]) for each in lam]).to(images.device)
-        return matte * images + (1 - matte) * images[torch.randperm(SHAPE[0], device=images.device)], matte, lam
+        lam = [beta.sample().item() for _ in range(shape[0] if per_sample else 1)]
+        matte = torch.cat([host_matte(each, shape[2:]) for each in lam]).to(images.device)
+        return matte * images + (1 - matte) * images[torch.randperm(shape[0], device=images.device)], matte, lam
 
     def ours(**options: Any) -> Any:
         mixed, target = pyrx.fmix(images, labels, per_sample=per_sample, **options)
@@ -138,11 +162,12 @@ def test_fmix(per_sample: bool, benchmark: Any) -> None:
     def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
         mixed, target = pyrx.fmix(images, labels, per_sample=per_sample, seed=7)
         expected = torch.where(target.mattes, images, images.flip(0))
-        area = target.mattes.double().sum((1, 2, 3)) - target.lam[: len(target.mattes)].double() * SHAPE[2] * SHAPE[3]
+        area = target.mattes.double().sum((1, 2, 3)) - target.lam[: len(target.mattes)].double() * shape[2] * shape[3]
         return [
             unlike("pyrx", mixed, expected, 0.0),
             expect("pyrx", "pixels between the mattes' areas and lam", area.abs().max().item(), 1),
         ]
 
-    params = {"op": "fmix", "shape": list(SHAPE), "dtype": "float32", "per_sample": per_sample}
-    run_case(ROW, params, contenders, benchmark, check=check, floors={"pyrx": "floor", "pyrx, mattes given": "floor"})
+    params = {"op": "fmix", "shape": list(shape), "dtype": "float32", "per_sample": per_sample}
+    floors = {"pyrx": "floor", "pyrx, mattes given": "floor"}
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, growth=growth)

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, expect, moved_bytes, run_case, set_threads, with_graphs
+from harness import (
+    SETTINGS,
+    Contender,
+    Growth,
+    Target,
+    expect,
+    moved_bytes,
+    run_case,
+    set_threads,
+    sweep,
+    with_graphs,
+)
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
@@ -23,7 +34,9 @@ MOST_EAGER, MOST_COMPILED = 2**28, 2**29 if SETTINGS.device == "cpu" else 2**37
 
 Shape = tuple[int, int, int, int]
 each_shape = pytest.mark.parametrize(
-    "shape", SHAPES[: 1 if SETTINGS.quick else None], ids=lambda shape: "x".join(map(str, shape))
+    ("shape", "growth"),
+    [pytest.param(each, None, id="x".join(map(str, each))) for each in SHAPES[: 1 if SETTINGS.quick else None]]
+    + sweep("blocks a side", (16, 32, 64, 128, 256), lambda side: ((1, 8, side, side),)),
 )
 
 
@@ -64,7 +77,7 @@ def bytes_of_lists(shape: Shape) -> int:
 
 
 @each_shape
-def test_from_scores(shape: Shape, benchmark: Any) -> None:
+def test_from_scores(shape: Shape, growth: Growth | None, benchmark: Any) -> None:
     """The top fifth of every row as a mask; scores (B, H, NQ, NK) to lists both ways."""
     set_threads()
     torch._dynamo.reset()
@@ -104,11 +117,11 @@ def test_from_scores(shape: Shape, benchmark: Any) -> None:
 
     targets = [Target("pyrx", name, 10) for name in peers if name.endswith("create_block_mask")]
     params = {"op": "from_scores", "shape": list(shape), "block_size": BLOCK, "density": DENSITY}
-    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets)
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets, growth=growth)
 
 
 @each_shape
-def test_from_dense(shape: Shape, benchmark: Any) -> None:
+def test_from_dense(shape: Shape, growth: Growth | None, benchmark: Any) -> None:
     """Lists both ways of bool blocks (B, H, NQ, NK)."""
     set_threads()
     torch._dynamo.reset()
@@ -125,4 +138,4 @@ def test_from_dense(shape: Shape, benchmark: Any) -> None:
         return [unlike(name, blocks_in(each.step()), blocks) for name, each in able.items() if each.kind != "floor"]
 
     params = {"op": "from_dense", "shape": list(shape), "block_size": BLOCK, "density": DENSITY}
-    run_case(ROW, params, contenders, benchmark, check=check, floors=floors)
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, growth=growth)

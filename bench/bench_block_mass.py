@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, Contender, Target, bare_products, error, expect, run_case, set_threads, with_graphs
+from harness import (
+    SETTINGS,
+    Contender,
+    Growth,
+    Target,
+    bare_products,
+    error,
+    expect,
+    run_case,
+    set_threads,
+    sweep,
+    with_graphs,
+)
 from torch import Tensor
 
 import pyrx
@@ -31,10 +43,11 @@ def cases() -> list[Any]:
     found += [(shape, dtypes[0], 64, False), (shape, dtypes[0], 128, True)]
     if SETTINGS.quick:
         found = [((*shape[:2], shape[2] // 4, shape[3]), dtypes[0], 128, False)]
-    return [
-        pytest.param(*case, id=f"{case[0][2]}_{case[0][3]}-{str(case[1])[6:]}-{case[2]}{'-causal' if case[3] else ''}")
-        for case in found
-    ]
+    ids = [f"{s[2]}_{s[3]}-{str(dtype)[6:]}-{block}{'-causal' if causal else ''}" for s, dtype, block, causal in found]
+    whole = [pytest.param(*case, None, id=name) for case, name in zip(found, ids, strict=True)]
+    batch, heads, tokens, size = found[0][0]
+    lengths = [tokens // part for part in (8, 4, 2, 1)] + [tokens * 2] * (not SETTINGS.quick)
+    return whole + sweep("S", lengths, lambda s: ((batch, heads, s, size), dtypes[0], 128, False))
 
 
 def a_head_at_a_time(step: Callable[..., Tensor], query: Tensor, key: Tensor, *rows: Tensor) -> Tensor:
@@ -62,9 +75,17 @@ def eager_recall(query: Tensor, key: Tensor, blocks: Tensor, block: int, causal:
     return (probabilities * blocks.repeat_interleave(block, -2)).sum(-1)
 
 
-@pytest.mark.parametrize(("shape", "dtype", "block", "causal"), cases())
+@pytest.mark.parametrize(("shape", "dtype", "block", "causal", "growth"), cases())
 @pytest.mark.parametrize("op", ["mass", "recall"])
-def test_pass(op: str, shape: tuple[int, ...], dtype: torch.dtype, block: int, causal: bool, benchmark: Any) -> None:
+def test_pass(
+    op: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    block: int,
+    causal: bool,
+    growth: Growth | None,
+    benchmark: Any,
+) -> None:
     set_threads()
     torch._dynamo.reset()
     query, key, value = (torch.randn(shape, device=SETTINGS.device).to(dtype) for _ in range(3))
@@ -112,4 +133,4 @@ def test_pass(op: str, shape: tuple[int, ...], dtype: torch.dtype, block: int, c
 
     params = {"op": f"block_{op}", "shape": list(shape), "dtype": str(dtype)[6:], "block": block, "causal": causal}
     targets = [Target("pyrx", "dense forward", 1 / 0.6)] if op == "mass" else []
-    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets)
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets, growth=growth)

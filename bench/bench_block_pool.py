@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, error, expect, run_case, set_threads, with_graphs
+from harness import (
+    SETTINGS,
+    Contender,
+    Growth,
+    Target,
+    error,
+    expect,
+    run_case,
+    set_threads,
+    size_of,
+    sweep,
+    with_graphs,
+)
 from torch import Tensor
 
 import pyrx
@@ -20,8 +32,12 @@ BLOCK = 64
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def shape() -> tuple[int, int, int, int]:
-    return (1, 8, 4096, 64) if SETTINGS.device == "cpu" else (1, 24, 32768, 128)
+LENGTHS = (512, 1024, 2048, 4096, 8192) if SETTINGS.device == "cpu" else (2048, 4096, 8192, 16384, 32768)
+
+
+def shape(growth: Growth | None) -> tuple[int, int, int, int]:
+    batch, heads, tokens, size = (1, 8, 4096, 64) if SETTINGS.device == "cpu" else (1, 24, 32768, 128)
+    return batch, heads, size_of(growth, "S", tokens), size
 
 
 def eager(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,12 +47,17 @@ def eager(x: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.mean(3), directions.mean(3).square().sum(-1)
 
 
-@pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
-@pytest.mark.parametrize("dtype", DTYPES[: 1 if SETTINGS.quick else None], ids=lambda each: str(each)[6:])
-def test_block_pool(dtype: torch.dtype, layout: str, benchmark: Any) -> None:
+def pools() -> list[Any]:
+    found = [(dtype, layout) for dtype in DTYPES[: 1 if SETTINGS.quick else None] for layout in ("BHSD", "BSHD")]
+    whole = [pytest.param(dtype, layout, None, id=f"{str(dtype)[6:]}-{layout}") for dtype, layout in found]
+    return whole + sweep("S", LENGTHS, lambda s: (DTYPES[0], "BHSD"))
+
+
+@pytest.mark.parametrize(("dtype", "layout", "growth"), pools())
+def test_block_pool(dtype: torch.dtype, layout: str, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     torch._dynamo.reset()
-    batch, heads, tokens, size = shape()
+    batch, heads, tokens, size = shape(growth)
     device = SETTINGS.device
     if layout == "BHSD":
         x = torch.randn(batch, heads, tokens, size, device=device).to(dtype)
@@ -67,14 +88,16 @@ def test_block_pool(dtype: torch.dtype, layout: str, benchmark: Any) -> None:
         check=check,
         floors=floors,
         targets=[Target("pyrx", "best peer", 1.0), Target("pyrx", "floor", 2.0)],
+        growth=growth,
     )
 
 
-def test_searches(benchmark: Any) -> None:
+@pytest.mark.parametrize("growth", [None, *sweep("S", LENGTHS)])
+def test_searches(growth: Growth | None, benchmark: Any) -> None:
     """Each search beside the dense attention that its mask is to save."""
     set_threads()
     dtype = torch.float32 if SETTINGS.device == "cpu" else torch.bfloat16
-    query, key, value = (torch.randn(shape(), device=SETTINGS.device).to(dtype) for _ in range(3))
+    query, key, value = (torch.randn(shape(growth), device=SETTINGS.device).to(dtype) for _ in range(3))
     _, lse = pyrx.block_sparse_attention(query, key, value, return_lse=True)
     searches: dict[str, Callable[[], pyrx.BlockMask]] = {
         "lse_cached": lambda: search.lse_cached(query, key, lse),
@@ -84,7 +107,7 @@ def test_searches(benchmark: Any) -> None:
     }
     contenders = [Contender(name, step, "pyrx") for name, step in searches.items()]
     dense = partial(torch.nn.functional.scaled_dot_product_attention, query, key, value)
-    contenders.append(Contender("dense attention", dense, "peer"))
+    contenders.append(Contender("dense attention", dense, "other"))
     contenders.append(
         Contender("dense attention, pyrx", partial(pyrx.block_sparse_attention, query, key, value), "other")
     )
@@ -104,4 +127,5 @@ def test_searches(benchmark: Any) -> None:
         benchmark,
         check=check,
         targets=[Target("lse_cached", "dense attention, pyrx", 1.67)],
+        growth=growth,
     )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from harness import (
     SETTINGS,
     Contender,
+    Growth,
     Target,
     bare_products,
     error,
@@ -24,6 +25,8 @@ from harness import (
     finish,
     run_case,
     set_threads,
+    size_of,
+    sweep,
     with_graphs,
 )
 from peak_memory import added_peak
@@ -37,16 +40,18 @@ BLOCK = 128
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
 SHAPE, GPU_SHAPE = (1, 8, 4096, 64), (1, 24, 32768, 128)
 LONG, WINDOW = 16384, 1024
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+MOST_MASKED = 2**27  # elements of (B, H, S, S) that a mask of scaled_dot_product_attention may have
 # the largest error of a result, as a share of its largest value
 SLACK = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def shape() -> tuple[int, ...]:
-    if SETTINGS.quick:
-        return (1, 2, 512, 64)
-    return GPU_SHAPE if SETTINGS.device == "cuda" else SHAPE
+def shape(growth: Growth | None = None) -> tuple[int, ...]:
+    whole = (1, 2, 512, 64) if SETTINGS.quick else GPU_SHAPE if SETTINGS.device == "cuda" else SHAPE
+    batch, heads, tokens, size = whole
+    return batch, heads, size_of(growth, "S", tokens), size
 
 
 def dtypes() -> tuple[torch.dtype, ...]:
@@ -70,6 +75,13 @@ def random_blocks(sizes: tuple[int, ...], density: float, block: int) -> pyrx.Bl
     scores = torch.rand(heads, count, count, generator=generator, device=SETTINGS.device)
     kept = scores.argsort(-1).argsort(-1) < max(1, round(density * count))
     return pyrx.BlockMask.from_dense(kept, (tokens, tokens), block)
+
+
+def masked_peer(sizes: tuple[int, ...], mask: pyrx.BlockMask, step: Callable[..., Any]) -> list[Contender]:
+    """scaled_dot_product_attention, where its mask is not too large; `step` takes the form."""
+    if SETTINGS.device == "cuda" or sizes[0] * sizes[1] * sizes[2] ** 2 > MOST_MASKED:
+        return []
+    return [Contender("SDPA, mask", partial(step, partial(F.scaled_dot_product_attention, attn_mask=expanded(mask))))]
 
 
 def expanded(mask: pyrx.BlockMask) -> Tensor:
@@ -147,13 +159,17 @@ def params_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, **more: Any) 
     return {"op": op, "shape": list(sizes), **more, "dtype": name_of(dtype)}
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=name_of)
-@pytest.mark.parametrize("density", (1.0, 0.2))
-def test_forward(density: float, dtype: torch.dtype, benchmark: Any) -> None:
+FORWARD = [pytest.param(d, dtype, None, id=f"{d}-{name_of(dtype)}") for d in (1.0, 0.2) for dtype in dtypes()]
+FORWARD += sweep("S", LENGTHS, lambda s: (0.2, dtypes()[0]))
+FORWARD += sweep("density", sorted(DENSITIES), lambda density: (density, dtypes()[0]))
+
+
+@pytest.mark.parametrize(("density", "dtype", "growth"), FORWARD)
+def test_forward(density: float, dtype: torch.dtype, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     torch._dynamo.reset()
     compiled_flex.cache_clear()
-    sizes = shape()
+    sizes = shape(growth)
     tensors = inputs(sizes, dtype)
     masks = {block: random_blocks(sizes, density, block) for block in (BLOCK, 64)}
     on_gpu = SETTINGS.device == "cuda"
@@ -166,9 +182,8 @@ def test_forward(density: float, dtype: torch.dtype, benchmark: Any) -> None:
     for block, mask in masks.items():
         ours = partial(pyrx.block_sparse_attention, block_mask=mask)
         contenders.append(Contender(f"pyrx, blocks of {block}", partial(forward, ours, *tensors), "pyrx"))
-    if density < 1 and not on_gpu:
-        masked = partial(F.scaled_dot_product_attention, attn_mask=expanded(masks[BLOCK]))
-        contenders.append(Contender("SDPA, mask", partial(forward, masked, *tensors)))
+    if density < 1:
+        contenders += masked_peer(sizes, masks[BLOCK], lambda form: forward(form, *tensors))
     main = f"pyrx, blocks of {BLOCK}"
     if density == 1:
         targets = [Target(main, "SDPA, dense", 1 / 1.6 if on_gpu else 2.4)]
@@ -197,6 +212,7 @@ def test_forward(density: float, dtype: torch.dtype, benchmark: Any) -> None:
         check=check,
         floors=floors,
         targets=targets,
+        growth=growth,
     )
 
 
@@ -236,12 +252,16 @@ def test_density(block: int, dtype: torch.dtype, benchmark: Any) -> None:
     run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets)
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=name_of)
-def test_forward_backward(dtype: torch.dtype, benchmark: Any) -> None:
+BACKWARD = [pytest.param(dtype, None, id=name_of(dtype)) for dtype in dtypes()]
+BACKWARD += sweep("S", LENGTHS, lambda s: (dtypes()[0],))
+
+
+@pytest.mark.parametrize(("dtype", "growth"), BACKWARD)
+def test_forward_backward(dtype: torch.dtype, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     torch._dynamo.reset()
     compiled_flex.cache_clear()
-    sizes, density = shape(), 0.2
+    sizes, density = shape(growth), 0.2
     tensors = [each.requires_grad_() for each in inputs(sizes, dtype)]
     upstream = torch.randn_like(tensors[0])
     mask = random_blocks(sizes, density, BLOCK)
@@ -258,8 +278,7 @@ def test_forward_backward(dtype: torch.dtype, benchmark: Any) -> None:
         contenders.append(Contender("FlexAttention, compiled", partial(both, flex, upstream, *tensors)))
         targets = [Target("pyrx", "FlexAttention, compiled", 1.1)]
     else:
-        masked = partial(F.scaled_dot_product_attention, attn_mask=expanded(mask))
-        contenders.append(Contender("SDPA, mask", partial(both, masked, upstream, *tensors)))
+        contenders += masked_peer(sizes, mask, lambda form: both(form, upstream, *tensors))
         targets = [Target("pyrx", "SDPA, mask", 7.0), Target("pyrx", "SDPA, dense", 6.0)]
 
     def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
@@ -267,18 +286,22 @@ def test_forward_backward(dtype: torch.dtype, benchmark: Any) -> None:
         return one({name: each for name, each in able.items() if name not in ("SDPA, dense", "pyrx, dropout")})
 
     params = params_of("block_sparse_attention, forward + backward", sizes, dtype, density=density)
-    run_case(ROW, params, contenders, benchmark, check=check, floors={"pyrx": "floor"}, targets=targets)
+    run_case(ROW, params, contenders, benchmark, check=check, floors={"pyrx": "floor"}, targets=targets, growth=growth)
 
 
-@pytest.mark.parametrize("dtype", dtypes()[:1], ids=name_of)
-def test_window(dtype: torch.dtype, benchmark: Any) -> None:
+WINDOWED = [pytest.param(dtypes()[0], None, id=name_of(dtypes()[0]))]
+WINDOWED += sweep("S", (1024, 2048, 4096, 8192, 16384), lambda s: (dtypes()[0],))
+
+
+@pytest.mark.parametrize(("dtype", "growth"), WINDOWED)
+def test_window(dtype: torch.dtype, growth: Growth | None, benchmark: Any) -> None:
     """A causal sliding window over a long sequence."""
     set_threads()
     torch._dynamo.reset()
     compiled_flex.cache_clear()
     batch, heads, tokens, size = shape()
-    tokens = tokens if SETTINGS.quick else LONG
-    window = min(WINDOW, tokens // 4)
+    tokens = size_of(growth, "S", tokens if SETTINGS.quick else LONG)
+    window = 256 if growth else min(WINDOW, tokens // 4)
     sizes = (batch, heads, tokens, size)
     tensors = inputs(sizes, dtype)
     ours = partial(pyrx.block_sparse_attention, is_causal=True, window=(window, 0))
@@ -317,7 +340,7 @@ def test_window(dtype: torch.dtype, benchmark: Any) -> None:
         ]
 
     params = params_of("block_sparse_attention, causal window", sizes, dtype, window=window)
-    run_case(ROW, params, contenders, benchmark, check=check, floors={"pyrx": "floor"}, targets=[target])
+    run_case(ROW, params, contenders, benchmark, check=check, floors={"pyrx": "floor"}, targets=[target], growth=growth)
 
 
 MEMORY_SIZES = (4096, 16384)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, Contender, Target, error, expect, run_case, same_mean, set_threads
+from harness import SETTINGS, Contender, Growth, Target, error, expect, run_case, same_mean, set_threads, sweep
 from torch import Tensor
 
 import pyrx
@@ -30,7 +30,7 @@ def case_list(sizes: Sequence[tuple[int, ...]]) -> list[Any]:
     found = [(size, dtype) for size in sizes for dtype in DTYPES]
     if SETTINGS.quick:
         found = found[:1]
-    return [pytest.param(s, t, id=f"{'x'.join(map(str, s))}-{str(t)[6:]}") for s, t in found]
+    return [pytest.param(s, t, None, id=f"{'x'.join(map(str, s))}-{str(t)[6:]}") for s, t in found]
 
 
 def never_slower(names: Sequence[str]) -> list[Target]:
@@ -73,8 +73,12 @@ def check_dropped(name: str, x: Tensor, out: Tensor, grad_in: Tensor, grad: Tens
     ]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), case_list(SHAPES))
-def test_dropout(shape: tuple[int, ...], dtype: torch.dtype, benchmark: Any) -> None:
+ROWS = (16, 64, 256, 1024, 4096, 16384)  # of 1024 elements
+BY_ELEMENTS = sweep("elements", [1024 * rows for rows in ROWS], lambda n: ((n // 1024, 1024), torch.float32))
+
+
+@pytest.mark.parametrize(("shape", "dtype", "growth"), [*case_list(SHAPES), *BY_ELEMENTS])
+def test_dropout(shape: tuple[int, ...], dtype: torch.dtype, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     torch._dynamo.reset()
     x = features(shape, dtype).requires_grad_()
@@ -107,11 +111,15 @@ def test_dropout(shape: tuple[int, ...], dtype: torch.dtype, benchmark: Any) -> 
         check=check,
         floors={"pyrx": "floor, new memory"},
         targets=never_slower(["pyrx"]),
+        growth=growth,
     )
 
 
-@pytest.mark.parametrize(("size", "dtype"), case_list(COPIES))
-def test_copies(size: tuple[int, int, int], dtype: torch.dtype, benchmark: Any) -> None:
+BY_SAMPLES = sweep("M", (1, 2, 4, 8, 16, 32, 64), lambda samples: ((128, 2048, samples), torch.float32))
+
+
+@pytest.mark.parametrize(("size", "dtype", "growth"), [*case_list(COPIES), *BY_SAMPLES])
+def test_copies(size: tuple[int, int, int], dtype: torch.dtype, growth: Growth | None, benchmark: Any) -> None:
     """(M, B, D) dropped copies, and the fold of their gradients."""
     set_threads()
     torch._dynamo.reset()
@@ -164,11 +172,17 @@ def test_copies(size: tuple[int, int, int], dtype: torch.dtype, benchmark: Any) 
         check=check,
         floors=dict.fromkeys(ours, "floor, new memory"),
         targets=never_slower(ours),
+        growth=growth,
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES[: 1 if SETTINGS.quick else None], ids=lambda shape: "x".join(map(str, shape)))
-def test_mask(shape: tuple[int, ...], benchmark: Any) -> None:
+MASKS = [
+    pytest.param(shape, None, id="x".join(map(str, shape))) for shape in SHAPES[: 1 if SETTINGS.quick else None]
+] + sweep("elements", [1024 * rows for rows in ROWS], lambda n: ((n // 1024, 1024),))
+
+
+@pytest.mark.parametrize(("shape", "growth"), MASKS)
+def test_mask(shape: tuple[int, ...], growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     device = SETTINGS.device
     seed = torch.full((), 7, dtype=torch.int64, device=device)
@@ -202,4 +216,5 @@ def test_mask(shape: tuple[int, ...], benchmark: Any) -> None:
         check=check,
         floors=dict.fromkeys(("pyrx", "pyrx packed"), "floor, new memory"),
         targets=never_slower(["pyrx", "pyrx packed"]),
+        growth=growth,
     )

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, expect, moved_bytes, run_case, set_threads, with_graphs
+from harness import (
+    SETTINGS,
+    Contender,
+    Growth,
+    Target,
+    expect,
+    moved_bytes,
+    run_case,
+    set_threads,
+    size_of,
+    sweep,
+    with_graphs,
+)
 from torch import Tensor
 
 import pyrx
@@ -19,10 +31,10 @@ LR, DECAY = 1e-3, 1e-2
 CASES = [(torch.float32, 2, 4), (torch.bfloat16, 2, 4), (torch.float32, 1, 16)]
 
 
-def shape() -> tuple[int, int]:
-    if SETTINGS.quick:
-        return 512, 512
-    return (4096, 4096) if SETTINGS.device == "cpu" else (8192, 8192)
+def shape_of(growth: Growth | None) -> tuple[int, int]:
+    whole = 512 if SETTINGS.quick else 4096 if SETTINGS.device == "cpu" else 8192
+    side = size_of(growth, "side", whole)
+    return side, side
 
 
 def topk_mask(weight: Tensor, n: int, m: int) -> Tensor:
@@ -34,11 +46,13 @@ def topk_mask(weight: Tensor, n: int, m: int) -> Tensor:
 class Training:
     """A weight, its gradient and one optimizer of them."""
 
-    def __init__(self, dtype: torch.dtype, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, make: Callable[[list[Tensor]], torch.optim.Optimizer]
+    ) -> None:
         generator = torch.Generator(SETTINGS.device).manual_seed(0)
         options: dict[str, Any] = {"generator": generator, "device": SETTINGS.device}
-        self.weight = torch.nn.Parameter(torch.randn(shape(), **options).to(dtype))
-        self.weight.grad = torch.randn(shape(), **options).to(dtype)
+        self.weight = torch.nn.Parameter(torch.randn(shape, **options).to(dtype))
+        self.weight.grad = torch.randn(shape, **options).to(dtype)
         self.optimizer = make([self.weight])
         self.mask: Tensor | None = None
 
@@ -53,28 +67,34 @@ class Training:
         return self.mask
 
 
-@pytest.mark.parametrize(
-    ("dtype", "n", "m"), CASES[: 1 if SETTINGS.quick else None], ids=lambda value: str(value).removeprefix("torch.")
-)
-def test_masked_adamw(dtype: torch.dtype, n: int, m: int, benchmark: Any) -> None:
+def steps() -> list[Any]:
+    cases = CASES[: 1 if SETTINGS.quick else None]
+    found = [pytest.param(dtype, n, m, None, id=f"{str(dtype)[6:]}-{n}-{m}") for dtype, n, m in cases]
+    return found + sweep("side", (256, 512, 1024, 2048, 4096), lambda side: (torch.float32, 2, 4))
+
+
+@pytest.mark.parametrize(("dtype", "n", "m", "growth"), steps())
+def test_masked_adamw(dtype: torch.dtype, n: int, m: int, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     torch._dynamo.reset()
+    shape = shape_of(growth)
+    train = partial(Training, shape, dtype)
     on_gpu = SETTINGS.device == "cuda"
     adamw = partial(torch.optim.AdamW, lr=LR, weight_decay=DECAY, capturable=on_gpu)
     eager = partial(topk_mask, n=n, m=m)
     compiled = torch.compile(eager, dynamic=False, fullgraph=True)
     foreach, fused = partial(adamw, foreach=True), partial(adamw, fused=True)
     ours = {
-        f"pyrx, {rule}": Training(dtype, partial(MaskedAdamW, lr=LR, weight_decay=DECAY, n=n, m=m, rule=rule))
+        f"pyrx, {rule}": train(partial(MaskedAdamW, lr=LR, weight_decay=DECAY, n=n, m=m, rule=rule))
         for rule in ("hold", "sr-ste")
     }
-    kept = Training(dtype, partial(MaskedAdamW, lr=LR, weight_decay=DECAY, n=n, m=m, refresh_every=2**30))
+    kept = train(partial(MaskedAdamW, lr=LR, weight_decay=DECAY, n=n, m=m, refresh_every=2**30))
     peers = {
-        "AdamW (foreach) + topk, scatter": (Training(dtype, foreach), eager),
-        "AdamW (foreach) + compiled topk, scatter": (Training(dtype, foreach), compiled),
-        "AdamW (fused) + compiled topk, scatter": (Training(dtype, fused), compiled),
+        "AdamW (foreach) + topk, scatter": (train(foreach), eager),
+        "AdamW (foreach) + compiled topk, scatter": (train(foreach), compiled),
+        "AdamW (fused) + compiled topk, scatter": (train(fused), compiled),
     }
-    alone = {"AdamW (foreach)": Training(dtype, foreach), "AdamW (fused)": Training(dtype, fused)}
+    alone = {"AdamW (foreach)": train(foreach), "AdamW (fused)": train(fused)}
     contenders = [Contender(name, partial(each.step_and, mask)) for name, (each, mask) in peers.items()]
     contenders += [Contender(name, partial(each.step_and, None), group="no new mask") for name, each in alone.items()]
     contenders += [Contender(name, each.masked, "pyrx") for name, each in ours.items()]
@@ -96,8 +116,8 @@ def test_masked_adamw(dtype: torch.dtype, n: int, m: int, benchmark: Any) -> Non
                 assert each.mask is not None
                 wrong = each.mask.unflatten(-1, (-1, m)).sum(-1) != n
                 found.append(expect(name, "groups that keep another number", wrong.sum().item(), 0))
-        dense = Training(dtype, partial(MaskedAdamW, lr=LR, weight_decay=DECAY, n=n, m=m, rule="dense"))
-        against = Training(dtype, foreach)
+        dense = train(partial(MaskedAdamW, lr=LR, weight_decay=DECAY, n=n, m=m, rule="dense"))
+        against = train(foreach)
         for _ in range(3):
             dense.masked()
             against.step_and(None)
@@ -108,10 +128,10 @@ def test_masked_adamw(dtype: torch.dtype, n: int, m: int, benchmark: Any) -> Non
         )
         return found
 
-    params = {"op": "MaskedAdamW.step", "shape": list(shape()), "dtype": str(dtype)[6:], "n:m": f"{n}:{m}"}
+    params = {"op": "MaskedAdamW.step", "shape": list(shape), "dtype": str(dtype)[6:], "n:m": f"{n}:{m}"}
     against = "AdamW (foreach) + compiled topk, scatter"
     targets = [Target(name, against, 1.5 if on_gpu else 3.0) for name in ours]
-    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets)
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets, growth=growth)
 
 
 def test_masked_sgd(benchmark: Any) -> None:
@@ -120,9 +140,10 @@ def test_masked_sgd(benchmark: Any) -> None:
     dtype, n, m = torch.float32, 2, 4
     sgd = partial(torch.optim.SGD, lr=LR, momentum=0.9, weight_decay=DECAY)
     mask = torch.compile(partial(topk_mask, n=n, m=m), dynamic=False, fullgraph=True)
-    ours = Training(dtype, partial(MaskedSGD, lr=LR, momentum=0.9, weight_decay=DECAY, n=n, m=m))
+    train = partial(Training, shape_of(None), dtype)
+    ours = train(partial(MaskedSGD, lr=LR, momentum=0.9, weight_decay=DECAY, n=n, m=m))
     contenders = [
-        Contender(f"SGD ({kind}) + compiled topk, scatter", partial(Training(dtype, make).step_and, mask))
+        Contender(f"SGD ({kind}) + compiled topk, scatter", partial(train(make).step_and, mask))
         for kind, make in (("foreach", partial(sgd, foreach=True)), ("fused", partial(sgd, fused=True)))
     ]
     contenders += [Contender("pyrx", ours.masked, "pyrx"), *moved_bytes(int(20.25 * ours.weight.numel()))]
@@ -132,5 +153,5 @@ def test_masked_sgd(benchmark: Any) -> None:
         wrong = (ours.optimizer.state[ours.weight]["mask"] != expected).sum().item()
         return [expect("pyrx", "bytes of the mask unlike the reference's", wrong, 0)]
 
-    params = {"op": "MaskedSGD.step", "shape": list(shape()), "dtype": "float32", "n:m": f"{n}:{m}"}
+    params = {"op": "MaskedSGD.step", "shape": list(shape_of(None)), "dtype": "float32", "n:m": f"{n}:{m}"}
     run_case(ROW, params, contenders, benchmark, check=check, floors={"pyrx": "floor, buffers"})

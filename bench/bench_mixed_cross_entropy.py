@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, Contender, Target, error, expect, graphed, run_case, set_threads
+from harness import SETTINGS, Contender, Growth, Target, error, expect, graphed, run_case, set_threads, sweep
 from torch import Tensor
 
 import pyrx
@@ -27,7 +27,9 @@ TARGETS = {"eager probabilities": 2.0, "compiled probabilities": 1.2}
 
 def case_list() -> list[Any]:
     cases = CASES[:1] if SETTINGS.quick else CASES
-    return [pytest.param(n, c, dtype, id=f"{n}x{c}-{str(dtype)[6:]}") for n, c, dtype in cases]
+    found = [pytest.param(n, c, dtype, None, id=f"{n}x{c}-{str(dtype)[6:]}") for n, c, dtype in cases]
+    found += sweep("rows", (64, 256, 1024, 4096, 16384), lambda rows: (rows, 1000, torch.float32))
+    return found + sweep("classes", (10, 100, 1000, 10000), lambda classes: (1024, classes, torch.float32))
 
 
 def both_ways(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,8 +37,10 @@ def both_ways(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor,
     return value.detach(), torch.autograd.grad(value, logits)[0]
 
 
-@pytest.mark.parametrize(("rows", "classes", "dtype"), case_list())
-def test_mixed_cross_entropy(rows: int, classes: int, dtype: torch.dtype, benchmark: Any) -> None:
+@pytest.mark.parametrize(("rows", "classes", "dtype", "growth"), case_list())
+def test_mixed_cross_entropy(
+    rows: int, classes: int, dtype: torch.dtype, growth: Growth | None, benchmark: Any
+) -> None:
     set_threads()
     torch._dynamo.reset()
     device = SETTINGS.device
@@ -115,4 +119,5 @@ def test_mixed_cross_entropy(rows: int, classes: int, dtype: torch.dtype, benchm
         check=check,
         floors={"pyrx": "floor, new memory", "pyrx (graph)": "floor (graph)"},
         targets=targets,
+        growth=growth,
     )

@@ -16,7 +16,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, Contender, Target, error, expect, finish, graphed, run_case, same_mean, set_threads
+from harness import (
+    SETTINGS,
+    Contender,
+    Growth,
+    Target,
+    error,
+    expect,
+    finish,
+    graphed,
+    run_case,
+    same_mean,
+    set_threads,
+    sweep,
+)
 from peak_memory import added_peak
 from torch import Tensor
 
@@ -176,13 +189,15 @@ def backends(dtype: torch.dtype) -> list[str]:
     ]
 
 
-def make_contenders(size: tuple[int, int, int, int], dtype: torch.dtype, inputs: Sequence[Tensor]) -> list[Contender]:
+def make_contenders(
+    size: tuple[int, int, int, int], dtype: torch.dtype, inputs: Sequence[Tensor], grows: bool
+) -> list[Contender]:
     b, d, c, samples = size
     torch._dynamo.reset()
     forms = {"loop": loop, "batched": batched}
     peers = {f"eager {name}": form for name, form in forms.items()}
     for name, form in forms.items():
-        if name == "loop" and (SETTINGS.quick or (SETTINGS.device == "cuda" and samples > 8)):
+        if name == "loop" and (SETTINGS.quick or grows or (SETTINGS.device == "cuda" and samples > 8)):
             continue  # unrolled, it is slow to compile, and the batched form is the faster one
         peers[f"compiled {name}"] = torch.compile(form, dynamic=False, fullgraph=True)
     peers.update(fused_linear_peers())
@@ -256,6 +271,8 @@ def make_targets(size: tuple[int, int, int, int], dtype: torch.dtype) -> list[Ta
             found.append(Target("pyrx independent", "compiled batched", 2.0))
             found.append(Target("pyrx independent, CUDA graph", "compiled batched, CUDA graph", 2.0))
         return found
+    if size not in TARGETS:
+        return []
     independent, antithetic = TARGETS[size]
     found = [
         Target("pyrx independent", "best peer", independent),
@@ -275,15 +292,20 @@ def cases() -> list[Any]:
         found = [(size, dtype) for dtype in (torch.float32, torch.bfloat16) for size in sizes]
     if SETTINGS.quick:
         found = found[:1]
-    return [pytest.param(s, t, id=f"{s[0]}x{s[1]}x{s[2]}-M{s[3]}-{str(t)[6:]}") for s, t in found]
+    whole = [pytest.param(s, t, None, id=f"{s[0]}x{s[1]}x{s[2]}-M{s[3]}-{str(t)[6:]}") for s, t in found]
+    dtype = torch.float32 if SETTINGS.device == "cpu" else torch.bfloat16
+    whole += sweep("B", (32, 128, 512, 2048), lambda b: ((b, 512, 100, 8), dtype))
+    whole += sweep("D", (128, 512, 2048, 8192), lambda d: ((128, d, 100, 8), dtype))
+    whole += sweep("C", (10, 100, 1000, 10000), lambda c: ((128, 512, c, 8), dtype))
+    return whole + sweep("M", (1, 2, 8, 32, 128), lambda m: ((128, 512, 100, m), dtype))
 
 
-@pytest.mark.parametrize(("size", "dtype"), cases())
-def test_head(size: tuple[int, int, int, int], dtype: torch.dtype, benchmark: Any) -> None:
+@pytest.mark.parametrize(("size", "dtype", "growth"), cases())
+def test_head(size: tuple[int, int, int, int], dtype: torch.dtype, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     inputs = make_inputs(*size[:3], dtype)
     params = dict(zip("BDCM", size, strict=True), dtype=str(dtype)[6:], p=P)
-    contenders = make_contenders(size, dtype, inputs)
+    contenders = make_contenders(size, dtype, inputs, growth is not None)
     # a backend's own contender has its mode's floor
     floors = {e.name: f"floor {mode}" for mode in PYRX_MODES for e in contenders if e.name.startswith(f"pyrx {mode}")}
     run_case(
@@ -294,6 +316,7 @@ def test_head(size: tuple[int, int, int, int], dtype: torch.dtype, benchmark: An
         check=partial(check, size, dtype, inputs),
         floors=floors,
         targets=make_targets(size, dtype),
+        growth=growth,
     )
 
 

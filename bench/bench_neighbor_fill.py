@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, Contender, Target, error, expect, run_case, set_threads
+from harness import SETTINGS, Contender, Growth, Target, error, expect, run_case, set_threads, sweep
 from torch import Tensor
 
 import pyrx
@@ -63,11 +63,17 @@ def case_list() -> list[Any]:
         found = [((8, 64, 56, 3), "patches", dtypes[0])]
     elif SETTINGS.device == "cpu":  # an eighth of the images: the sweeps take seconds
         found = [((n // 8, *rest), kind, dtype) for (n, *rest), kind, dtype in found]
-    return [pytest.param(*each, id=f"{'x'.join(map(str, each[0]))}-{each[1]}-{str(each[2])[6:]}") for each in found]
+    whole = [
+        pytest.param(*each, None, id=f"{'x'.join(map(str, each[0]))}-{each[1]}-{str(each[2])[6:]}") for each in found
+    ]
+    whole += sweep("side", (14, 28, 56, 112, 224), lambda side: ((8, 64, side, 3), "patches", dtypes[0]))
+    return whole + sweep("k", (1, 2, 4, 8), lambda k: ((8, 64, 56, k), "patches", dtypes[0]))
 
 
-@pytest.mark.parametrize(("case", "kind", "dtype"), case_list())
-def test_neighbor_fill(case: tuple[int, int, int, int], kind: str, dtype: torch.dtype, benchmark: Any) -> None:
+@pytest.mark.parametrize(("case", "kind", "dtype", "growth"), case_list())
+def test_neighbor_fill(
+    case: tuple[int, int, int, int], kind: str, dtype: torch.dtype, growth: Growth | None, benchmark: Any
+) -> None:
     set_threads()
     torch._dynamo.reset()
     images, channels, side, iterations = case
@@ -113,4 +119,5 @@ def test_neighbor_fill(case: tuple[int, int, int, int], kind: str, dtype: torch.
         check=check,
         floors=dict.fromkeys(ours, "floor, new memory"),
         targets=[Target("pyrx", "best peer", 2.0)],
+        growth=growth,
     )

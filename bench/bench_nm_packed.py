@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, error, expect, run_case, set_threads
+from harness import SETTINGS, Contender, Growth, Target, error, expect, run_case, set_threads, size_of, sweep
 from torch import Tensor
 
 import pyrx
@@ -25,12 +25,9 @@ def name_of(value: Any) -> str:
     return ":".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
 
 
-def size_of() -> int:
-    return 4096 if SETTINGS.device == "cpu" else 8192
-
-
-def weight_of(dtype: torch.dtype) -> Tensor:
-    return torch.randn(size_of(), size_of(), device=SETTINGS.device).to(dtype)
+def weight_of(dtype: torch.dtype, growth: Growth | None) -> Tensor:
+    side = size_of(growth, "side", 4096 if SETTINGS.device == "cpu" else 8192)
+    return torch.randn(side, side, device=SETTINGS.device).to(dtype)
 
 
 def mask_of(weight: Tensor, n: int, m: int) -> Tensor:
@@ -52,17 +49,31 @@ def semi_structured_contender(dense: Tensor, x: Tensor, n: int, m: int) -> list[
     return [Contender("torch's semi-structured", lambda: F.linear(x, sparse))]
 
 
-@pytest.mark.parametrize("batch", BATCHES[: 1 if SETTINGS.quick else None])
-@pytest.mark.parametrize("ratio", RATIOS[: 1 if SETTINGS.quick else None], ids=name_of)
-@pytest.mark.parametrize("dtype", DTYPES[: 1 if SETTINGS.quick else None], ids=name_of)
+SIDES = (512, 1024, 2048, 4096)
+
+
+def products() -> list[Any]:
+    few = 1 if SETTINGS.quick else None
+    found = [
+        pytest.param(dtype, ratio, batch, None, id=f"{name_of(dtype)}-{name_of(ratio)}-{batch}")
+        for dtype in DTYPES[:few]
+        for ratio in RATIOS[:few]
+        for batch in BATCHES[:few]
+    ]
+    found += sweep("side", SIDES, lambda side: (torch.float32, (2, 4), 64))
+    return found + sweep("rows", (1, 4, 16, 64, 256, 1024), lambda rows: (torch.float32, (2, 4), rows))
+
+
+@pytest.mark.parametrize(("dtype", "ratio", "batch", "growth"), products())
 @torch.no_grad()
-def test_linear(dtype: torch.dtype, ratio: tuple[int, int], batch: int, benchmark: Any) -> None:
+def test_linear(dtype: torch.dtype, ratio: tuple[int, int], batch: int, growth: Growth | None, benchmark: Any) -> None:
     """(batch, C) by a weight (C, C)."""
     set_threads()
     n, m = ratio
-    weight = weight_of(dtype)
+    weight = weight_of(dtype, growth)
+    size = len(weight)
     packed = pyrx.nm_compress(weight, n, m, mask=mask_of(weight, n, m))
-    dense, x = packed.to_dense(), torch.randn(batch, size_of(), device=SETTINGS.device).to(dtype)
+    dense, x = packed.to_dense(), torch.randn(batch, size, device=SETTINGS.device).to(dtype)
     part = x[:, : packed.values.shape[1]].contiguous()
     contenders = [
         Contender("pyrx", lambda: pyrx.nm_linear(x, packed), "pyrx"),
@@ -83,7 +94,7 @@ def test_linear(dtype: torch.dtype, ratio: tuple[int, int], batch: int, benchmar
 
     # a processor that multiplies 16-bit floats itself is as fast at them as at twice as many weights
     wins = dtype == torch.float32 or batch == 1
-    params = {"op": "nm_linear", "ratio": f"{n}:{m}", "batch": batch, "size": size_of(), "dtype": name_of(dtype)}
+    params = {"op": "nm_linear", "ratio": f"{n}:{m}", "batch": batch, "size": size, "dtype": name_of(dtype)}
     run_case(
         ROW,
         params,
@@ -92,6 +103,7 @@ def test_linear(dtype: torch.dtype, ratio: tuple[int, int], batch: int, benchmar
         check=check,
         floors={"pyrx": "floor"},
         targets=[Target("pyrx", "best peer", 1.0)] if wins and SETTINGS.device == "cpu" else [],
+        growth=growth,
     )
 
 
@@ -102,12 +114,16 @@ def sorted_groups(weight: Tensor, mask: Tensor, n: int, m: int) -> tuple[Tensor,
     return weight.unflatten(-1, size).gather(-1, indices).flatten(-2), indices.to(torch.uint8).flatten(-2)
 
 
-@pytest.mark.parametrize("ratio", RATIOS[: 1 if SETTINGS.quick else None], ids=name_of)
-def test_round_trip(ratio: tuple[int, int], benchmark: Any) -> None:
+TRIPS = [pytest.param(each, None, id=name_of(each)) for each in RATIOS[: 1 if SETTINGS.quick else None]]
+TRIPS += sweep("side", SIDES, lambda side: ((2, 4),))
+
+
+@pytest.mark.parametrize(("ratio", "growth"), TRIPS)
+def test_round_trip(ratio: tuple[int, int], growth: Growth | None, benchmark: Any) -> None:
     """A (C, C) weight compressed under its mask's bits, and back."""
     set_threads()
     n, m = ratio
-    weight = weight_of(torch.float32)
+    weight = weight_of(torch.float32, growth)
     bits = pack_bits(mask_of(weight, n, m))
     mask = unpack_bits(bits, weight.shape[-1])
     packed = pyrx.nm_compress(weight, n, m, mask=bits)
@@ -135,6 +151,6 @@ def test_round_trip(ratio: tuple[int, int], benchmark: Any) -> None:
             for one, other in zip(each.step(), expected[each.group], strict=True)
         ]
 
-    params = {"op": "nm_compress", "ratio": f"{n}:{m}", "size": size_of(), "dtype": "float32"}
+    params = {"op": "nm_compress", "ratio": f"{n}:{m}", "size": len(weight), "dtype": "float32"}
     floors = {"pyrx, compress": "floor", "pyrx, to_dense": "floor"}
-    run_case(ROW, params, contenders, benchmark, check=check, floors=floors)
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, growth=growth)

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, expect, moved_bytes, run_case, set_threads, with_graphs
+from harness import (
+    SETTINGS,
+    Contender,
+    Growth,
+    Target,
+    expect,
+    moved_bytes,
+    run_case,
+    set_threads,
+    size_of,
+    sweep,
+    with_graphs,
+)
 from torch import Tensor
 
 import pyrx
@@ -18,8 +30,12 @@ RATIOS = ((2, 4), (1, 4), (2, 8), (4, 8), (1, 16), (2, 32))
 STRENGTH = 2e-4
 
 
-def shape() -> tuple[int, int]:
-    return (8192, 8192) if SETTINGS.device == "cuda" else (4096, 4096)
+SIDES = (512, 1024, 2048, 4096)
+
+
+def shape_of(growth: Growth | None) -> tuple[int, int]:
+    side = size_of(growth, "side", 8192 if SETTINGS.device == "cuda" else 4096)
+    return side, side
 
 
 def dtypes() -> tuple[torch.dtype, ...]:
@@ -76,14 +92,16 @@ def kept_mass(weight: Tensor, mask: Tensor, n: int, m: int) -> tuple[float, floa
 
 def ratio_cases() -> list[Any]:
     ratios = RATIOS[:1] if SETTINGS.quick else RATIOS
-    return [pytest.param(n, m, dtype, id=f"{n}_{m}-{str(dtype)[6:]}") for dtype in dtypes() for n, m in ratios]
+    found = [pytest.param(n, m, dtype, None, id=f"{n}_{m}-{str(dtype)[6:]}") for dtype in dtypes() for n, m in ratios]
+    found += sweep("side", SIDES, lambda side: (2, 4, dtypes()[0]))
+    return found + sweep("M half kept", (2, 4, 8, 16, 32, 64, 128), lambda m: (m // 2, m, dtypes()[0]))
 
 
-@pytest.mark.parametrize(("n", "m", "dtype"), ratio_cases())
-def test_mask(n: int, m: int, dtype: torch.dtype, benchmark: Any) -> None:
+@pytest.mark.parametrize(("n", "m", "dtype", "growth"), ratio_cases())
+def test_mask(n: int, m: int, dtype: torch.dtype, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     torch._dynamo.reset()
-    weight = torch.randn(shape(), device=SETTINGS.device).to(dtype)
+    weight = torch.randn(shape_of(growth), device=SETTINGS.device).to(dtype)
     compiled = {f.__name__: torch.compile(f, dynamic=False, fullgraph=True) for f in (by_topk, by_argsort, by_ranks)}
     contenders = [
         Contender("topk", partial(by_topk, weight, n, m)),
@@ -127,7 +145,7 @@ def test_mask(n: int, m: int, dtype: torch.dtype, benchmark: Any) -> None:
         return found
 
     params = {"op": "nm_mask", "ratio": f"{n}:{m}", "shape": list(weight.shape), "dtype": str(dtype)[6:]}
-    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets)
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets, growth=growth)
 
 
 LAYERS = {"columns": ((4096, 4096), 0), "convolution": ((512, 512, 3, 3), 1)}
@@ -186,13 +204,17 @@ class PublishedSRSTE(torch.autograd.Function):
         return grad + STRENGTH * (1 - mask) * weight, None, None
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=lambda dtype: str(dtype)[6:])
-def test_sr_ste(dtype: torch.dtype, benchmark: Any) -> None:
+ESTIMATORS = [pytest.param(dtype, None, id=str(dtype)[6:]) for dtype in dtypes()]
+ESTIMATORS += sweep("side", SIDES, lambda side: (dtypes()[0],))
+
+
+@pytest.mark.parametrize(("dtype", "growth"), ESTIMATORS)
+def test_sr_ste(dtype: torch.dtype, growth: Growth | None, benchmark: Any) -> None:
     """2:4, forward and backward."""
     set_threads()
     torch._dynamo.reset()
-    weight = torch.randn(shape(), device=SETTINGS.device).to(dtype).requires_grad_()
-    upstream = torch.randn(shape(), device=SETTINGS.device).to(dtype)
+    weight = torch.randn(shape_of(growth), device=SETTINGS.device).to(dtype).requires_grad_()
+    upstream = torch.randn(weight.shape, device=SETTINGS.device).to(dtype)
 
     def published(w: Tensor) -> Tensor:
         return PublishedSRSTE.apply(w, 2, 4)
@@ -235,4 +257,4 @@ def test_sr_ste(dtype: torch.dtype, benchmark: Any) -> None:
         "shape": list(weight.shape),
         "dtype": str(dtype)[6:],
     }
-    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets)
+    run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets, growth=growth)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, expect, moved_bytes, run_case, set_threads
+from harness import SETTINGS, Contender, Growth, Target, expect, moved_bytes, run_case, set_threads, size_of, sweep
 from torch import Tensor
 
 import pyrx
@@ -73,7 +73,14 @@ def over(mask: Tensor, n: int, m: int) -> float:
 
 
 def run(
-    params: dict[str, Any], scores: Tensor, n: int, m: int, contenders: list[Contender], target: float, benchmark: Any
+    params: dict[str, Any],
+    scores: Tensor,
+    n: int,
+    m: int,
+    contenders: list[Contender],
+    target: float,
+    growth: Growth | None,
+    benchmark: Any,
 ) -> None:
     method = params["method"]
     ours = partial(pyrx.nm_transposable_mask, scores, n, m, method=method)
@@ -101,6 +108,7 @@ def run(
         check=check,
         floors={"pyrx": "floor, new memory", "pyrx, bits": "floor, new memory"},
         targets=[Target("pyrx", "best peer", target)],
+        growth=growth,
     )
 
 
@@ -108,17 +116,24 @@ def packed(mask: Tensor) -> Tensor:
     return (mask.unflatten(1, (-1, 8)).to(torch.uint8) << torch.arange(8, device=mask.device)).sum(2).to(torch.uint8)
 
 
-def scores_of(dtype: str) -> Tensor:
-    side = SIDE[SETTINGS.device]
+SIDES = (256, 512, 1024, 2048, 4096)
+
+
+def scores_of(dtype: str, growth: Growth | None) -> Tensor:
+    side = size_of(growth, "side", SIDE[SETTINGS.device])
     return torch.randn(side, side, device=SETTINGS.device).to(DTYPES[dtype])
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES)[: 1 if SETTINGS.quick else None])
-def test_exact(dtype: str, benchmark: Any) -> None:
+EXACT = [pytest.param(dtype, None, id=dtype) for dtype in list(DTYPES)[: 1 if SETTINGS.quick else None]]
+EXACT += sweep("side", SIDES, lambda side: ("float32",))
+
+
+@pytest.mark.parametrize(("dtype", "growth"), EXACT)
+def test_exact(dtype: str, growth: Growth | None, benchmark: Any) -> None:
     """2:4, the best of 90 patterns."""
     set_threads()
     torch._dynamo.reset()
-    scores = scores_of(dtype)
+    scores = scores_of(dtype, growth)
     every = patterns().to(scores)
     search = partial(exhaustive, scores, every, every.bool())
     parts = partial(exhaustive_gathered, scores, every, every.bool())
@@ -128,16 +143,20 @@ def test_exact(dtype: str, benchmark: Any) -> None:
         Contender("exhaustive, compiled", torch.compile(search, dynamic=False, fullgraph=True)),
     ]
     params = {"op": "nm_transposable_mask", "method": "exact", "shape": list(scores.shape), "dtype": dtype, "nm": "2:4"}
-    run(params, scores, 2, 4, contenders, 20.0, benchmark)
+    run(params, scores, 2, 4, contenders, 20.0, growth, benchmark)
 
 
-@pytest.mark.parametrize("n, m", RATIOS[: 1 if SETTINGS.quick else None])
-def test_greedy(n: int, m: int, benchmark: Any) -> None:
+GREEDY = [pytest.param(n, m, None, id=f"{n}-{m}") for n, m in RATIOS[: 1 if SETTINGS.quick else None]]
+GREEDY += sweep("side", SIDES, lambda side: (2, 4))
+
+
+@pytest.mark.parametrize(("n", "m", "growth"), GREEDY)
+def test_greedy(n: int, m: int, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
-    scores = scores_of("float32")
+    scores = scores_of("float32", growth)
     contenders = [Contender("sorted, eager", partial(sorted_greedy, scores, n, m))]
     params = {
         "op": "nm_transposable_mask", "method": "greedy", "shape": list(scores.shape), "dtype": "float32",
         "nm": f"{n}:{m}",
     }  # fmt: skip
-    run(params, scores, n, m, contenders, 20.0, benchmark)
+    run(params, scores, n, m, contenders, 20.0, growth, benchmark)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, error, expect, run_case, set_threads
+from harness import SETTINGS, Contender, Growth, Target, error, expect, run_case, set_threads, size_of, sweep
 from torch import Tensor
 
 import pyrx
 
 ROW = "noise_mask"
-SHAPE = (64, 3, 224, 224)
+SAMPLES = 64
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -27,15 +27,24 @@ def both_ways(function: Callable[[Tensor, Tensor], Tensor], images: Tensor, mask
     return out.detach(), torch.autograd.grad(out, mask, grad)[0]
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
-@pytest.mark.parametrize("dtype", DTYPES[: 1 if SETTINGS.quick else None], ids=lambda each: str(each)[6:])
-def test_noise_mask(dtype: torch.dtype, backward: bool, benchmark: Any) -> None:
+def cases() -> list[Any]:
+    found = [
+        pytest.param(dtype, backward, None, id=f"{str(dtype)[6:]}-forward{' and backward' if backward else ''}")
+        for dtype in DTYPES[: 1 if SETTINGS.quick else None]
+        for backward in (False, True)
+    ]
+    return found + sweep("side", (32, 64, 112, 224, 448), lambda side: (torch.float32, True))
+
+
+@pytest.mark.parametrize(("dtype", "backward", "growth"), cases())
+def test_noise_mask(dtype: torch.dtype, backward: bool, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     torch._dynamo.reset()
     device = SETTINGS.device
-    images = torch.randn(SHAPE, device=device).to(dtype)
-    mask = torch.rand(SHAPE[0], 1, *SHAPE[2:], device=device).to(dtype).requires_grad_(backward)
-    grad, buffer = torch.randn(SHAPE, device=device).to(dtype), torch.empty_like(images)
+    side = size_of(growth, "side", 224)
+    images = torch.randn(SAMPLES, 3, side, side, device=device).to(dtype)
+    mask = torch.rand(SAMPLES, 1, side, side, device=device).to(dtype).requires_grad_(backward)
+    grad, buffer = torch.randn_like(images), torch.empty_like(images)
     forms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "eager": eager,
         "compiled": torch.compile(eager, dynamic=False, fullgraph=True),
@@ -70,10 +79,11 @@ def test_noise_mask(dtype: torch.dtype, backward: bool, benchmark: Any) -> None:
 
     run_case(
         ROW,
-        {"op": "noise_mask", "shape": list(SHAPE), "dtype": str(dtype)[6:], "backward": backward},
+        {"op": "noise_mask", "shape": list(images.shape), "dtype": str(dtype)[6:], "backward": backward},
         [*contenders, floor, buffers],
         benchmark,
         check=check,
         floors={"pyrx": "floor, new memory"},
         targets=[Target("pyrx", "best peer", 1.0)],
+        growth=growth,
     )

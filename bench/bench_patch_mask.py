@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, expect, run_case, set_threads
+from harness import SETTINGS, Contender, Growth, Target, expect, run_case, set_threads, sweep
 from torch import Tensor
 
 import pyrx
@@ -22,7 +22,9 @@ BEIT_RATIO, MIN_BLOCK, MIN_ASPECT = 0.4, 16, 0.3
 
 Shape = tuple[int, int, int]
 each_shape = pytest.mark.parametrize(
-    "shape", SHAPES[: 1 if SETTINGS.quick else None], ids=lambda shape: "x".join(map(str, shape))
+    ("shape", "growth"),
+    [pytest.param(each, None, id="x".join(map(str, each))) for each in SHAPES[: 1 if SETTINGS.quick else None]]
+    + sweep("patches", (49, 196, 784, 3136), lambda patches: ((64, math.isqrt(patches), math.isqrt(patches)),)),
 )
 
 
@@ -105,6 +107,7 @@ def run(
     ours: Callable[..., Any],
     masked: int,
     exact: bool,
+    growth: Growth | None,
     benchmark: Any,
 ) -> None:
     """`ours` takes seed and backend; without `exact` a peer may mask fewer patches than asked for."""
@@ -131,11 +134,12 @@ def run(
         check=check,
         floors={"pyrx": "floor, new memory"},
         targets=[Target("pyrx", "best peer", 1.0)] if SETTINGS.device == "cuda" else [],
+        growth=growth,
     )
 
 
 @each_shape
-def test_random(shape: Shape, benchmark: Any) -> None:
+def test_random(shape: Shape, growth: Growth | None, benchmark: Any) -> None:
     """Mask, ids_keep and ids_restore, as MAE's random_masking makes them."""
     set_threads()
     torch._dynamo.reset()
@@ -145,11 +149,11 @@ def test_random(shape: Shape, benchmark: Any) -> None:
     peers = {"MAE, eager": eager, "MAE, compiled": torch.compile(eager, dynamic=False, fullgraph=True)}
     ours = partial(pyrx.patch_mask, (samples, size), MASK_RATIO, return_indices=True, device=SETTINGS.device)
     params = {"op": "patch_mask", "method": "random", "shape": [samples, size], "mask_ratio": MASK_RATIO}
-    run(params, peers, ours, size - keep, True, benchmark)
+    run(params, peers, ours, size - keep, True, growth, benchmark)
 
 
 @each_shape
-def test_hard(shape: Shape, benchmark: Any) -> None:
+def test_hard(shape: Shape, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     torch._dynamo.reset()
     samples, size = shape[0], shape[1] * shape[2]
@@ -167,14 +171,14 @@ def test_hard(shape: Shape, benchmark: Any) -> None:
         return_indices=True,
     )  # fmt: skip
     params = {"op": "patch_mask", "method": "hard", "shape": [samples, size], "mask_ratio": MASK_RATIO}
-    run(params, peers, ours, size - keep, True, benchmark)
+    run(params, peers, ours, size - keep, True, growth, benchmark)
 
 
 @each_shape
-def test_block(shape: Shape, benchmark: Any) -> None:
+def test_block(shape: Shape, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     masked = round(shape[1] * shape[2] * BEIT_RATIO)
     peers = {"loop over samples": partial(block_loop, shape, masked)}
     ours = partial(pyrx.patch_mask, shape, num_masked=masked, method="block", device=SETTINGS.device)
     params = {"op": "patch_mask", "method": "block", "shape": list(shape), "num_masked": masked}
-    run(params, peers, ours, masked, False, benchmark)
+    run(params, peers, ours, masked, False, growth, benchmark)

@@ -7,23 +7,33 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS, Contender, Target, expect, run_case, same_mean, set_threads
+from harness import SETTINGS, Contender, Growth, Target, expect, run_case, same_mean, set_threads, size_of, sweep
 from torch import Tensor
 
 import pyrx
 
 ROW = "random_erasing"
-SHAPE = (64, 3, 224, 224)
+SAMPLES = 64
 MODES = ("const", "rand", "pixel")
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
-@pytest.mark.parametrize("mode", MODES[: 1 if SETTINGS.quick else None])
-def test_random_erasing(mode: str, inplace: bool, benchmark: Any) -> None:
+def cases() -> list[Any]:
+    found = [
+        pytest.param(mode, inplace, None, id=f"{mode}-{'in' if inplace else 'out of'} place")
+        for mode in MODES[: 1 if SETTINGS.quick else None]
+        for inplace in (False, True)
+    ]
+    return found + sweep("side", (32, 64, 112, 224, 448), lambda side: ("pixel", False))
+
+
+@pytest.mark.parametrize(("mode", "inplace", "growth"), cases())
+def test_random_erasing(mode: str, inplace: bool, growth: Growth | None, benchmark: Any) -> None:
     set_threads()
     timm = pytest.importorskip("timm.data.random_erasing")
     device = SETTINGS.device
-    images, buffer = torch.randn(SHAPE, device=device), torch.empty(SHAPE, device=device)
+    side = size_of(growth, "side", 224)
+    images = torch.randn(SAMPLES, 3, side, side, device=device)
+    buffer = torch.empty_like(images)
     peer = timm.RandomErasing(0.5, min_aspect=0.3, max_aspect=3.3, mode=mode, device=device)
 
     def timms(x: Tensor) -> Tensor:
@@ -42,7 +52,7 @@ def test_random_erasing(mode: str, inplace: bool, benchmark: Any) -> None:
         floor = Contender("floor", images.clone, "floor", note="a copy into newly allocated memory")
 
     def check(able: dict[str, Contender]) -> list[dict[str, Any]]:
-        ones = torch.ones(SHAPE, device=device)
+        ones = torch.ones_like(images)
         share = {
             name: [(run(ones.clone()) != 1).double().mean().item() for _ in range(12)]
             for name, run in (("timm", timms), ("pyrx", ours))
@@ -56,10 +66,11 @@ def test_random_erasing(mode: str, inplace: bool, benchmark: Any) -> None:
 
     run_case(
         ROW,
-        {"op": "random_erasing", "shape": list(SHAPE), "dtype": "float32", "mode": mode, "inplace": inplace},
+        {"op": "random_erasing", "shape": list(images.shape), "dtype": "float32", "mode": mode, "inplace": inplace},
         [*contenders, floor],
         benchmark,
         check=check,
         floors={"pyrx": "floor"},
         targets=[Target("pyrx", "best peer", 1.0)],
+        growth=growth,
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,6 +24,9 @@ FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 # A short step is called several times a visit, and once before that untimed: its predecessor emptied the caches.
 VISIT_SECONDS = 4e-3
 SHORT_SECONDS = 20e-3
+# A case of a sweep is one point of a line: short. A contender whose step takes this long is not taken to larger sizes.
+SWEEP_SECONDS = 1.0
+SWEEP_STEP_SECONDS = 0.25
 
 
 @dataclass
@@ -32,13 +36,40 @@ class Settings:
     seconds: float = 8.0  # a case's rounds take about this long
     sink: Callable[[str, dict[str, Any]], None] | None = None  # called with the row and each case's result
     say: Callable[[str], None] = print
+    # compare.py's, in place of checks and rounds: called with row, params and contenders
+    driver: Callable[[str, dict[str, Any], Sequence[Contender]], None] | None = None
 
-    @property
-    def rounds(self) -> tuple[int, int]:
-        return (3, 3) if self.quick else (9, 60)
+    def rounds(self, sweep: bool) -> tuple[int, int]:
+        return (3, 3) if self.quick else (5, 30) if sweep else (9, 60)
 
 
 SETTINGS = Settings()  # run.py fills it in before the cases run
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A case of a sweep, one point of the report's lines of time over size: what grows, and how far here."""
+
+    over: str
+    at: Any
+
+
+def sweep(over: str, sizes: Sequence[Any], values: Callable[[Any], tuple[Any, ...]] = lambda at: ()) -> list[Any]:
+    """pytest parameters: the values at each size, and the growth. A quick run has the two smallest."""
+    return [
+        pytest.param(*values(at), Growth(over, at), id=f"grows-{over.replace(' ', '_')}-{at:g}")
+        for at in sizes[: 2 if SETTINGS.quick else None]
+    ]
+
+
+def is_sweep(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("growth") is not None
+
+
+def size_of(growth: Growth | None, over: str, otherwise: Any) -> Any:
+    """The size where `over` grows, else the one of the other cases."""
+    return growth.at if growth is not None and growth.over == over else otherwise
 
 
 @dataclass
@@ -187,12 +218,18 @@ class _VisitCuda:
         return start.elapsed_time(end)
 
 
-def interleave(contenders: Sequence[Contender], benchmark: Any) -> int:
+def visitor() -> Callable[[Contender], float]:
+    """What times one visit of a contender, in milliseconds a call."""
+    return _visit_cpu if SETTINGS.device == "cpu" else _VisitCuda()
+
+
+def interleave(contenders: Sequence[Contender], benchmark: Any, sweep: bool) -> int:
     """Runs the rounds through pytest-benchmark; the times are in each contender's `ms`. Returns their number."""
-    visit: Callable[[Contender], float] = _visit_cpu if SETTINGS.device == "cpu" else _VisitCuda()
+    visit = visitor()
     a_round = sum(each.seconds * (each.calls + (each.seconds < SHORT_SECONDS)) for each in contenders)
-    low, high = SETTINGS.rounds
-    rounds = min(high, max(low, int(SETTINGS.seconds / a_round)))
+    low, high = SETTINGS.rounds(sweep)
+    seconds = min(SETTINGS.seconds, SWEEP_SECONDS) if sweep else SETTINGS.seconds
+    rounds = min(high, max(low, int(seconds / a_round)))
     order, shuffle = list(contenders), random.Random(0).shuffle
 
     def one_round() -> None:
@@ -279,6 +316,29 @@ def sound(
     ]
 
 
+_left_out: dict[tuple[str, ...], str] = {}  # of each sweep: why a contender is not taken to larger sizes
+_checked: set[tuple[str, ...]] = set()  # the sweeps whose smallest size was checked
+
+
+def still_in(sweep: tuple[str, ...], contenders: Sequence[Contender]) -> tuple[list[Contender], list[dict[str, str]]]:
+    """Those that no smaller size of the sweep has ruled out; pyrx and its floors always are."""
+    reasons = {each.name: _left_out[(*sweep, each.name)] for each in contenders if (*sweep, each.name) in _left_out}
+    able = [each for each in contenders if each.kind in ("pyrx", "floor") or each.name not in reasons]
+    names = {each.name for each in able}
+    return able, [{"name": name, "error": why} for name, why in reasons.items() if name not in names]
+
+
+def rule_out(
+    sweep: tuple[str, ...], growth: Growth, able: Sequence[Contender], failed: Sequence[dict[str, str]]
+) -> None:
+    for each in failed:
+        _left_out.setdefault((*sweep, each["name"]), each["error"])
+    for each in able:
+        if each.seconds > SWEEP_STEP_SECONDS:
+            why = f"left out: a step took {each.seconds:.2g} s at {growth.over} {growth.at:g}"
+            _left_out.setdefault((*sweep, each.name), why)
+
+
 def run_case(
     row: str,
     params: dict[str, Any],
@@ -288,12 +348,30 @@ def run_case(
     check: Callable[[dict[str, Contender]], list[dict[str, Any]]],
     floors: dict[str, str] | None = None,
     targets: Sequence[Target] = (),
+    growth: Growth | None = None,
 ) -> None:
-    """Warms up, checks, times and compares; hands the result to pytest-benchmark and to run.py."""
+    """Warms up, checks, times and compares; hands the result to pytest-benchmark and to run.py.
+
+    A sweep (`growth`) is checked at its first size, has no targets, and loses what is too slow for its larger sizes.
+    """
+    if SETTINGS.driver is not None:
+        SETTINGS.driver(row, params, contenders)
+        return
+    ruled_out: list[dict[str, str]] = []
+    line = (row, params["op"], params.get("method", ""), growth.over) if growth else ()
+    if growth:
+        contenders, ruled_out = still_in(line, contenders)
     able, failed = warm_up(contenders)
-    checks = check({each.name: each for each in able})
-    able, unsound = sound(able, checks)
-    rounds = interleave(able, benchmark)
+    checks: list[dict[str, Any]] = []
+    if not growth or line not in _checked:
+        checks = check({each.name: each for each in able})
+        able, unsound = sound(able, checks)
+        failed += unsound
+    if growth:
+        _checked.add(line)
+        rule_out(line, growth, able, failed)
+        targets = ()
+    rounds = interleave(able, benchmark, sweep=growth is not None)
     result = {
         "kind": "time",
         "params": params,
@@ -310,10 +388,12 @@ def run_case(
             }
             for each in able
         ],
-        "failed": failed + unsound,
+        "failed": ruled_out + failed,
         "comparisons": compare(able, floors or {}, targets),
         "checks": checks,
     }
+    if growth:
+        result["grows"] = {"over": growth.over, "at": growth.at}
     benchmark.extra_info.update(result)
     finish(row, result)
 

@@ -1,66 +1,54 @@
-"""Turns the result files into bench/README.md and the chart: python bench/report.py. Reads nothing but the files."""
+"""Turns the result files into bench/README.md, its charts, and the tables of README.md: python bench/report.py
+
+Reads nothing but the files. --check writes nothing and fails where README.md's tables are not those of the files.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SCHEMA = 1
-INK = "#808080"  # grey text reads on white and on black
-COLOURS = {"pyrx independent": "#2f8fdd", "pyrx antithetic": "#e08a1e"}
-STEADY = 1.5
-CHARTED = "multi_sample_dropout"
+sys.path.insert(0, str(HERE))
 
+import charts  # noqa: E402
+import goals  # noqa: E402
+import readme  # noqa: E402
+from outcomes import (  # noqa: E402
+    STEADY,
+    Case,
+    File,
+    Results,
+    case_name,
+    comparison,
+    load,
+    medians,
+    milliseconds,
+    steady,
+    times,
+    title,
+    whole,
+)
+
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 INTRO = """# Benchmarks
 
 Written by `make bench` (`bench/run.py`, then `bench/report.py`) from the files in `bench/results`; do not edit.
 
 The contenders of a case take turns in one process, in a new random order each round; times are medians over the rounds,
-of forward and backward together. Before they are timed they are checked: pyrx against the plain PyTorch reference with
-the same masks (a head in float64), the others by their statistics and, a head, without dropout by its values.
+compile time left out. Before they are timed they are checked: pyrx against the plain PyTorch reference with the same
+masks, the others by their values or their statistics. `make bench-compare BASE=<commit>` pairs two versions likewise.
 
-- *best peer*: the fastest of the PyTorch forms (eager and compiled; compile time is left out) and other libraries.
+- *best peer*: the fastest of the PyTorch forms (eager and compiled) and other libraries.
 - *times as fast*: best peer's time over pyrx's, with the quartiles of that ratio within one round.
-- *floor*: measured in the same rounds: the three bare matrix products of the same size by the fastest library for a
-  head, a copy of the bytes that must move for the others. The float32 head on the CPU makes its gradients without two
-  of the products, so it can be below it.
-- *limit*: best peer over floor: as many times as fast as an op of bare products without any other cost would be.
-- *target*: what the project set itself, on another machine; **met** or missed here.
+- *floor*: what no op could avoid, measured in the same rounds: the bare matrix products of the same size by the fastest
+  library, or a copy of the bytes that must move. The float32 head on the CPU makes its gradients without two of its
+  three products, so it can be below its floor.
+- *limit*: best peer over floor: as many times as fast as an op that does nothing else would be.
 """
-
-
-def load(folder: Path) -> list[dict[str, Any]]:
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        file = json.loads(path.read_text())
-        if file.get("schema") == SCHEMA:
-            found.append(file)
-        else:
-            print(f"{path.name} has schema {file.get('schema')}, not {SCHEMA}: left out", file=sys.stderr)
-    return found
-
-
-def case_name(params: dict[str, Any]) -> str:
-    def shown(value: Any) -> str:
-        return "x".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    sizes = [f"{k} {shown(v)}" if len(k) == 1 else shown(v) for k, v in params.items() if k not in ("op", "p", "dtype")]
-    return ", ".join([*sizes, params["dtype"]] if "dtype" in params else sizes)
-
-
-def milliseconds(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def target_text(comparison: dict[str, Any]) -> str:
-    if comparison["target"] is None:
-        return ""
-    return f"{comparison['target']:g} {'**met**' if comparison['met'] else 'missed'}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -68,59 +56,56 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def of(case: dict[str, Any], contender: str, measure: str) -> dict[str, Any] | None:
-    """The comparison of a pyrx contender with the best peer ("speed"), or with its floor."""
-    for each in case["comparisons"]:
-        if each["of"] == contender and each["measure"] == measure and (measure != "speed" or each.get("best_peer")):
-            return each
-    return None
+def folded(summary: str, text: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
-def case_rows(case: dict[str, Any]) -> Iterator[list[str]]:
-    ms = {each["name"]: each["ms"]["median"] for each in case["contenders"]}
-    for each in case["contenders"]:
-        if each["kind"] != "pyrx":
-            continue
-        row = [case_name(case["params"]), each["name"], milliseconds(ms[each["name"]])]
-        speed, floor, limit = (of(case, each["name"], measure) for measure in ("speed", "floor", "limit"))
+def image(text: str, path: Path, page: Path) -> str:
+    return f"![{text}]({path.relative_to(page.parent).as_posix()})"
+
+
+def targets(results: Results) -> tuple[str, str]:
+    """How many of the measured targets of this device are met; all of them, the missed first, what is missed bold."""
+    lines, states = goals.rows(results)
+    order = sorted(range(len(lines)), key=lambda i: (states[i] is None, states[i] is not False))
+    marks = {True: "met", False: "missed", None: ""}
+    rows = [[*lines[i], marks[states[i]]] for i in order]
+    known = [each for each in states if each is not None]
+    counts = f"{sum(known)} of the {len(known)} targets measured on the {DEVICES[results.device]} are met"
+    counts += f", {len(states) - len(known)} more are not measured" if len(known) < len(states) else ""
+    return counts, table(["", "against", "asked", *goals.DTYPES, ""], rows)
+
+
+def case_rows(case: Case) -> Iterator[list[str]]:
+    ms = medians(case)
+    names = [each["name"] for each in case["contenders"] if each["kind"] == "pyrx"]
+    for name in names:
+        row = [case_name(case["params"]) if name == names[0] else "", name, milliseconds(ms[name])]
+        speed, floor, limit = (comparison(case, name, measure) for measure in ("speed", "floor", "limit"))
         if speed is None:
-            row += ["", "", ""]
+            row += ["", ""]
         else:
             row.append(f"{speed['against']}, {milliseconds(ms[speed['against']])}")
-            row.append(f"**{speed['ratio']:.3g}** ({speed['p25']:.3g} to {speed['p75']:.3g})")
-            row.append(target_text(speed))
-        row.append("" if limit is None else f"{limit['ratio']:.3g}")
-        if floor is None:
-            row += ["", "", ""]
-        else:
-            row += [milliseconds(ms[floor["against"]]), f"{floor['ratio']:.2f}", target_text(floor)]
+            row.append(f"**{times(speed['ratio'])}** ({times(speed['p25'])} to {times(speed['p75'])})")
+        row.append("" if limit is None else times(limit["ratio"]))
+        row.append("" if floor is None else f"{floor['ratio']:.2f}")
         yield row
 
 
-COLUMNS = ["case", "pyrx", "ms", "best peer, ms", "times as fast", "target", "limit"]
-COLUMNS += ["floor, ms", "times the floor", "target"]
+COLUMNS = ["case", "pyrx", "ms", "best peer, ms", "times as fast", "limit", "times the floor"]
 
 
-def other_lines(case: dict[str, Any]) -> Iterator[str]:
-    ms = {each["name"]: each["ms"]["median"] for each in case["contenders"]}
-    for each in case["comparisons"]:
-        if each["measure"] == "speed" and not each.get("best_peer"):
-            left, right = (f"{each[k]} ({milliseconds(ms[each[k]])} ms)" for k in ("contender", "against"))
-            yield f"- {case_name(case['params'])}: {left} is {each['ratio']:.2f} times as fast as {right}, " + (
-                f"target {target_text(each)}"
-            )
-    for each in case["failed"]:
-        yield f"- {case_name(case['params'])}: {each['name']} did not run: {each['error']}"
-
-
-def all_times(cases: list[dict[str, Any]]) -> str:
-    rows = []
-    for case in cases:
-        for each in case["contenders"]:
-            ms = [milliseconds(each["ms"][k]) for k in ("median", "p25", "p75", "min")]
-            rows.append([case_name(case["params"]), each["name"], *ms, each["note"]])
-    inner = table(["case", "contender", "median ms", "p25", "p75", "min", ""], rows)
-    return f"<details><summary>every contender</summary>\n\n{inner}\n\n</details>"
+def all_times(cases: list[Case]) -> str:
+    """The median of every contender, a line a case."""
+    names = list(dict.fromkeys(each["name"] for case in cases for each in case["contenders"]))
+    rows = [
+        [case_name(case["params"]), *(milliseconds(medians(case)[n]) if n in medians(case) else "" for n in names)]
+        for case in cases
+    ]
+    failed = dict.fromkeys(
+        f"- {each['name']}: {each['error'].splitlines()[0]}" for case in cases for each in case["failed"]
+    )
+    return "\n\n".join([table(["median, ms", *names], rows), *(["\n".join(failed)] if failed else [])])
 
 
 def memory_table(memory: dict[str, Any]) -> str:
@@ -133,13 +118,7 @@ def memory_table(memory: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def steady(case: dict[str, Any]) -> bool:
-    """Whether the machine had nothing else to do: on shared cores threads wait for each other, and times multiply."""
-    times = [each["ms"] for each in case["contenders"] if each["kind"] in ("pyrx", "floor")]
-    return all(ms["median"] <= STEADY * ms["min"] for ms in times)
-
-
-def conditions(file: dict[str, Any]) -> str:
+def conditions(file: File) -> str:
     machine, versions = file["machine"], file["versions"]
     gpu = "; ".join(machine["gpu"]) if isinstance(machine["gpu"], list) else machine["gpu"]
     load = max((case["load"] for case in file["cases"]), default=0.0)
@@ -151,122 +130,104 @@ def conditions(file: dict[str, Any]) -> str:
         f"{file['finished'][:10]}, commit {(file['commit'] or 'unknown')[:10]}{changes}; "
         f"highest load average before a case's end {load:g}",
     ]
-    unsteady = [case for case in file["cases"] if not steady(case)]
-    if unsteady and not file["quick"]:
-        lines.append(
-            f"**Unsteady: in {len(unsteady)} of {len(file['cases'])} cases pyrx or the floor had a median over "
-            f"{STEADY:g} times its minimum, so other work was running; measure again.**"
-        )
-    if file["quick"]:
-        lines.append("**A quick run: it shows that the benchmarks work, not how fast anything is.**")
-    if not file["extension"]["loaded"]:
-        lines.append(f"**Without the extension, so pyrx is its plain PyTorch reference**: {file['extension']['error']}")
     return "  \n".join(lines)
 
 
-def section(file: dict[str, Any]) -> str:
-    parts = [f"## {file['row']}, {file['device']}", conditions(file)]
-    for op in dict.fromkeys(case["params"]["op"] for case in file["cases"]):
-        cases = [case for case in file["cases"] if case["params"]["op"] == op]
-        parts.append(f"### `pyrx.{op}`")
-        parts.append(table(COLUMNS, [row for case in cases for row in case_rows(case)]))
-        lines = [line for case in cases for line in other_lines(case)]
-        parts += ["\n".join(lines)] if lines else []
-        parts.append(all_times(cases))
+def warnings(file: File) -> list[str]:
+    found = []
+    unsteady = [case for case in whole(file) if not steady(case)]
+    if unsteady and not file["quick"]:
+        found.append(
+            f"**Unsteady: in {len(unsteady)} of {len(whole(file))} cases pyrx or the floor had a median over "
+            f"{STEADY:g} times its minimum, so other work was running; measure again.**"
+        )
+    if file["quick"]:
+        found.append("**A quick run: it shows that the benchmarks work, not how fast anything is.**")
+    if not file["extension"]["loaded"]:
+        found.append(f"**Without the extension, so pyrx is its plain PyTorch reference**: {file['extension']['error']}")
+    return found
+
+
+def section(file: File, figures: list[str]) -> str:
+    parts = [f"## {file['row']}, {DEVICES[file['device']]}", *warnings(file), *figures]
+    details = [conditions(file)]
+    for op in dict.fromkeys(title(case) for case in file["cases"]):
+        cases = [case for case in whole(file) if title(case) == op]
+        points = [case for case in file["cases"] if title(case) == op and "grows" in case]
+        if cases:
+            parts += [f"### {op}", table(COLUMNS, [row for case in cases for row in case_rows(case)])]
+        details += [f"**{op}**\n\n{all_times(each)}" for each in (cases, points) if each]
     parts += [memory_table(each) for each in file["memory"]]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, folded("conditions, and every contender", "\n\n".join(details))])
 
 
-def chart(file: dict[str, Any], path: Path) -> bool:
-    """How many times as fast as the best PyTorch form a training step of the head is; False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no chart: matplotlib is not installed (pip install -e '.[bench]')")
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
-                            "ytick.color": INK, "font.size": 10})  # fmt: skip
-    dtypes = list(dict.fromkeys(case["params"]["dtype"] for case in file["cases"]))
-    tallest = max(sum(case["params"]["dtype"] == dtype for case in file["cases"]) for dtype in dtypes)
-    figure, axes = pyplot.subplots(
-        1, len(dtypes), figsize=(5.5 * len(dtypes), 1 + 0.95 * tallest), squeeze=False, layout="constrained"
-    )
-    for axis, dtype in zip(axes[0], dtypes, strict=True):
-        cases = [case for case in file["cases"] if case["params"]["dtype"] == dtype]
-        labels = []
-        for i, case in enumerate(cases):
-            ms = {each["name"]: each["ms"]["median"] for each in case["contenders"]}
-            best = ""
-            for j, (name, colour) in enumerate(COLOURS.items()):
-                speed = of(case, name, "speed")
-                if speed is None:
-                    continue
-                axis.barh(i + 0.36 * (j - 0.5), speed["ratio"], 0.34, color=colour, label=name if i == 0 else None)
-                text = f" {speed['ratio']:.1f}×, {milliseconds(ms[name])} ms"
-                axis.text(speed["ratio"], i + 0.36 * (j - 0.5), text, va="center")
-                best = f"\n{speed['against']}, {milliseconds(ms[speed['against']])} ms"
-            b, d, c, m = (case["params"][k] for k in "BDCM")
-            labels.append(f"B {b}, D {d}, C {c}, M {m}{best}")
-        axis.axvline(1, color=INK, linewidth=1, linestyle="--")
-        axis.set_yticks(range(len(cases)), labels)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.35 * axis.get_xlim()[1] / 1.05)
-        axis.set(title=dtype, xlabel="times as fast as the best PyTorch form (dashed)")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    where = f"{file['machine']['threads']} CPU threads"
-    if file["device"] == "cuda":
-        where = file["machine"]["gpu"][0].split(",")[0]
-    figure.suptitle(f"Multi-sample dropout head, forward and backward, {where}")
-    figure.savefig(path, dpi=120, transparent=True)
-    pyplot.close(figure)
-    return True
-
-
-def short_table(files: list[dict[str, Any]]) -> str:
-    lines = [f"{'':<52} {'pyrx ms':>8} {'peer ms':>8} {'ratio':>6} {'target':>12} {'floor':>6} {'target':>11}"]
+def write_page(files: list[File], folder: Path, page: Path) -> None:
+    parts = [INTRO.strip()]
+    for device, name in DEVICES.items():
+        own = [file for file in files if file["device"] == device]
+        path = charts.headline(own, folder / f"headline-{device}.svg") if own else None
+        parts += [f"## At a glance, {name}"] if own else []
+        parts += [image(f"times as fast as the best peer, every op, {name}", path, page)] if path else []
+        if own:
+            counts, lines = targets(Results(files, device))
+            parts += [f"**{counts}**", lines] if device == "cpu" else [folded(counts, lines)]
     for file in files:
-        unsteady = not file["quick"] and not all(map(steady, file["cases"]))
+        name, figures = f"{file['row']}-{file['device']}.svg", []
+        if file["row"] == goals.HEAD and (path := charts.head(file, folder / f"head-{file['device']}.svg")):
+            figures.append(image("times as fast as the best PyTorch form", path, page))
+        if path := charts.growth(file, folder / "growth" / name):
+            figures.append(image(f"time over size, {file['row']}", path, page))
+        parts.append(section(file, figures))
+    page.write_text("\n\n".join(parts) + "\n")
+
+
+def short_table(files: list[File]) -> str:
+    lines = [f"{'':<52} {'pyrx ms':>8} {'peer ms':>8} {'ratio':>6} {'floor':>6}"]
+    for file in files:
+        unsteady = not file["quick"] and not all(map(steady, whole(file)))
         mark = " (quick)" if file["quick"] else " (unsteady: other work was running)" if unsteady else ""
         lines.append(f"{file['row']}, {file['device']}{mark}")
-        for case in file["cases"]:
-            ms = {each["name"]: each["ms"]["median"] for each in case["contenders"]}
+        for case in whole(file):
+            ms = medians(case)
             for each in case["contenders"]:
-                speed, floor = of(case, each["name"], "speed"), of(case, each["name"], "floor")
+                speed, floor = (comparison(case, each["name"], measure) for measure in ("speed", "floor"))
                 if each["kind"] != "pyrx" or speed is None:
                     continue
                 name = f"  {case_name(case['params'])}: {each['name'][4:].strip() or case['params']['op']}"
-                goals = [target_text(one).replace("*", "") if one else "" for one in (speed, floor)]
                 over = f"{floor['ratio']:.2f}" if floor else ""
                 lines.append(
                     f"{name:<52} {milliseconds(ms[each['name']]):>8} {milliseconds(ms[speed['against']]):>8} "
-                    f"{speed['ratio']:>6.2f} {goals[0]:>12} {over:>6} {goals[1]:>11}"
+                    f"{speed['ratio']:>6.2f} {over:>6}"
                 )
+    for device in DEVICES:
+        if any(file["device"] == device for file in files):
+            found, states = goals.rows(Results(files, device))
+            missed = [" ".join(line).replace("*", "") for line, ok in zip(found, states, strict=True) if ok is False]
+            lines.append(f"{device}: {states.count(True)} targets met, {len(missed)} missed")
+            lines += [f"  {each}" for each in missed]
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
-    parser.add_argument("--out", type=Path, default=HERE / "README.md", help="the page; charts lie beside the results")
+    parser.add_argument("--out", type=Path, help="the page; default: README.md of bench, or of the folder given")
+    parser.add_argument("--check", action="store_true", help="only compare README.md's tables with the files")
     arguments = parser.parse_args()
     files = load(arguments.results)
     if not files:
         parser.error(f"no result files in {arguments.results}: make bench writes them")
-    parts = [INTRO.strip()]
-    for file in files:
-        if file["row"] == CHARTED and file["cases"]:
-            suffix = "" if file["device"] == "cpu" else f"-{file['device']}"
-            path = arguments.results / f"{CHARTED}{suffix}.png"
-            if chart(file, path):
-                parts.append(f"![times as fast as the best PyTorch form, {file['device']}](results/{path.name})")
-    page = "\n\n".join([*parts, *map(section, files)]) + "\n"
-    arguments.out.write_text(page)
+    whole_run = arguments.results.resolve() == HERE / "results"
+    if arguments.check:
+        stale = readme.stale(files)
+        print("\n".join(stale) or "README.md's tables are those of the result files")
+        return bool(stale)
+    page = arguments.out or (HERE if whole_run else arguments.results) / "README.md"
+    write_page(files, arguments.results, page)
+    if whole_run:
+        readme.write(files)
     print(short_table(files))
-    print(f"page: {arguments.out}")
+    print(f"page: {page}")
     return 0
 
 

@@ -25,7 +25,7 @@ if missing:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from harness import SETTINGS, set_threads  # noqa: E402
+from harness import SETTINGS, is_sweep, set_threads  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from pyrx import _extension, info  # noqa: E402
@@ -88,18 +88,24 @@ class Recorder:
         SETTINGS.sink, SETTINGS.say = self.keep, tqdm.write
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Where time is short, every row's first case, then every row's second: no row goes unmeasured."""
+        """Where time is short, every row's first case, then every row's second: no row goes unmeasured. Sweeps last."""
         if self.deadline is not None:
             places: dict[Path, int] = {}
             order = {}
             for item in items:
-                order[item] = places[item.path] = places.get(item.path, -1) + 1
+                places[item.path] = places.get(item.path, -1) + 1
+                order[item] = (is_sweep(item), places[item.path])
             items.sort(key=order.__getitem__)
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if self.deadline is None:
             return
         left = self.deadline - time.perf_counter()
+        if is_sweep(item):  # with what time is left
+            if left <= 0:
+                pytest.skip("no time was left")
+            SETTINGS.seconds = self.seconds
+            return
         if left <= 0:
             self.fail(item.nodeid, "no time was left for this case")
             pytest.skip("no time was left")
@@ -108,7 +114,7 @@ class Recorder:
         self.cases -= 1
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.cases = len(session.items)
+        self.cases = sum(not is_sweep(item) for item in session.items)
         self.bar = tqdm(total=len(session.items), unit="case", disable=not session.items, smoothing=0)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -146,6 +152,8 @@ class Recorder:
 
 def summary(result: dict[str, Any]) -> str:
     name = " ".join(str(value) for value in result["params"].values())
+    if "grows" in result:
+        name += f" ({result['grows']['over']} grows)"
     if result["kind"] == "memory":
         over = result.get("over", "M")
         peaks = (f"{each['name']} {over}={each[over]}: {each['bytes'] / 2**20:.1f} MiB" for each in result["peaks"])
