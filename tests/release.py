@@ -118,9 +118,13 @@ def new_environment(folder):
     return folder / "bin" / "python"
 
 
+def site_of(python):
+    return Path(output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+
+
 def lend(python, *names):
     """Links packages of this environment, and what they need, into another one."""
-    site = Path(output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    site = site_of(python)
     found = {}
     for name in names:
         needs_of(Requirement(name), found)
@@ -135,7 +139,9 @@ def check_types(python, folder):
     user = folder / "user.py"
     user.write_text(USER)
     run(sys.executable, "-m", "mypy", "--strict", "--python-executable", python, user)
-    run(sys.executable, "-m", "basedpyright", "--pythonpath", python, "--verifytypes", "pyrx", "--ignoreexternal")
+    # told by PYTHONPATH: --verifytypes does not look where --pythonpath does
+    checker = (sys.executable, "-m", "basedpyright", "--verifytypes", "pyrx", "--ignoreexternal")
+    run(*checker, PYTHONPATH=str(site_of(python)))
 
 
 def prove(archive, wheel):
