@@ -52,7 +52,7 @@ struct SoftmaxTile {
   Acc* logits;      // (rows, keys) in rows of `stride`, a multiple of 16; columns up to the next multiple are overwritten
   int64_t stride;
   Acc factor;       // above 0; weights are 2^(factor * logit - most)
-  Acc* most;        // (rows,): what exponents are relative to, the greatest factor * logit but for the slack; at first -inf
+  Acc* most;        // (rows,): the greatest factor * logit so far, but for the slack; minus infinity before the first
   Acc* total;       // (rows,): sum of the weights
   Acc* weighted;    // (rows,): sum of the weights times their exponents, or null
   Acc* out;         // (rows, size) in rows of out_stride: sums that follow `most`; null: none yet

@@ -59,7 +59,8 @@ inline void store_weights(G* p, const Vec<accumulate_t<G>>& x, const Vec<accumul
     alignas(64) static constexpr uint16_t kHigh[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i a = _mm512_add_epi32(_mm512_castps_si512(x.v), half), b = _mm512_add_epi32(_mm512_castps_si512(y.v), half);
+    const __m512i a = _mm512_add_epi32(_mm512_castps_si512(x.v), half);
+    const __m512i b = _mm512_add_epi32(_mm512_castps_si512(y.v), half);
     _mm512_storeu_si512(p, _mm512_permutex2var_epi16(a, _mm512_load_si512(kHigh), b));
     return;
   }
@@ -145,7 +146,8 @@ class Ahead {
   const char *at_ = nullptr, *last_ = nullptr;
 };
 
-// Rows first .. first + n - 1 of a tile of `vectors` vectors of keys, n at most sixteen: what they have one of is a vector.
+// Rows first .. first + n - 1 of a tile of `vectors` vectors of keys, n at most sixteen: what they have one of is a
+// vector. After each, `lines` of `ahead` are fetched.
 template <typename G, bool kWeighted, bool kDropped, typename Vectors>
 inline void softmax_rows(const SoftmaxTile<G>& tile, int64_t first, int n, Vectors vectors, Ahead& ahead,
                          int64_t lines) {

@@ -142,8 +142,8 @@ void test_softmax(const char* set, const SoftmaxKernels<G>& kernels, int64_t key
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < n; ++c) {
         const uint64_t i = (t * rows + r) * 128 + c;
-        // a row of nothing in the first tiles, one of nothing at all, one that is hidden here and there, large ones, and rows
-        // that grow by more than the slack
+        // a row of nothing in the first tiles, one of nothing at all, one that is hidden here and there, large ones, and
+        // rows that grow by more than the slack
         const bool hidden = (r == 2 && t < 2) || r == 3 || (r == 4 && lane_of(12, i, 0) % 2);
         const double grown = r > 5 && r % 3 == 0 ? double(40 * t) : 0;
         logits[r * stride + c] = static_cast<Acc>(hidden ? kHidden : normal(i) * (r == 5 ? 1000 : 10) + grown);
