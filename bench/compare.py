@@ -42,7 +42,11 @@ def git(*arguments: str, at: Path = ROOT) -> str:
 
 
 def built(tree: Path) -> bool:
-    return (tree / "pyrx" / "_build_info.json").exists()
+    """To the end: with the module that the record tells of."""
+    record = tree / "pyrx" / "_build_info.json"
+    if not record.exists():
+        return False
+    return not json.loads(record.read_text()).get("extension") or any((tree / "pyrx").glob("_C*.so"))
 
 
 def same_sources(sha: str) -> bool:

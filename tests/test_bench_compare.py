@@ -45,6 +45,16 @@ def test_slower_is_slower_twice():
     assert compare.confirmed({"case": [slow]}, {}) == {"case": [slow]}
 
 
+def test_a_build_that_was_cut_short_is_made_again(tmp_path):
+    package = tmp_path / "pyrx"
+    package.mkdir()
+    assert not compare.built(tmp_path)
+    (package / "_build_info.json").write_text('{"extension": true}')
+    assert not compare.built(tmp_path)
+    (package / "_C.so").touch()
+    assert compare.built(tmp_path)
+
+
 def test_status():
     slow, fine = judged([1.0] * 4, [2.0] * 4), judged([1.0] * 4, [1.0] * 4)
     alone = {"base": [], "new": []}
