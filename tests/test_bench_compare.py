@@ -33,7 +33,7 @@ def test_rounds_are_paired():
     assert found["ratio"] == {"p25": 1.0, "median": 1.0, "p75": 1.0} and found["rounds"] == 4
 
 
-def test_slower_is_slower_twice():
+def test_slower_is_slower_again():
     slow, fine = judged([1.0] * 4, [2.0] * 4), judged([1.0] * 4, [1.0] * 4)
     other = {**fine, "contender": "pyrx, out="}
     assert compare.confirmed({"case": [slow, other]}, {"case": [fine, slow | {"contender": "pyrx, out="}]}) == {
