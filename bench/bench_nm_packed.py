@@ -26,7 +26,7 @@ def name_of(value: Any) -> str:
 
 
 def weight_of(dtype: torch.dtype, growth: Growth | None) -> Tensor:
-    side = size_of(growth, "side", 4096 if SETTINGS.device == "cpu" else 8192)
+    side = size_of(growth, "side", 2048 if growth else 4096 if SETTINGS.device == "cpu" else 8192)
     return torch.randn(side, side, device=SETTINGS.device).to(dtype)
 
 
@@ -49,7 +49,7 @@ def semi_structured_contender(dense: Tensor, x: Tensor, n: int, m: int) -> list[
     return [Contender("torch's semi-structured", lambda: F.linear(x, sparse))]
 
 
-SIDES = (512, 1024, 2048, 4096)
+SIDES = (512, 1024, 2048, 4096)  # of the sweeps
 
 
 def products() -> list[Any]:

@@ -116,7 +116,7 @@ def packed(mask: Tensor) -> Tensor:
     return (mask.unflatten(1, (-1, 8)).to(torch.uint8) << torch.arange(8, device=mask.device)).sum(2).to(torch.uint8)
 
 
-SIDES = (256, 512, 1024, 2048, 4096)
+SIDES = (256, 512, 1024, 2048)  # of the sweeps
 
 
 def scores_of(dtype: str, growth: Growth | None) -> Tensor:

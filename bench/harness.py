@@ -26,7 +26,7 @@ VISIT_SECONDS = 4e-3
 SHORT_SECONDS = 20e-3
 # A case of a sweep is one point of a line: short. A contender whose step takes this long is not taken to larger sizes.
 SWEEP_SECONDS = 1.0
-SWEEP_STEP_SECONDS = 0.25
+SWEEP_STEP_SECONDS = 0.2
 
 
 @dataclass

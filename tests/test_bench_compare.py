@@ -33,7 +33,7 @@ def test_rounds_are_paired():
     assert found["ratio"] == {"p25": 1.0, "median": 1.0, "p75": 1.0} and found["rounds"] == 4
 
 
-def test_slower_is_slower_twice():
+def test_slower_is_slower_again():
     slow, fine = judged([1.0] * 4, [2.0] * 4), judged([1.0] * 4, [1.0] * 4)
     other = {**fine, "contender": "pyrx, out="}
     assert compare.confirmed({"case": [slow, other]}, {"case": [fine, slow | {"contender": "pyrx, out="}]}) == {
@@ -43,6 +43,16 @@ def test_slower_is_slower_twice():
     assert compare.verdicts(twice, "slower") == [("case", slow)]
     # the case did not come up again
     assert compare.confirmed({"case": [slow]}, {}) == {"case": [slow]}
+
+
+def test_a_build_that_was_cut_short_is_made_again(tmp_path):
+    package = tmp_path / "pyrx"
+    package.mkdir()
+    assert not compare.built(tmp_path)
+    (package / "_build_info.json").write_text('{"extension": true}')
+    assert not compare.built(tmp_path)
+    (package / "_C.so").touch()
+    assert compare.built(tmp_path)
 
 
 def test_status():

@@ -172,7 +172,7 @@ def test_sweep_leaves_out_what_is_slow_at_smaller_sizes(monkeypatch):
     able, why = harness.still_in(line, [*every, harness.Contender("broken", lambda: None)])
     assert able == [quick, ours]
     assert why == [
-        {"name": "slow", "error": "left out: a step took 0.5 s at side 64"},
+        {"name": "slow", "error": "left out: a step took 0.4 s at side 64"},
         {"name": "broken", "error": "no"},
     ]
     assert harness.still_in(("row", "op", "", "batch"), every) == (every, [])
