@@ -1,14 +1,18 @@
 """What every op keeps to, whichever it is: under transforms, modes and defaults, as tensors of other kinds, again."""
 
 import contextlib
+import copy
+import io
+import pickle
 import warnings
 
 import pytest
 import torch
-from calls import CALLS, DIFFERENTIABLE, loss_of, run, with_gradients
+from calls import CALLS, DIFFERENTIABLE, Call, loss_of, run, with_gradients
 from helpers import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import pyrx
@@ -309,3 +313,49 @@ def test_exported(cpu, name):
     with torch.no_grad():
         program = torch.export.export(Module(CALLS[name]), tuple(tensors), strict=False)
         same(program.module()(*tensors), CALLS[name](*tensors, seed=SEED))
+
+
+# Files and copies.
+
+
+def through_a_file(value, weights_only):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+def test_a_mixed_target_in_a_file():
+    _, target = pyrx.cutmix(torch.rand(4, 3, 9, 8), torch.arange(4))
+    for again in (through_a_file({"target": target}, True)["target"], pickle.loads(pickle.dumps(target))):
+        assert isinstance(again, pyrx.MixedTarget) and again.masks is None
+        same(again[:5], target[:5])
+
+
+MODULES = {
+    "Mixup": (lambda: pyrx.nn.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=5), ("float 4 3 9 8", "ids 4")),
+    "LayerMasking": (
+        lambda: pyrx.nn.LayerMasking(torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.ReLU())),
+        ("float 2 3 8 8", "bool 2 1 8 8"),
+    ),
+    "BlockSparseAttention": (
+        lambda: pyrx.nn.BlockSparseAttention(16, 2, pyrx.BlockMask.causal(40, 16), dropout=0.2, is_causal=True),
+        ("float 2 40 16",),
+    ),
+    "MultiSampleDropoutClassifier": (lambda: pyrx.nn.MultiSampleDropoutClassifier(13, 5), ("float 7 13", "ids 7")),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_in_files(name):
+    """Whole, as a copy, and as a state dict that is loaded into another."""
+    made, shapes = MODULES[name]
+    module, tensors = made(), Call(None, shapes).tensors()
+    fresh = made()
+    fresh.load_state_dict(through_a_file(module.state_dict(), True))
+    found = []
+    for each in (module, through_a_file(module, False), copy.deepcopy(module), fresh):
+        torch.manual_seed(2)
+        found.append([x.detach() for x in pytree.tree_leaves(each(*tensors)) if isinstance(x, torch.Tensor)])
+    for other in found[1:]:
+        same(other, found[0])
