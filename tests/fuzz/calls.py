@@ -260,6 +260,8 @@ def compare(got: Tensor, plain: Any, exact: Tensor, what: str, is_exact: bool, c
     if is_exact or not got.is_floating_point():
         if got.is_floating_point():
             got, plain = (torch.where(each.isnan(), torch.nan, each) for each in (got, plain))
+        if got.is_complex():
+            got, plain = torch.view_as_real(got), torch.view_as_real(plain)
         different = bits(got) != bits(plain)
         assert not different.any(), (
             f"{what}: {int(different.sum())} of {different.numel()} differ in their bits, first "
