@@ -173,6 +173,9 @@ def logits_of(
     for name, number in (("scale", scale), ("softcap", softcap)):
         if number is not None:
             check_number(op, name, number)
+            most = torch.finfo(accumulation_dtype(query.dtype)).max  # what kernels take it as
+            if most < abs(number) < math.inf:
+                fail(op, name, f"of at most {most:.3g} either way", number)
     if softcap is not None and not softcap > 0:
         fail(op, "softcap", "above 0, or None", softcap)
     if scale is None:

@@ -364,3 +364,11 @@ def test_backends_that_cannot_serve():
     for backend, reason in (("cuda", "its GPU kernels are Triton's"), ("triton", "it serves device cuda")):
         with pytest.raises(RuntimeError, match=f"pyrx::{ROW}: expected backend that serves .* {reason}"):
             pyrx.block_sparse_attention(Q, Q, Q, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_numbers_beyond_the_dtype_of_logits(backend, name):
+    query = torch.randn(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=f"pyrx::block_sparse_attention: expected {name} of at most 3.4e\\+38"):
+        pyrx.block_sparse_attention(query, query, query, **{name: 1e300}, backend=backend)
+    pyrx.block_sparse_attention(*[query.double()] * 3, **{name: 1e300}, backend=backend)

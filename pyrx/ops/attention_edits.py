@@ -10,7 +10,16 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._attention import MOST_HEAD_SIZE, check_logits
-from pyrx._checks import check_device, check_dtype, check_float, check_integer, check_number, check_shape, fail
+from pyrx._checks import (
+    check_device,
+    check_dtype,
+    check_float,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from pyrx._linear import autocast, is_autocast, without_autocast
 from pyrx._losses import accumulation_dtype, differentiable_once
 from pyrx._random import LEVELS, seed_tensor, threshold
@@ -491,8 +500,7 @@ def token_dropout(
     """
     op = "token_dropout"
     check_float(op, "importance", importance)
-    if not isinstance(x, Tensor):
-        fail(op, "x", "to be a Tensor", type(x).__name__, TypeError)
+    check_tensor(op, "x", x)
     if x.dim() != 3:
         fail(op, "x", "of shape [B, N, C]", list(x.shape))
     check_shape(op, "importance", importance, "[B, N]", x.shape[:2])

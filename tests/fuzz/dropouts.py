@@ -122,4 +122,4 @@ def to_probabilities(draws: Draws) -> Call:
         return pyrx.MixedTarget.to_probabilities(target, num_classes, label_smoothing)
 
     arguments = {"target": target, "num_classes": classes, "label_smoothing": draws.number(0.0, 1.0)}
-    return Call(probabilities, arguments, fixed=("target",))
+    return Call(probabilities, arguments, fixed=("target", "num_classes"))  # which may ask for all memory

@@ -194,4 +194,5 @@ def mixup_module(draws: Draws) -> Call:
         return pyrx.nn.Mixup(**options)(images, target)
 
     writes = ("images",) if arguments["inplace"] else ()
-    return Call(Mixup, arguments, () if writes else draws.needs(images=images), writes, floats=("images",))
+    needs = () if writes else draws.needs(images=images)
+    return Call(Mixup, arguments, needs, writes, floats=("images",), fixed=("num_classes",))

@@ -126,7 +126,7 @@ def sparsify(draws: Draws) -> Call:
             [each.name for each in report.skipped],
         ]
 
-    return Call(sparsify_, arguments, draws.needs(x=arguments["x"]), exact=False, floor=1.0, fixed=("x",))
+    return Call(sparsify_, arguments, draws.needs(x=arguments["x"]), exact=False, floor=1.0, fixed=("x",), idle=True)
 
 
 SCHEDULES = {
@@ -167,4 +167,4 @@ def schedule(draws: Draws) -> Call:
             made.step()
         return [model(x), phases, made.phase, pyrx.nn.sparsity_report(model).kept]
 
-    return Call(scheduled, arguments, exact=False, floor=1.0, fixed=("x", "steps"))
+    return Call(scheduled, arguments, exact=False, floor=1.0, fixed=("x", "steps"), idle=True)

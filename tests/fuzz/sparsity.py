@@ -189,7 +189,8 @@ def masked_sgd(draws: Draws) -> Call:
 
 def _optimizer_call(function: Any, arguments: dict[str, Any], moments: tuple[str, ...]) -> Call:
     floats = ("weights", "grads", *moments)
-    return Call(function, arguments, writes=("weights", *moments, "masks"), exact=False, floats=floats, floor=1.0)
+    writes = ("weights", *moments, "masks")
+    return Call(function, arguments, writes=writes, exact=False, floats=floats, floor=1.0, idle=True)
 
 
 # options of torch.optim, whose errors are its own
@@ -232,7 +233,8 @@ def _optimizer(draws: Draws, name: str) -> Call:
 
     steps.__name__ = name.removeprefix("optim.")
     floats = ("params", "grads")
-    return Call(steps, arguments, writes=("params",), exact=False, floats=floats, floor=1.0, fixed=(*floats, *TORCHS))
+    fixed = (*floats, *TORCHS)
+    return Call(steps, arguments, writes=("params",), exact=False, floats=floats, floor=1.0, fixed=fixed, idle=True)
 
 
 @fuzzes("optim.MaskedAdamW")
