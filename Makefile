@@ -187,4 +187,4 @@ gpu-model: $(call extras,test) $(call extras,model)
 	@$(PY) bench/gpu_model.py
 
 clean:
-	rm -rf build dist pyrx.egg-info pyrx/_C*.so pyrx/_build_info.json
+	rm -rf build dist pyrx.egg-info pyrx/_C*.so pyrx/_build_info.json docs/reference/generated docs/_figures

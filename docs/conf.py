@@ -9,7 +9,7 @@ sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 from pyrx._version import __version__  # noqa: E402
 
 project = "pyrx"
-author = "the pyrx authors"
+author = "pyrx authors"
 release = version = __version__
 html_title = f"pyrx {release}"
 

@@ -1,7 +1,8 @@
-"""A few small calls of every row, as a table: what every op must keep on every backend, tests ask of these.
+"""A few small calls of every row, as a table: what the kernels of every backend must keep, tests ask of these.
 
 A call takes its tensors, a seed (int64, on the device) and a backend, and returns tensors: results and gradients. It
-writes none of its tensors, allocates what it needs and does not wait for the device.
+writes none of its tensors, allocates what it needs and does not wait for the device, so that a CUDA graph may capture
+it; calls.py, whose calls need not, has those that tests transform, scale and call as a user does.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def call(row: str, name: str, *shapes: Any, exact: bool = True) -> Callable[[Fun
     return add
 
 
-def with_gradients(function: Callable[..., Any], *leaves: Tensor) -> tuple[Tensor, ...]:
+def and_gradients(function: Callable[..., Any], *leaves: Tensor) -> tuple[Tensor, ...]:
     """The result and the gradients of its weighted sum."""
     leaves = tuple(each.detach().requires_grad_() for each in leaves)
     out = function(*leaves)
@@ -74,7 +75,7 @@ def pixels(*shape: int) -> Callable[[torch.Generator], Tensor]:
 
 @call("dropout", "dropout", (33, 100))
 def _(tensors, seed, backend):
-    return with_gradients(lambda x: pyrx.dropout(x, 0.3, seed=seed, backend=backend), *tensors)
+    return and_gradients(lambda x: pyrx.dropout(x, 0.3, seed=seed, backend=backend), *tensors)
 
 
 @call("dropout", "masks", (1,))
@@ -87,13 +88,13 @@ def _(tensors, seed, backend):
 
 @call("multi_sample_dropout", "copies", (33, 100), exact=False)
 def _(tensors, seed, backend):
-    return with_gradients(lambda x: pyrx.multi_sample_dropout(x, 5, 0.3, seed=seed, backend=backend), *tensors)
+    return and_gradients(lambda x: pyrx.multi_sample_dropout(x, 5, 0.3, seed=seed, backend=backend), *tensors)
 
 
 def head(options: dict[str, Any]) -> Function:
     def run(tensors: list[Tensor], seed: Tensor, backend: str) -> tuple[Tensor, ...]:
         *leaves, target = tensors
-        return with_gradients(
+        return and_gradients(
             lambda x, w, b: pyrx.multi_sample_dropout_cross_entropy(
                 x, w, target, linear_bias=b, num_samples=5, p=0.5, seed=seed, backend=backend, **options
             ),
@@ -116,7 +117,7 @@ for _name, _options in (
 def _(tensors, seed, backend):
     logits, *target = tensors
     mixed = pyrx.MixedTarget(*target)
-    return with_gradients(lambda z: pyrx.mixed_cross_entropy(z, mixed, label_smoothing=0.1, backend=backend), logits)
+    return and_gradients(lambda z: pyrx.mixed_cross_entropy(z, mixed, label_smoothing=0.1, backend=backend), logits)
 
 
 @call("batch_mix", "cutmix", (6, 3, 16, 20), ids(6, 10))
@@ -164,7 +165,7 @@ def _(tensors, seed, backend):
 
 @call("blend", "blend", (4, 3, 9, 16), (4, 3, 9, 16), shares(4, 1, 9, 16))
 def _(tensors, seed, backend):
-    return with_gradients(lambda x, y, alpha: pyrx.blend(x, y, alpha, backend=backend), *tensors)
+    return and_gradients(lambda x, y, alpha: pyrx.blend(x, y, alpha, backend=backend), *tensors)
 
 
 @call("random_erasing", "erasing", (6, 3, 20, 24))
@@ -180,7 +181,7 @@ def _(tensors, seed, backend):
 def _(tensors, seed, backend):
     images, *masks = tensors
     found = [
-        with_gradients(lambda x, w: pyrx.noise_mask(x, w, std=0.3, seed=seed, backend=backend), images, mask)
+        and_gradients(lambda x, w: pyrx.noise_mask(x, w, std=0.3, seed=seed, backend=backend), images, mask)
         for mask in masks
     ]
     return found[0] + found[1]
@@ -201,7 +202,7 @@ def _(tensors, seed, backend):
     found = []
     for estimator in ("ste", "sr-ste", "mdgf"):
         options = {"estimator": estimator, "decay": 0.5, "backend": backend}
-        found += with_gradients(lambda w, options=options: pyrx.nm_sparsify(w, 2, 4, **options), *tensors)
+        found += and_gradients(lambda w, options=options: pyrx.nm_sparsify(w, 2, 4, **options), *tensors)
     return tuple(found)
 
 
@@ -270,7 +271,7 @@ def attention(**options: Any) -> Function:
         # the lists' own kernels are another row's
         lists = None if backend in ("triton", "cuda") else backend
         mask = pyrx.BlockMask.from_dense(blocks, (80, 96), 16, backend=lists)
-        return with_gradients(
+        return and_gradients(
             lambda q, k, v: pyrx.block_sparse_attention(
                 q, k, v, mask, enable_gqa=True, seed=seed, backend=backend, **options
             ),

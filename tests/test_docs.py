@@ -111,7 +111,18 @@ def test_every_public_name_is_in_the_reference():
 
 
 @pytest.mark.skipif(not DOCS.exists(), reason="not a source tree")
-def test_every_op_has_a_page_with_its_parts():
+def test_every_op_is_at_the_head_of_a_page():
+    heads = [page.read_text().split("\n## ")[0] for page in (DOCS / "ops").glob("*.md")]
+    named = set(re.findall(r"`(pyrx[\w.]+)`", "\n".join(heads)))
+    packages = (pyrx, pyrx.nn, pyrx.optim, pyrx.search)
+    public = {f"{each.__name__}.{name}" for each in packages for name in each.__all__ if callable(getattr(each, name))}
+    # the schedules' base, and what sparsify_ returns
+    public -= {f"pyrx.nn.{name}" for name in ("SparsitySchedule", "SparsityReport", "SparseLayer", "SkippedLayer")}
+    assert named == public, sorted(named ^ public)
+
+
+@pytest.mark.skipif(not DOCS.exists(), reason="not a source tree")
+def test_every_page_of_an_op_has_its_parts():
     for page in sorted((DOCS / "ops").glob("*.md")):
         headings = re.findall(r"^## (.*)$", page.read_text(), re.MULTILINE)
         assert headings == ["Idea", "Equivalent to", "When it pays", "Cost", "Source"], f"{page.name}: got {headings}"
