@@ -195,6 +195,19 @@ def test_large_logits(backend, dtype):
             assert_attends(large.to(dtype), backend, f"{name} {size}", logits(large).abs().max().item())
 
 
+@pytest.mark.parametrize("least", [-1e10, -1e30, -2e38])
+def test_keys_far_below_before_others(cpu, least):
+    """Masks that are added are numbers: what they hide comes first, and nothing of it stays."""
+    query, key, value = (torch.randn(1, 2, 300, 16, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(1, 1, 300, 300)
+    bias[..., :140] = least
+    found, wanted = (
+        pyrx.block_sparse_attention(query, key, value, bias=bias, return_lse=True, return_entropy=True, backend=backend)
+        for backend in ("cpu", "reference")
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_not_listed_is_not_read(cpu):
     """NaN in keys and values of blocks that nothing lists, and in what a window does not reach."""
     blocks = torch.ones(1, 1, 5, 6, dtype=torch.bool)

@@ -146,6 +146,15 @@ class Ahead {
   const char *at_ = nullptr, *last_ = nullptr;
 };
 
+// A row's logits become (factor * logit - base) / factor. Where base is past the integers, a product that is not rounded
+// as base is would leave hundreds: weights are then infinite or all 0.
+template <typename Acc>
+[[gnu::noinline, gnu::cold]] void take_off(Acc* row, int64_t vectors, Acc factor, Acc base) {
+  using V = Vec<Acc>;
+  for (int64_t i = 0; i < vectors * kLanes; i += kLanes)
+    store(row + i, (load(row + i) * V::fill(factor) - V::fill(base)) * V::fill(1 / factor));
+}
+
 // Rows first .. first + n - 1 of a tile of `vectors` vectors of keys, n at most sixteen: what they have one of is a
 // vector. After each, `lines` of `ahead` are fetched.
 template <typename G, bool kWeighted, bool kDropped, typename Vectors>
@@ -173,6 +182,13 @@ inline void softmax_rows(const SoftmaxTile<G>& tile, int64_t first, int n, Vecto
   const V base = V::choose(less(nothing, now), now, V::fill(0));
   Acc offsets[kLanes];
   (V::fill(0) - base).put(offsets);
+  constexpr Acc kPast = 1 / std::numeric_limits<Acc>::epsilon();
+  for (uint32_t past = less(V::fill(kPast), V::max(base, V::fill(0) - base)); past != 0; past &= past - 1) {
+    const int r = __builtin_ctz(past);
+    if (r >= n) break;
+    take_off(tile.logits + (first + r) * tile.stride, int64_t(vectors), tile.factor, -offsets[r]);
+    offsets[r] = 0;
+  }
 
   V weighted[kWeighted ? kLanes : 1];
   for (int r = 0; r < n; ++r) {
@@ -220,7 +236,9 @@ inline void softmax_rows(const SoftmaxTile<G>& tile, int64_t first, int n, Vecto
     for (int r = n; r < kLanes; ++r) weighted[r] = V::fill(0);
     const V own = sums(weighted), old = load(tile.weighted + first, n);
     const uint32_t seen = less(nothing, before);
-    const V moved = old + V::choose(seen, before - base, V::fill(0)) * total;
+    // so far that nothing is left of the old sums, times a total, is a number still
+    const V by = V::max(before - base, V::fill(-1000));
+    const V moved = old + V::choose(seen, by, V::fill(0)) * total;
     store(tile.weighted + first, V::multiply_add(moved, V::choose(grown, exp2(before - base), V::fill(1)), own), n);
   }
 }

@@ -1,5 +1,6 @@
 // Row kernels of attention of every instruction set this machine has, against their definition in float64.
 #include <limits>
+#include <numbers>
 #include <vector>
 
 #include "cpu/attention_simd.cpp"
@@ -120,6 +121,33 @@ void test_tanh(const char* set, const LogitKernels<T>& kernels) {
   }
 }
 
+// A tile of logits as of a mask that is added, of one value, and then one of small logits, which nothing of it reaches.
+template <typename G>
+void test_far(const char* set, const SoftmaxKernels<G>& kernels) {
+  using Acc = accumulate_t<G>;
+  const int64_t rows = 17, keys = 40, stride = 48;
+  for (const double far : {-1e7, -1e9, -1e10, -3e12, -1e30, -2e38, 1e10, 1e30}) {
+    Buffer<Acc> logits(rows * stride, 16), most(rows), total(rows), sums(rows), out(rows);
+    Buffer<G> weights(rows * stride, 16);
+    const auto step = [&](double value, bool first) {
+      for (int64_t i = 0; i < rows * stride; ++i) logits[i] = static_cast<Acc>(value);
+      kernels.step({rows, keys, logits.data(), stride, std::numbers::log2e_v<Acc>, most.data(), total.data(), sums.data(),
+                    first ? nullptr : out.data(), 1, 1, nullptr, 0, weights.data(), stride});
+    };
+    for (int64_t r = 0; r < rows; ++r) most[r] = -std::numeric_limits<Acc>::infinity(), total[r] = sums[r] = 0, out[r] = 1;
+    for (const double value : {far, 1.0}) {
+      step(value, value == far);
+      const double kept = std::max(value, far) == value ? 1 : 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        const double got = plain::widen(weights[r * stride + keys - 1]);
+        CHECK(std::abs(got - kept) <= 1e-6, "%s: %zu bytes, a weight of %g after %g: %g", set, sizeof(G), value, far, got);
+        CHECK(std::abs(total[r] - keys) <= 1e-4, "%s: %zu bytes, total of %g after %g: %g", set, sizeof(G), value, far, double(total[r]));
+        CHECK(std::abs(sums[r]) <= 1e-3, "%s: %zu bytes, exponents of %g after %g: %g", set, sizeof(G), value, far, double(sums[r]));
+      }
+    }
+  }
+}
+
 // Steps of tiles of `keys` keys, the last of `rest`, against the sums over all of them at once.
 template <typename G>
 void test_softmax(const char* set, const SoftmaxKernels<G>& kernels, int64_t keys, int64_t rest, bool dropped,
@@ -231,6 +259,7 @@ void test_nan(const char* set, const SoftmaxKernels<G>& kernels) {
 
 template <typename G>
 void test_softmax_type(const char* set, const SoftmaxKernels<G>& kernels) {
+  test_far<G>(set, kernels);
   test_exp2(set, kernels);
   test_nan(set, kernels);
   for (const int64_t keys : {16, 32, 48, 64, 128})
