@@ -199,7 +199,8 @@ DTYPES = (
     torch.int64, torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.uint16, torch.uint32,
 )  # fmt: skip
 TENSOR_CHANGES = (
-    "dtype", "more", "less", "longer", "shorter", "empty", "meta", "sparse", "gradient", "values", "other", "scalar",
+    "values", "values", "values", "dtype", "more", "less", "longer", "shorter", "empty", "meta", "sparse", "gradient",
+    "other", "scalar",
 )  # fmt: skip
 
 
