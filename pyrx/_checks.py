@@ -77,10 +77,15 @@ def check_image_shape(op: str, argument: str, value: Tensor) -> None:
         fail(op, argument, "of shape [N, C, H, W] or [N, C, T, H, W]", list(value.shape))
 
 
+def check_own_values(op: str, argument: str, value: Tensor) -> None:
+    # torch copies a negative view for the kernel and cannot write it back; dynamo cannot trace the question
+    if not torch.compiler.is_compiling() and value.is_neg():
+        fail(op, argument, "to hold its own values", "a negative view (see Tensor.resolve_neg)")
+
+
 def check_own_memory(op: str, argument: str, value: Tensor) -> None:
     """Of a tensor that is written: no two of its elements lie in one place, and it holds them as they are."""
-    if value.is_neg():  # torch copies such a tensor for the kernel and cannot write it back
-        fail(op, argument, "to hold its own values", "a negative view (see Tensor.resolve_neg)")
+    check_own_values(op, argument, value)
     reach = 0  # of the dimensions of smaller strides
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True), key=lambda each: int(each[0])):
         if size > 1 and stride <= reach:

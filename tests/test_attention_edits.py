@@ -317,6 +317,12 @@ def test_token_dropout(keep_rate, keyframe):
     assert torch.equal(found[..., 0], torch.zeros(B, tokens, dtype=x.dtype).scatter_(1, indices, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16])
+def test_token_dropout_of_dtypes_that_torch_does_not_gather(dtype):
+    with pytest.raises(TypeError, match="pyrx::token_dropout: expected x of a dtype that torch gathers, got"):
+        pyrx.token_dropout(torch.ones(1, 4, 2).to(dtype), torch.ones(1, 4), 0.5)
+
+
 def test_token_dropout_of_equals_and_of_nothing():
     x = torch.arange(12).view(1, 12, 1)
     kept, indices = pyrx.token_dropout(x, torch.ones(1, 12), 0.5, (8, 10))

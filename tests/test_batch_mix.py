@@ -469,3 +469,10 @@ def test_probabilities_of_a_mixed_target():
     torch.testing.assert_close(target.to_probabilities(4, 0.2), 0.8 * expected + 0.05)
     with pytest.raises(ValueError, match="expected label_smoothing in \\[0, 1\\], got 2"):
         target.to_probabilities(4, 2)
+
+
+def test_normalisation_beyond_the_dtype_of_results(backend):
+    images = torch.rand(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="pyrx::cutmix: expected mean and std of .* at most 3.4e\\+38"):
+        pyrx.cutmix(images, None, mean=1e300, seed=0, backend=backend)
+    assert pyrx.cutmix(images.double(), None, mean=1e300, seed=0, backend=backend)[0].isfinite().all()

@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
+import functools
+import inspect
 import io
 import pickle
+import re
 import warnings
 
 import pytest
@@ -359,3 +362,86 @@ def test_modules_in_files(name):
         found.append([x.detach() for x in pytree.tree_leaves(each(*tensors)) if isinstance(x, torch.Tensor)])
     for other in found[1:]:
         same(other, found[0])
+
+
+# Tensors of other layouts, and what is no flag.
+
+
+def negative(tensor):
+    """The same values as a view that holds their negatives."""
+    return torch.complex(tensor, -tensor).conj().imag if tensor.is_floating_point() else tensor
+
+
+@each_op
+def test_negative_views(backend, name):
+    tensors = CALLS[name].tensors()
+    views = [negative(each) for each in tensors]
+    assert all(each.is_neg() for each in views if each.is_floating_point())
+    found, expected = run(name, tensors=views, backend=backend), run(name, tensors=tensors, backend=backend)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)  # strides may change the order of sums
+
+
+def steps(**changes):
+    arguments = {"weights": 1, "grads": 1, "exp_avgs": 1, "exp_avg_sqs": 1}
+    made = {key: [changes.get(key, torch.rand(8, 16))] for key in arguments}
+    masks = [pyrx.nm_mask(made["weights"][0], 2, 4, packed=True)]
+    return pyrx.optim.masked_adamw(**made, masks=masks, steps=[torch.ones((), dtype=torch.float32)], n=2, m=4)
+
+
+WRITES = {
+    "cutmix inplace": lambda x: pyrx.cutmix(x, torch.zeros(4).long(), inplace=True),
+    "cutmix out": lambda x: pyrx.cutmix(torch.rand(x.shape), torch.zeros(4).long(), out=x),
+    "mixup inplace": lambda x: pyrx.mixup(x, torch.zeros(4).long(), inplace=True),
+    "mixup out": lambda x: pyrx.mixup(torch.rand(x.shape), torch.zeros(4).long(), out=x),
+    "resizemix out": lambda x: pyrx.resizemix(torch.rand(x.shape), torch.zeros(4).long(), out=x),
+    "fmix out": lambda x: pyrx.fmix(torch.rand(x.shape), torch.zeros(4).long(), out=x),
+    "blend out": lambda x: pyrx.blend(torch.rand(x.shape), torch.rand(x.shape), torch.rand(x.shape), out=x),
+    "random_erasing inplace": lambda x: pyrx.random_erasing(x, prob=1.0, inplace=True),
+    "cutout inplace": lambda x: pyrx.cutout(x, inplace=True),
+    "masked_adamw weights[0]": lambda x: steps(weights=x[0, 0]),
+    "masked_adamw exp_avgs[0]": lambda x: steps(exp_avgs=x[0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_negative_views_are_not_written(backend, name, monkeypatch):
+    monkeypatch.setenv("PYRX_BACKEND", backend)
+    op, argument = name.split()
+    whole = torch.randn(4, 3, 8, 16, dtype=torch.complex64)
+    before = whole.clone()
+    text = f"pyrx::{op}: expected {argument} to hold its own values, got a negative view"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        WRITES[name](whole.conj().imag)
+    assert torch.equal(whole, before)
+
+
+@each_op
+def test_sparse_tensors_are_refused(backend, name):
+    tensors = CALLS[name].tensors()
+    for i, each in enumerate(tensors if name != "dropout_mask" else ()):  # which takes a shape
+        changed = [*tensors[:i], each.to_sparse(), *tensors[i + 1 :]]
+        with pytest.raises(TypeError, match=r"pyrx::[\w.]+: expected .+ to be a dense Tensor, got torch.sparse_coo"):
+            CALLS[name](*changed, seed=SEED, backend=backend)
+
+
+def flags_of(name):
+    """(where it lies, its own name, flag) of each bool that the function takes."""
+    *module, own = name.split()[0].split(".")
+    place = functools.reduce(getattr, module, pyrx.optim if own in pyrx.optim.__all__ else pyrx)
+    parameters = inspect.signature(getattr(place, own)).parameters.values()
+    return [(place, own, each.name) for each in parameters if each.annotation == "bool"]
+
+
+FLAGS = {f"{name} {flag[2]}": (name, *flag) for name in CALLS if " " not in name for flag in flags_of(name)}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_flags_are_bools(backend, case, monkeypatch):
+    name, place, own, flag = FLAGS[case]
+    function = getattr(place, own)
+    for wrong in (1, None, torch.tensor(True)):
+        monkeypatch.setattr(place, own, lambda *args, wrong=wrong, **o: function(*args, **{**o, flag: wrong}))
+        with pytest.raises(TypeError) as caught:
+            CALLS[name](*CALLS[name].tensors(), seed=SEED, backend=backend)
+        assert str(caught.value).endswith(f": expected {flag} to be a bool, got {type(wrong).__name__}")

@@ -586,6 +586,9 @@ def test_errors_of_lists(cpu):
             one.adamw(rule="soft", backend=backend)
         with pytest.raises(ValueError, match="expected momentum_buffers to be empty without momentum, got 1"):
             masked_sgd([one.weight], [one.grad], [one.exp_avg], [one.mask], 2, 4, backend=backend)
-        with pytest.raises(ValueError, match=r"expected lr_tensor of one element, got \[2\]"):
+        with pytest.raises(ValueError, match=r"expected lr to be a float or a .* of one element, got .* \[2\]"):
             one.adamw(lr=torch.ones(2), backend=backend)
+        for n, got in ((2.5, "float"), (torch.float32, "dtype"), (None, "NoneType")):
+            with pytest.raises(TypeError, match=f"expected n to be an int, got {got}"):
+                masked_sgd([one.weight], [one.grad], [], [one.mask], n, 4, backend=backend)
     assert_same(one, before)

@@ -181,6 +181,18 @@ def test_indices_that_are_not_there(cpu):
                     call(wrong)
 
 
+@pytest.mark.parametrize("batch", [0, 3])
+def test_indices_that_are_not_there_in_the_class(backend, batch):
+    served(backend)
+    packed = pyrx.NMPacked(V, torch.full_like(PLACES, 4), 2, 4)
+    for op, call in (
+        ("nm_decompress", lambda: packed.to_dense(backend=backend)),
+        ("nm_linear", lambda: pyrx.nm_linear(X[:1].expand(batch, -1), packed, backend=backend)),
+    ):
+        with pytest.raises(ValueError, match=rf"pyrx::{op}: expected indices in \[0, 4\), got one of at least 4"):
+            call()
+
+
 # The class.
 
 

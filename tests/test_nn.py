@@ -209,3 +209,14 @@ def test_bad_options_are_told_when_the_module_is_made(kind, changes, error, text
     with pytest.raises(error) as caught:
         getattr(pyrx.nn, kind)(*arguments, **changes)
     assert str(caught.value) == f"pyrx::{kind}: {text}"
+
+
+def test_class_weights_are_a_tensor():
+    with pytest.raises(TypeError, match="pyrx::MultiSampleDropoutClassifier: expected weight to be a Tensor, got list"):
+        MultiSampleDropoutClassifier(21, 5, weight=[1.0] * 5)
+
+
+@pytest.mark.parametrize("flag", ["correct_lam", "inplace", "mixed_target"])
+def test_flags_of_mixup(flag):
+    with pytest.raises(TypeError, match=f"pyrx::Mixup: expected {flag} to be a bool, got int"):
+        pyrx.nn.Mixup(1.0, **{flag: 1})

@@ -156,6 +156,7 @@ def test_layers_may_differ():
         ((2, 4), {"include": "embedding"}, ValueError, "'embedding', which matches none"),
         ((2, 4), {"exclude": "haed.*"}, ValueError, "expected exclude to match modules each, got 'haed.*'"),
         ((2, 4), {"per_layer": {"haed": None}}, ValueError, "expected per_layer to match Linear or Conv layers each"),
+        ((2, 4), {"per_layer": "head"}, TypeError, "expected per_layer to be a mapping of globs, got str"),
         ((2, 4), {"per_layer": {"head": 3}}, TypeError, "expected per_layer['head'] to be (n, m), None or a dict"),
         ((2, 4), {"per_layer": {"head": (5, 4)}}, ValueError, "expected n in [1, 4], got 5"),
         ((2, 4), {"per_layer": {"head.out": {"estimtor": 1}}}, TypeError, "estimtor"),

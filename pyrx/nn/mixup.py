@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyrx._checks import check_choice, check_integer, check_number, fail
+from pyrx._checks import check_bool, check_choice, check_integer, check_number, fail
 from pyrx.ops.batch_mix import check_minmax, level, mix_batch
 from pyrx.reference.batch_mix import CUTMIX, EITHER, MIXUP, PER_BATCH, PER_PAIR, PER_SAMPLE, Draw
 from pyrx.targets import MixedTarget
@@ -78,13 +78,14 @@ class Mixup(nn.Module):
             check_number(name, argument, value)
         if not (mixup_alpha >= 0 and cutmix_alpha >= 0 and mixup_alpha + cutmix_alpha > 0):
             fail(name, "mixup_alpha or cutmix_alpha", "above 0", f"{mixup_alpha} and {cutmix_alpha}")
+        check_bool(name, correct_lam=correct_lam, inplace=inplace, mixed_target=mixed_target)
         check_choice(name, "mode", mode, tuple(MODES))
         check_integer(name, "num_classes", num_classes, 1, 2**31)
         level(name, "label_smoothing", label_smoothing)
         kind = EITHER if mixup_alpha > 0 and cutmix_alpha > 0 else MIXUP if mixup_alpha > 0 else CUTMIX
         self.draw = Draw(
             kind, MODES[mode], level(name, "prob", prob), level(name, "switch_prob", switch_prob), float(mixup_alpha),
-            float(cutmix_alpha), minimum, maximum, bool(correct_lam),
+            float(cutmix_alpha), minimum, maximum, correct_lam,
         )  # fmt: skip
         self.mode, self.label_smoothing, self.num_classes = mode, label_smoothing, num_classes
         self.inplace, self.mixed_target = inplace, mixed_target

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyrx._checks import check_tensor
 from pyrx._random import is_antithetic, thresholds
 from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.targets import MixedTarget
@@ -63,6 +64,8 @@ class MultiSampleDropoutClassifier(nn.Linear):
     ) -> None:
         thresholds("MultiSampleDropoutClassifier", p, num_samples)
         is_antithetic("MultiSampleDropoutClassifier", sampling)
+        if weight is not None:
+            check_tensor("MultiSampleDropoutClassifier", "weight", weight)
         super().__init__(in_features, num_classes, bias, device, dtype)
         self.num_samples, self.p, self.combine, self.sampling = num_samples, p, combine, sampling
         self.ignore_index, self.label_smoothing, self.reduction = ignore_index, label_smoothing, reduction

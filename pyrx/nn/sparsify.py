@@ -318,6 +318,8 @@ def sparsify_(
     """
     op = "sparsify_"
     check_nm(op, n, m)
+    if per_layer is not None and not isinstance(per_layer, Mapping):
+        fail(op, "per_layer", "to be a mapping of globs", type(per_layer).__name__, TypeError)
     present = installed(op, model, alone=False)  # checks the model, too
     default = {"n": n, "m": m, **options}
     NMSparsity(**default)

@@ -475,7 +475,7 @@ def token_dropout(
     """Keeps a keyframe's tokens and the most important others, in their order.
 
     Args:
-        x: (B, N, C) tokens, any dtype.
+        x: (B, N, C) tokens, any dtype that torch gathers: no float of 8 bits, no uint16 to uint64.
         importance: (B, N) floats, as `pyrx.token_importance` gives.
         keep_rate: the share of all N tokens that stays, the keyframe's among them, in (0, 1].
         keyframe: (start, stop) of the tokens that always stay. Default: none.
@@ -493,7 +493,7 @@ def token_dropout(
     Cost: two sorts of N numbers a sample and a copy of what stays.
 
     Raises: ValueError: shapes, keep_rate out of range, a keyframe outside of the tokens. TypeError: an importance of no
-    floating-point dtype. RuntimeError: devices.
+    floating-point dtype, an x that torch does not gather. RuntimeError: devices.
 
     Source: Chen et al., "Efficient Video Action Detection with Token Dropout and Context Refinement" (EVAD, ICCV 2023):
     keyframe-centric token pruning.
@@ -501,6 +501,9 @@ def token_dropout(
     op = "token_dropout"
     check_float(op, "importance", importance)
     check_tensor(op, "x", x)
+    few = x.is_floating_point() and x.element_size() == 1
+    if few or x.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        fail(op, "x", "of a dtype that torch gathers", x.dtype, TypeError)
     if x.dim() != 3:
         fail(op, "x", "of shape [B, N, C]", list(x.shape))
     check_shape(op, "importance", importance, "[B, N]", x.shape[:2])

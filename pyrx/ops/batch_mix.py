@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -287,7 +288,12 @@ def _normalisation(
         fail(op, "std", "above 0", stds)
     if not dtype.is_floating_point:
         fail(op, "dtype", "a floating-point dtype for a normalised result", dtype, TypeError)
-    return [unit / each for each in stds], [-m / each for m, each in zip(means, stds, strict=True)]
+    factors = [unit / each for each in stds], [-m / each for m, each in zip(means, stds, strict=True)]
+    most = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max  # what kernels take them as
+    for each in (*factors[0], *factors[1]):
+        if most < abs(each) < math.inf:
+            fail(op, "mean and std", f"of 1 / std and mean / std of at most {most:.3g} either way", each)
+    return factors
 
 
 def level(op: str, name: str, prob: float) -> int:

@@ -18,6 +18,7 @@ from pyrx._checks import (
     check_float,
     check_integer,
     check_number,
+    check_own_values,
     check_shape,
     check_tensor,
     fail,
@@ -146,12 +147,15 @@ _library.define(
 )
 
 
-def _check_lists(op: str, lists: dict[str, object]) -> None:
+def _check_lists(op: str, lists: dict[str, object], read: tuple[str, ...] = ("grads",)) -> None:
+    """All but those that are `read` are written."""
     for name, each in lists.items():
         if not isinstance(each, (list, tuple)):
             fail(op, name, "to be a list of Tensors", type(each).__name__, TypeError)
         for i, tensor in enumerate(each):
             check_tensor(op, f"{name}[{i}]", tensor)
+            if name not in read:
+                check_own_values(op, f"{name}[{i}]", tensor)
 
 
 def _check_numbers(op: str, lr: float | Tensor, **numbers: float) -> None:
@@ -242,10 +246,11 @@ def masked_adamw(
     op = "masked_adamw"
     check_choice(op, "rule", rule, RULES)
     lists = {"weights": weights, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    _check_lists(op, {**lists, "masks": masks, "steps": steps})
+    _check_lists(op, {**lists, "masks": masks, "steps": steps}, read=("grads", "steps"))
     _check_numbers(op, lr, strength=strength, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     check_bool(op, magnitude=magnitude, refresh=refresh, maximize=maximize)
     check_integer(op, "dim", dim, -(2**31), 2**31)
+    check_nm(op, n, m)
     chosen = _chosen(op, weights, backend)
     number, lr_tensor = _rate(lr, weights)
     arguments = (
@@ -298,6 +303,7 @@ def masked_sgd(
     _check_numbers(op, lr, **numbers)
     check_bool(op, magnitude=magnitude, refresh=refresh, nesterov=nesterov, maximize=maximize)
     check_integer(op, "dim", dim, -(2**31), 2**31)
+    check_nm(op, n, m)
     chosen = _chosen(op, weights, backend)
     number, lr_tensor = _rate(lr, weights)
     arguments = (

@@ -38,7 +38,7 @@ class Call:
     floor: float = 0.0  # the size of the terms that results are sums of
     fixed: tuple[str, ...] = ()  # arguments that are torch's to check
     hides: bool = False  # what is hidden may be NaN, or not, where it comes of NaN and infinity
-    idle: bool = False  # may have nothing to do, and then asks no backend
+    idle: bool = False  # may have nothing to do, or no step with the backend asked for, and then asks none
     asked: Any = None  # a backend that cannot serve, in place of those compared
 
     def __repr__(self) -> str:

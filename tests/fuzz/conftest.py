@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, Phase, settings
 settings.register_profile(
     "fuzz",
     deadline=None,
+    derandomize=False,  # the suite's profile, of which this one is made, would not heed --hypothesis-seed
     database=None,
     print_blob=True,
     suppress_health_check=list(HealthCheck),

@@ -140,4 +140,4 @@ def layer_masking(draws: Draws) -> Call:
         return pyrx.nn.LayerMasking(model, fill, backend=backend)(images, mask)
 
     needs = draws.needs(images=arguments["images"])
-    return Call(LayerMasking, arguments, needs, exact=False, floor=1.0, fixed=("images",))
+    return Call(LayerMasking, arguments, needs, exact=False, floor=1.0, fixed=("images",), idle=True)

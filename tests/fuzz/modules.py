@@ -87,7 +87,7 @@ def nm_sparsity(draws: Draws) -> Call:
             module.freeze(weight)
         return module(weight)
 
-    return Call(NMSparsity, arguments, draws.needs(weight=weight), exact_gradients=True)
+    return Call(NMSparsity, arguments, draws.needs(weight=weight), exact_gradients=True, fixed=("frozen",))
 
 
 def _model(widths: list[int]) -> nn.Module:
@@ -98,7 +98,9 @@ def _model(widths: list[int]) -> nn.Module:
     return nn.Sequential(nn.Sequential(*layers), nn.Unflatten(1, (widths[-1], 1)), nn.Conv1d(widths[-1], 3, 1))
 
 
-@fuzzes("nn.sparsify_", "nn.desparsify_", "nn.sparsity_report", "nn.SparsityReport")
+@fuzzes(
+    "nn.sparsify_", "nn.desparsify_", "nn.sparsity_report", "nn.SparsityReport", "nn.SparseLayer", "nn.SkippedLayer"
+)
 def sparsify(draws: Draws) -> Call:
     n, m = ratio(draws, 8)
     widths = [draws.pick(8, 16, 12, 5, 1) for _ in range(draws.integer(2, 4))]

@@ -204,7 +204,7 @@ def recall(draws: Draws) -> Call:
     arguments["block_mask"] = mask_of(draws, batch, heads, queries, arguments["key"].shape[2])
     arguments["per"] = draws.pick("all", "head", "query")
     call = attention_call(draws, pyrx.search.recall, arguments)
-    return call.replace(needs=(), floor=1.0)
+    return call.replace(needs=(), floor=1.0, idle=True)
 
 
 def _whole(draws: Draws, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def pooled(draws: Draws) -> Call:
         mask = pyrx.search.pooled(*args, **options)
         return _sizes(mask)[:3]
 
-    return Call(sizes, arguments)
+    return Call(sizes, arguments, idle=True)
 
 
 @fuzzes("search.vertical_slash")
@@ -240,7 +240,7 @@ def vertical_slash(draws: Draws) -> Call:
         vertical=lambda: draws.pick(0, 1, 20, 2**31 - 1),
         slash=lambda: draws.pick(0, 1, 20, 2**31 - 1),
     )
-    return Call(pyrx.search.vertical_slash, arguments)
+    return Call(pyrx.search.vertical_slash, arguments, idle=True)
 
 
 @fuzzes("search.topk_blocks")
@@ -251,7 +251,7 @@ def topk_blocks(draws: Draws) -> Call:
         local=lambda: draws.pick(0, 1, 2),
         initial=lambda: draws.pick(0, 1, 2),
     )
-    return Call(pyrx.search.topk_blocks, arguments)
+    return Call(pyrx.search.topk_blocks, arguments, idle=True)
 
 
 @fuzzes("search.AdaptiveSparseAttention")

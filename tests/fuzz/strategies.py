@@ -199,7 +199,8 @@ DTYPES = (
     torch.int64, torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.uint16, torch.uint32,
 )  # fmt: skip
 TENSOR_CHANGES = (
-    "dtype", "more", "less", "longer", "shorter", "empty", "meta", "sparse", "gradient", "values", "other", "scalar",
+    "values", "values", "values", "dtype", "more", "less", "longer", "shorter", "empty", "meta", "sparse", "gradient",
+    "other", "scalar",
 )  # fmt: skip
 
 
@@ -221,7 +222,8 @@ def spoil(draws: Draws, call: Call) -> Call:
     tensors = [] if isinstance(value, pyrx.BlockMask) else tensors
     if tensors and not draws.chance(4):
         chosen = draws.pick(*range(len(tensors)))
-        whole = isinstance(value, pyrx.NMPacked)
+        integers = tensors[chosen].dtype in (torch.int32, torch.int64)  # indices, mostly
+        whole = isinstance(value, pyrx.NMPacked) or (integers and draws.chance(2))
         spoiled = _spoiled_tensor(draws, tensors[chosen], "values" if whole else draws.pick(*TENSOR_CHANGES))
         found = iter(range(len(tensors)))
         value = pytree.tree_map_only(Tensor, lambda each: spoiled if next(found) == chosen else each, value)
@@ -259,6 +261,6 @@ def _spoiled_tensor(draws: Draws, tensor: Tensor, change: str) -> Tensor:
         if tensor.dtype is torch.uint8:  # bits, or positions that must differ
             return tensor.clone().fill_(255)
         if tensor.dtype is not torch.bool:
-            return tensor.clone().fill_(draws.pick(-1, 0, 1, 2, torch.iinfo(tensor.dtype).max))
+            return tensor.clone().fill_(draws.pick(-1, torch.iinfo(tensor.dtype).max, 0, 1, 2))
         return ~tensor
     return torch.zeros((), dtype=tensor.dtype) if change == "scalar" else _some_tensor(draws)
