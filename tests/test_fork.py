@@ -114,8 +114,8 @@ def child(expected):
     os._exit(wrong)
 
 
-def test_every_op_in_a_forked_child(cpu):
-    """After the parent has used its threads, which it keeps."""
+def fork_a_child():
+    """After this process has used its threads, which it keeps."""
     with threads(2):
         expected = {(name, k): run(name, k) for name in CALLS for k in (1, 40)}
         process = multiprocessing.get_context("fork").Process(target=child, args=(expected,))
@@ -129,3 +129,9 @@ def test_every_op_in_a_forked_child(cpu):
         assert process.exitcode == 0
         for (name, k), results in expected.items():
             assert len(run(name, k)) == len(results)
+    print("the same")
+
+
+def test_every_op_in_a_forked_child(cpu, python):
+    """Of a fresh process: torch refuses backward passes to the children of one whose autograd has started threads."""
+    assert "the same" in python("import test_fork; test_fork.fork_a_child()")
