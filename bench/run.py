@@ -170,6 +170,15 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rows_apart(rows: list[str]) -> int:
+    """A process for each row: new memory would be made of what other rows left in the heap, or not, as it happens."""
+    worst = 0
+    for i, row in enumerate(rows, 1):
+        print(f"{row}, row {i} of {len(rows)}", flush=True)
+        worst = max(worst, subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", row]).returncode)
+    return worst
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -178,6 +187,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds: whether it works, not how fast")
     parser.add_argument("-k", metavar="FILTER", help="only the cases whose name matches, as pytest's -k")
     parser.add_argument("--minutes", type=float, help="share this time among the cases, a case of every row first")
+    parser.add_argument("--row", help="only the cases of this row")
     arguments = parser.parse_args()
     started = time.perf_counter()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -190,17 +200,21 @@ def main() -> int:
         SETTINGS.seconds = 3.0
     if _extension.error is not None:
         print(f"pyrx is measured on its plain PyTorch reference: {_extension.error}")
-    if arguments.device == "cpu" and (load := os.getloadavg()[0]) > 0.5:
+    if arguments.device == "cpu" and not arguments.row and (load := os.getloadavg()[0]) > 0.5:
         print(f"other work is running (load average {load:.1f}): times will be too long and unsteady")
 
+    # the head first, so that a run that a time limit cuts short has measured it
+    rows = sorted((path.stem[6:] for path in HERE.glob("bench_*.py")), key=lambda row: (row != "multi_sample_dropout", row))
+    if arguments.row is not None:
+        rows = [row for row in rows if row == arguments.row] or parser.error(f"--row: expected one of {', '.join(rows)}")
+    elif arguments.device == "cpu" and not partial_run:
+        return rows_apart(rows)
     deadline = None if arguments.minutes is None else started + 60 * arguments.minutes
     recorder = Recorder(out, header(arguments.device, arguments.quick), deadline)
     options = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "-o", "addopts="]
     options += ["--benchmark-quiet", "--capture=no", "--rootdir", str(HERE)]
     options += ["-k", arguments.k] if arguments.k else []
-    # the head first, so that a run that a time limit cuts short has measured it
-    files = sorted(HERE.glob("bench_*.py"), key=lambda path: (path.stem != "bench_multi_sample_dropout", path.name))
-    status = pytest.main([*options, *map(str, files)], plugins=[recorder])
+    status = pytest.main([*options, *(str(HERE / f"bench_{row}.py") for row in rows)], plugins=[recorder])
     print(f"{time.perf_counter() - started:.0f} s; results of {', '.join(recorder.files) or 'nothing'} in {out}")
     if recorder.failed:
         print("failed: " + ", ".join(recorder.failed))

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "cpu/elements.h"
+#include "cpu/pages.h"
 #include "head_checks.h"
 
 namespace pyrx::cpu {
@@ -20,6 +21,7 @@ at::Tensor dropout_mask(const at::Tensor& seed, at::IntArrayRef shape, int64_t t
   const SampleMask mask = sample_mask(sample, threshold, antithetic);
   if (!packed) {
     const at::Tensor out = at::empty(shape, seed.options().dtype(at::kBool));
+    use_huge_pages(out);
     uint8_t* bytes = static_cast<uint8_t*>(out.data_ptr());
     for_chunks(out.numel(), [&](int64_t first, int64_t n, uint8_t* bits) {
       row_bits(key, mask, static_cast<uint64_t>(first), n, nullptr, bits);
@@ -31,6 +33,7 @@ at::Tensor dropout_mask(const at::Tensor& seed, at::IntArrayRef shape, int64_t t
   std::vector<int64_t> sizes = shape.vec();
   sizes.back() = row_bytes;
   const at::Tensor out = at::empty(sizes, seed.options().dtype(at::kByte));
+  use_huge_pages(out);
   const int64_t rows = row_bytes == 0 ? 0 : out.numel() / row_bytes;
   at::parallel_for(0, rows, std::max<int64_t>(1, kChunk / std::max<int64_t>(columns, 1)), [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> scratch(row_bytes + 2);
@@ -47,6 +50,7 @@ at::Tensor dropout(const at::Tensor& input, const at::Tensor& seed, int64_t thre
   check_mask("dropout", threshold, sample);
   const at::Tensor x = input.contiguous();
   const at::Tensor out = at::empty_like(input), y = contiguous_target(out);
+  use_huge_pages(y);
   const uint64_t key = seed_value(seed);
   const SampleMask mask = sample_mask(sample, threshold, false);
   dispatch_storage(x.scalar_type(), [&](auto type) {

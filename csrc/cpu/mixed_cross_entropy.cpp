@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cpu/elements.h"
+#include "cpu/pages.h"
 #include "cpu/targets.h"
 #include "head_checks.h"
 
@@ -58,6 +59,7 @@ std::tuple<at::Tensor, at::Tensor> mixed_cross_entropy(
   const at::Tensor row_loss = at::empty({none ? rows : 0}, accumulation);
   const at::Tensor gradient = at::empty({needs_grad ? rows : 0, needs_grad ? classes : 0},
                                         x.options().dtype(saved_gradient_dtype(x.scalar_type())));
+  use_huge_pages(gradient);
   const double class_weight_sum = weight ? weight->sum(at::kDouble).item<double>() : static_cast<double>(classes);
   double loss = 0, denominator = 1;
   dispatch_storage(x.scalar_type(), [&](auto type) {

@@ -31,6 +31,7 @@ at::Tensor expand(const at::Tensor& input, const at::Tensor& seed, at::IntArrayR
   strides.insert(strides.end(), like.strides().begin(), like.strides().end());
   const at::Tensor out = at::empty_strided(sizes, strides, input.options());
   const at::Tensor y = like.is_contiguous() ? out : at::empty(sizes, input.options());
+  use_huge_pages(y);
   const uint64_t key = seed_value(seed);
   dispatch_storage(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -55,6 +56,7 @@ at::Tensor fold(const at::Tensor& grad, const at::Tensor& seed, at::IntArrayRef 
   PYRX_CHECK_VALUE(grad.dim() > 0 && grad.size(0) == samples, kFold, "grad",
                    "of shape [M, ...] with M = " + text(samples), grad.sizes());
   const at::Tensor g = grad.contiguous(), out = at::empty_like(grad.select(0, 0)), y = contiguous_target(out);
+  use_huge_pages(y);
   const uint64_t key = seed_value(seed);
   const int64_t numel = out.numel();
   dispatch_storage(g.scalar_type(), [&](auto type) {
@@ -106,7 +108,9 @@ Outcome run_head(std::string_view op, const at::Tensor& input, const at::Tensor&
   const at::Tensor bias = as_accumulation(linear_bias), class_weight = as_accumulation(weight),
                    share = as_accumulation(lam), upstream = as_accumulation(grad_loss);
   const auto gradient = [&](bool needed, at::IntArrayRef shape) {
-    return at::empty(needed ? shape : at::IntArrayRef{0}, x.options().dtype(gradient_dtype));
+    const at::Tensor found = at::empty(needed ? shape : at::IntArrayRef{0}, x.options().dtype(gradient_dtype));
+    use_huge_pages(found);
+    return found;
   };
   needs_grad[2] = needs_grad[2] && linear_bias;
   Outcome outcome{at::empty({rows}, x.options().dtype(accumulation)), gradient(needs_grad[0], {rows, features}),

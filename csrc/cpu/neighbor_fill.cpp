@@ -8,6 +8,7 @@
 #include <bit>
 
 #include "cpu/elements.h"
+#include "cpu/pages.h"
 #include "neighbor_fill_checks.h"
 
 namespace pyrx::cpu {
@@ -140,6 +141,7 @@ std::tuple<at::Tensor, at::Tensor> neighbor_fill(const at::Tensor& input, const 
   const int64_t images = input.size(0), channels = input.size(1), height = input.size(2), width = input.size(3);
   const at::Tensor out = at::empty_like(input), present = mask.contiguous();
   const at::Tensor after = at::empty(mask.sizes(), mask.options());
+  use_huge_pages(out);
   const int64_t size = height * width;
   if (images * size == 0) return {out, after};
   std::vector<Plan> plans(images);
