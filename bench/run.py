@@ -204,9 +204,12 @@ def main() -> int:
         print(f"other work is running (load average {load:.1f}): times will be too long and unsteady")
 
     # the head first, so that a run that a time limit cuts short has measured it
-    rows = sorted((path.stem[6:] for path in HERE.glob("bench_*.py")), key=lambda row: (row != "multi_sample_dropout", row))
+    found = (path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    rows = sorted(found, key=lambda row: (row != "multi_sample_dropout", row))
     if arguments.row is not None:
-        rows = [row for row in rows if row == arguments.row] or parser.error(f"--row: expected one of {', '.join(rows)}")
+        if arguments.row not in rows:
+            parser.error(f"--row: expected one of {', '.join(rows)}, got {arguments.row}")
+        rows = [arguments.row]
     elif arguments.device == "cpu" and not partial_run:
         return rows_apart(rows)
     deadline = None if arguments.minutes is None else started + 60 * arguments.minutes
