@@ -210,8 +210,9 @@ def main() -> int:
         if arguments.row not in rows:
             parser.error(f"--row: expected one of {', '.join(rows)}, got {arguments.row}")
         rows = [arguments.row]
-    elif arguments.device == "cpu" and not partial_run:
+    elif arguments.device == "cpu" and arguments.minutes is None and not partial_run:
         return rows_apart(rows)
+
     deadline = None if arguments.minutes is None else started + 60 * arguments.minutes
     recorder = Recorder(out, header(arguments.device, arguments.quick), deadline)
     options = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "-o", "addopts="]
