@@ -83,7 +83,7 @@ bench: $(call extras,bench)
 # BASE: the commit to compare with; K: only the cases whose name matches
 bench-compare: $(call extras,bench) build
 	@test -n '$(BASE)' || { echo 'make bench-compare BASE=<commit> [K=<filter>]'; exit 2; }
-	$(call say,'this tree against $(BASE), case by case')
+	$(call say,'case by case against $(BASE)')
 	@$(PY) bench/compare.py '$(BASE)' $(if $(K),-k '$(K)')
 
 # an environment made before wins, then a system Python whose torch sees a GPU, then a new environment
@@ -134,7 +134,7 @@ gpu-sanitize-here: $(GPU_BUILT)
 	done
 
 dist: $(call extras,dist)
-	$(call say,'source archive and wheel: built, checked, installed elsewhere (some minutes)')
+	$(call say,'source archive and wheel (some minutes to build and check them and to install them elsewhere)')
 	@$(PY) tests/release.py
 
 docs: $(call extras,docs) build

@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,14 @@ def test_triton_kernels_are_pyrx_triton():
         if (op, "triton") in ABSENT:
             continue
         assert importlib.util.find_spec(f"pyrx._triton.{op}"), f"expected pyrx._triton.{op}"
+
+
+@pytest.mark.skipif(not shutil.which("make") or not shutil.which("bash"), reason="no make or no bash")
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"echo 'make ([\w-]+)", (ROOT / "Makefile").read_text()))))
+def test_make_target_is_valid_shell(target, tmp_path):
+    # make splits the arguments of a call at commas, which may cut a quoted text in two
+    arguments = [f"VENV={tmp_path / 'none'}", "BASE=HEAD", "PYTHON=false"]
+    printed = subprocess.run(["make", "-n", target, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert printed.returncode == 0 and printed.stdout, printed.stderr
+    parsed = subprocess.run(["bash", "-n"], input=printed.stdout, capture_output=True, text=True)
+    assert parsed.returncode == 0, parsed.stderr
