@@ -317,12 +317,13 @@ class LayerMasking(nn.Module):
     def _modes(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self.model.modules())
 
-    # torch.compile runs it instead of tracing it
-    @torch.compiler.assume_constant_result
     def _trace(self, modes: tuple[bool, ...]) -> None:
         """Finds the steps in these modes, if they are new: in a trace `training` is a constant."""
         if modes not in self._traces:
             self._traces[modes] = _steps(self.model)
+
+    # torch.compile runs it instead of tracing it, as of torch.compiler.assume_constant_result (see pyrx/_backends.py)
+    _trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def forward(self, images: Tensor, mask: Tensor) -> Any:
         check_float(NAME, "images", images)
