@@ -1,4 +1,4 @@
-"""Block masks of the blocks of highest score and of dense blocks against FlexAttention's, and against moving the same bytes."""
+"""Block masks of the blocks of highest score and of dense blocks against FlexAttention's, and a copy of the bytes."""
 
 from __future__ import annotations
 
