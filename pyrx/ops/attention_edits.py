@@ -472,6 +472,7 @@ def token_dropout(
     x: Tensor,
     importance: Tensor,
     keep_rate: float,
+    *,
     keyframe: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keeps a keyframe's tokens and the most important others, in their order.
