@@ -1,4 +1,4 @@
-"""Block masks from scores and from dense blocks against FlexAttention's, and against moving the same bytes."""
+"""Block masks of the blocks of highest score and of dense blocks against FlexAttention's, and a copy of the bytes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def bytes_of_lists(shape: Shape) -> int:
 
 
 @each_shape
-def test_from_scores(shape: Shape, growth: Growth | None, benchmark: Any) -> None:
+def test_top_blocks(shape: Shape, growth: Growth | None, benchmark: Any) -> None:
     """The top fifth of every row as a mask; scores (B, H, NQ, NK) to lists both ways."""
     set_threads()
     torch._dynamo.reset()
@@ -116,7 +116,7 @@ def test_from_scores(shape: Shape, growth: Growth | None, benchmark: Any) -> Non
         ]
 
     targets = [Target("pyrx", name, 10) for name in peers if name.endswith("create_block_mask")]
-    params = {"op": "from_scores", "shape": list(shape), "block_size": BLOCK, "density": DENSITY}
+    params = {"op": "BlockMask of the top blocks", "shape": list(shape), "block_size": BLOCK, "density": DENSITY}
     run_case(ROW, params, contenders, benchmark, check=check, floors=floors, targets=targets, growth=growth)
 
 

@@ -18,7 +18,6 @@ OTHERS = ("#e08a1e", "#3fa34d", "#c2528b", "#8a6fd1")
 NAMES = {
     "uint8 to normalised": "cutmix of uint8, normalised",
     "multi_sample_dropout_cross_entropy": "multi_sample_dropout head",
-    "from_scores": "BlockMask of scores",
     "from_dense": "BlockMask.from_dense",
     "block_mass": "search.lse_cached, its pass",
     "block_recall": "search.recall",

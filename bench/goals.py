@@ -40,6 +40,7 @@ SIZES = {
 GPU_SIZES = ((256, 2048, 1000, 8), *SIZES)
 MIX, SPARSE, ATTENTION = "batch_mix", "nm_sparsity", "block_sparse_attention"
 LAST = "uint8 to normalised, channels_last"
+TOP_BLOCKS = "BlockMask of the top blocks"
 
 
 def sized(size: tuple[int, ...]) -> dict[str, Any]:
@@ -124,7 +125,7 @@ CPU = [
         for density in (0.5, 0.2, 0.1, 0.05)
     ),
     *(
-        Goal("mask from block scores", rule, 10, "block_mask", {"op": "from_scores", "shape": [1, 8, 32, 32]},
+        Goal("mask from block scores", rule, 10, "block_mask", {"op": TOP_BLOCKS, "shape": [1, 8, 32, 32]},
              against=f"topk, {rule}")
         for rule in ("create_block_mask", "compiled create_block_mask")
     ),
@@ -195,7 +196,7 @@ GPU = [
         for density in (0.5, 0.2, 0.1)
     ),
     Goal("mask from block scores", "create_block_mask, compiled", 10, "block_mask",
-         {"op": "from_scores", "shape": [1, 24, 512, 512]}, against="topk, compiled create_block_mask"),
+         {"op": TOP_BLOCKS, "shape": [1, 24, 512, 512]}, against="topk, compiled create_block_mask"),
     Goal("LSE-cached search pass", "own dense forward", 1 / 0.6, "block_mass",
          {"op": "block_mass", "block": 128, "causal": False, "shape": [1, 24, 32768, 128]}, against="dense forward"),
     Goal("causal window of 1024, S 16384", FLEX, 1.1, ATTENTION, {"op": f"{ATTENTION}, causal window"}, against=FLEX),

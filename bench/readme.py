@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from goals import DTYPES, GPU_SIZES, HEAD, LAST, MODES, SIZES, sized
+from goals import DTYPES, GPU_SIZES, HEAD, LAST, MODES, SIZES, TOP_BLOCKS, sized
 from outcomes import Case, File, Results, milliseconds, times
 
 PAGE = Path(__file__).resolve().parents[1] / "README.md"
@@ -118,7 +118,7 @@ def attention(cpu: Results) -> str:
     trained, scaled = cases("forward + backward"), cases("time against density", block=128)
     ours = "pyrx, blocks of 128"
     [window], search = cases("causal window")("float32"), cpu.case("block_pool", op="search")
-    small, large = (cpu.case("block_mask", op="from_scores", shape=s) for s in ([1, 8, 32, 32], [1, 24, 512, 512]))
+    small, large = (cpu.case("block_mask", op=TOP_BLOCKS, shape=s) for s in ([1, 8, 32, 32], [1, 24, 512, 512]))
     passes = {"block": 128, "causal": False, "shape": [1, 8, 4096, 64]}
     densities = [("pyrx, density " + each, "pyrx, density 1") for each in ("0.5", "0.2", "0.1", "0.05")]
     searches = ("pooled", "topk_blocks", "vertical_slash")

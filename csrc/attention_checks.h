@@ -9,8 +9,8 @@
 #include <string_view>
 #include <vector>
 
-#include "head_checks.h"
 #include "kernels/block_sparse_attention.h"
+#include "tensor_checks.h"
 
 namespace pyrx {
 

@@ -8,8 +8,8 @@
 #include <optional>
 #include <tuple>
 
-#include "head_checks.h"
 #include "kernels/block_mask.h"
+#include "tensor_checks.h"
 
 namespace pyrx {
 

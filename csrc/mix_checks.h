@@ -7,8 +7,8 @@
 #include <optional>
 #include <tuple>
 
-#include "head_checks.h"
 #include "kernels/batch_mix.h"
+#include "tensor_checks.h"
 
 namespace pyrx {
 

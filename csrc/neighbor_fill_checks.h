@@ -1,7 +1,7 @@
 // Checks of neighbor_fill shared by the CPU and CUDA entries, with the texts of pyrx/ops/neighbor_fill.py.
 #pragma once
 
-#include "head_checks.h"
+#include "tensor_checks.h"
 
 namespace pyrx {
 

@@ -9,9 +9,9 @@
 #include <tuple>
 #include <vector>
 
-#include "head_checks.h"
 #include "kernels/nm_sparsity.h"
 #include "layout.h"
+#include "tensor_checks.h"
 
 namespace pyrx {
 

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "head_checks.h"
 #include "kernels/noise_mask.h"
+#include "tensor_checks.h"
 
 namespace pyrx {
 

@@ -7,8 +7,8 @@
 #include <optional>
 #include <tuple>
 
-#include "head_checks.h"
 #include "kernels/patch_mask.h"
+#include "tensor_checks.h"
 
 namespace pyrx {
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrx._checks import (
+    accumulation_dtype,
     check_bool,
     check_device,
     check_dtype,
@@ -19,7 +20,6 @@ from pyrx._checks import (
     check_tensor,
     fail,
 )
-from pyrx._losses import accumulation_dtype
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MOST_HEAD_SIZE = 256

@@ -64,11 +64,14 @@ def _has_kernel(row: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyrx::{_OP_OF_ROW.get(row, row)}", key)
 
 
-# torch.compile asks once instead of tracing what is found
-@torch.compiler.assume_constant_result
 def reasons(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Why `backend` cannot serve `op` on this device and dtype; an empty list says that it can."""
     return _reasons(op, backend, device_type, dtype)
+
+
+# torch.compile asks once instead of tracing what is found. What torch.compiler.assume_constant_result sets: that
+# imports torch._dynamo, which takes as long as torch itself.
+reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

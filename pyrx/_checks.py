@@ -1,4 +1,5 @@
-"""Argument checks shared by public functions and fakes: each error names op, argument, expected and got."""
+"""Argument checks shared by public functions and fakes: each error names op, argument, expected and got. And the
+dtypes that ops take and compute in."""
 
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def fail(op: str, argument: str, expected: object, got: object, error: type[Exception] = ValueError) -> NoReturn:

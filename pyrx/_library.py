@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyrx._backends import ABSENT, TRITON_INTERPRETED
@@ -27,7 +28,7 @@ def _launcher(row: str, name: str) -> Callable[..., Any]:
 
 def _has_tangent(args: tuple[Any, ...]) -> bool:
     """Whether forward-mode differentiation goes through one of them."""
-    tensors = (each for each in args if isinstance(each, torch.Tensor))
+    tensors = (each for each in args if isinstance(each, Tensor))
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors)
 
 
@@ -41,7 +42,7 @@ def _autograd_kernel(
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             output = below_autograd(keyset, *args)
-            ctx.ops = getattr(torch.ops, op.namespace)  # where a formula of both namespaces finds its backward op
+            ctx.ops = getattr(torch.ops, op.namespace)  # where the formula finds its backward op
             setup_context(ctx, args, output)
             return output
 
@@ -111,6 +112,17 @@ def define(
     keys = ("CUDA", "CPU") if TRITON_INTERPRETED else ("CUDA",)
     for key in keys if TRITON in libraries else ():
         TRITON.impl(name, _launcher(row, name), key)
+
+
+def differentiable_once(op: str, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A formula's results, which raise where they are differentiated again."""
+    if not torch.is_grad_enabled():
+        return gradients
+    # create_graph=True: the gradients are constants here, so going through them once more must not pass
+    message = f"pyrx::{op}: expected one differentiation, got a second: it has no double backward"
+    constants = [each.detach().requires_grad_() for each in gradients]
+    found = torch._C._functions.DelayedError(message.encode(), len(constants))(*constants)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def namespace(backend: str) -> Any:

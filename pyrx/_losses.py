@@ -7,14 +7,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_number, check_shape, fail
+from pyrx._checks import (
+    accumulation_dtype,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_float,
+    check_number,
+    check_shape,
+    fail,
+)
 from pyrx.targets import MixedTarget
 
 REDUCTIONS = ("none", "mean", "sum")
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def saved_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -110,13 +115,3 @@ def scaled(
         return gradients
     factor = grad_loss.unsqueeze(-1) if grad_loss.dim() == 1 else grad_loss
     return [(each * factor).to(dtype) for each in gradients]
-
-
-def differentiable_once(op: str, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    if not torch.is_grad_enabled():
-        return gradients
-    # create_graph=True: the gradients are constants here, so going through them once more must not pass
-    message = f"pyrx::{op}: expected one differentiation, got a second: it has no double backward"
-    constants = [each.detach().requires_grad_() for each in gradients]
-    found = torch._C._functions.DelayedError(message.encode(), len(constants))(*constants)
-    return found if isinstance(found, tuple) else (found,)

@@ -22,6 +22,14 @@ def threshold(op: str, p: float, argument: str = "p") -> int:
     return min(round(LEVELS * p), LEVELS - 1)
 
 
+def level(op: str, name: str, prob: float) -> int:
+    """round(65536 prob), prob in [0, 1]: what happens with that chance does if a 16-bit lane is below this."""
+    check_number(op, name, prob)
+    if not 0 <= prob <= 1:
+        fail(op, name, "in [0, 1]", prob)
+    return round(LEVELS * prob)
+
+
 def thresholds(op: str, p: float | Sequence[float], num_samples: int) -> list[int]:
     check_integer(op, "num_samples", num_samples, 1, 65535)
     if isinstance(p, (list, tuple)):
@@ -34,6 +42,19 @@ def thresholds(op: str, p: float | Sequence[float], num_samples: int) -> list[in
 def is_antithetic(op: str, sampling: str) -> bool:
     check_choice(op, "sampling", sampling, SAMPLINGS)
     return sampling == "antithetic"
+
+
+def device_of(device: torch.device | str | None, *found: Tensor | torch.Generator | int | None) -> torch.device:
+    """`device`, with the current index of "cuda"; without it that of the first that has one, else the CPU."""
+    if device is None:
+        for each in found:
+            if isinstance(each, (Tensor, torch.Generator)):
+                return each.device
+        return torch.device("cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def check_seed(op: str, seed: Tensor, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from helpers import FLOATS, SLACK, assert_within_budget, expected_mask, need, sc
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyrx
-from pyrx._losses import accumulation_dtype
+from pyrx._checks import accumulation_dtype
 
 ROW = "block_sparse_attention"
 NAMES = ("query", "key", "value", "query_scale", "row_bias", "column_bias")

@@ -80,7 +80,7 @@ def lanes(seed, numel, sample=0):
 
 
 def expected_mask(shape, p, seed, sample=0, sampling="independent"):
-    """The design's definition of a mask, in NumPy."""
+    """The definition of a mask (docs/randomness.md), in NumPy."""
     numel = int(np.prod(shape, dtype=np.int64))
     second = sampling == "antithetic" and sample % 2 == 1
     u = lanes(seed, numel, sample - second)

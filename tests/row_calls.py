@@ -133,6 +133,13 @@ def _(tensors, seed, backend):
     return mixed, target.lam
 
 
+@call("batch_mix", "mixup into out", pixels(6, 3, 16, 20), ids(6, 10))
+def _(tensors, seed, backend):
+    out = torch.empty(tensors[0].shape, dtype=torch.bfloat16, device=seed.device)
+    mixed, target = pyrx.mixup(*tensors, mean=0.5, std=0.25, out=out, seed=seed, backend=backend)
+    return mixed, target.lam
+
+
 @call("batch_mix", "resizemix", (6, 3, 16, 20), ids(6, 10))
 def _(tensors, seed, backend):
     mixed, target = pyrx.resizemix(*tensors, seed=seed, backend=backend)
@@ -189,7 +196,7 @@ def _(tensors, seed, backend):
 
 @call("nm_sparsity", "masks", (96, 192))
 def _(tensors, seed, backend):
-    ratios = ((2, 4), (3, 8), (1, 16), (2, 32), (5, 16), (20, 48))
+    ratios = ((2, 4), (3, 8), (1, 16), (2, 32), (5, 16), (2, 3), (20, 48))
     return tuple(
         pyrx.nm_mask(tensors[0], n, m, dim=dim, packed=packed, backend=backend)
         for n, m in ratios
@@ -200,7 +207,7 @@ def _(tensors, seed, backend):
 @call("nm_sparsity", "weights", (48, 96))
 def _(tensors, seed, backend):
     found = []
-    for estimator in ("ste", "sr-ste", "mdgf"):
+    for estimator in ("ste", "sr-ste", "mdgf", "mdgf-scaled"):
         options = {"estimator": estimator, "decay": 0.5, "backend": backend}
         found += and_gradients(lambda w, options=options: pyrx.nm_sparsify(w, 2, 4, **options), *tensors)
     return tuple(found)

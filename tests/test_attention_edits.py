@@ -260,7 +260,7 @@ def test_compiled_edits(backend):
         b = pyrx.key_zeroed_attention(query, key, value, region, backend=backend)
         c = pyrx.head_dropout_attention(query, key, value, mask, head_dropout_p=0.5, seed=seed, backend=backend)
         importance = pyrx.token_importance(query, key, keyframe=(0, 9), enhanced_weight=2.0, backend=backend)
-        kept, indices = pyrx.token_dropout(value.flatten(0, 1), importance.repeat(H, 1), 0.5, (0, 9))
+        kept, indices = pyrx.token_dropout(value.flatten(0, 1), importance.repeat(H, 1), 0.5, keyframe=(0, 9))
         return a, b, c, importance, kept, indices
 
     arguments = (query, key, value, region, torch.tensor(5))
@@ -304,7 +304,7 @@ def test_token_dropout(keep_rate, keyframe):
     x, importance = normal(B, tokens, 5, grad=True), normal(B, tokens, seed=2)
     start, stop = keyframe or (0, 0)
     count = max(math.ceil(keep_rate * tokens), stop - start)
-    kept, indices = pyrx.token_dropout(x, importance, keep_rate, keyframe)
+    kept, indices = pyrx.token_dropout(x, importance, keep_rate, keyframe=keyframe)
     assert indices.dtype == torch.int64 and indices.shape == (B, count)
     for sample in range(B):
         key = list(range(start, stop))
@@ -325,12 +325,12 @@ def test_token_dropout_of_dtypes_that_torch_does_not_gather(dtype):
 
 def test_token_dropout_of_equals_and_of_nothing():
     x = torch.arange(12).view(1, 12, 1)
-    kept, indices = pyrx.token_dropout(x, torch.ones(1, 12), 0.5, (8, 10))
+    kept, indices = pyrx.token_dropout(x, torch.ones(1, 12), 0.5, keyframe=(8, 10))
     assert indices.tolist() == [[0, 1, 2, 3, 8, 9]] and kept.dtype == torch.int64
     infinite = torch.full((1, 12), math.inf)
-    assert pyrx.token_dropout(x, infinite, 0.5, (8, 10))[1].tolist() == [[0, 1, 2, 3, 8, 9]]
+    assert pyrx.token_dropout(x, infinite, 0.5, keyframe=(8, 10))[1].tolist() == [[0, 1, 2, 3, 8, 9]]
     nan = torch.zeros(1, 12).index_fill_(1, torch.tensor(11), math.nan)
-    assert pyrx.token_dropout(x, nan, 0.25, (8, 10))[1].tolist() == [[8, 9, 11]]
+    assert pyrx.token_dropout(x, nan, 0.25, keyframe=(8, 10))[1].tolist() == [[8, 9, 11]]
     assert pyrx.token_dropout(x[:, :0], torch.ones(1, 0), 0.5)[0].shape == (1, 0, 1)
     assert pyrx.token_dropout(x[:0], torch.ones(0, 12), 0.5)[0].shape == (0, 6, 1)
 
@@ -345,7 +345,7 @@ def test_evad_step(backend):
     top = rest.topk(math.ceil(0.5 * S) - 14).indices + 14
     expected = torch.cat([torch.arange(14).expand(B, 14), top], 1).sort(1).values
     importance = pyrx.token_importance(query, key, keyframe=frame, enhanced_weight=3.0, backend=backend)
-    kept, indices = pyrx.token_dropout(x, importance, 0.5, frame)
+    kept, indices = pyrx.token_dropout(x, importance, 0.5, keyframe=frame)
     assert torch.equal(indices, expected)
 
 

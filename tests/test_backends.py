@@ -152,6 +152,14 @@ def test_without_the_extension_the_reference_serves_quietly(python, tmp_path):
     assert mask == "".join(map(str, pyrx.dropout_mask((32,), 0.5, 0, backend="reference").int().tolist()))
 
 
+def test_importing_loads_neither_the_compiler_nor_triton(python):
+    """They take as long as torch itself."""
+    script = "import sys, torch; before = set(sys.modules); import pyrx; print(*set(sys.modules) - before)"
+    loaded = python(script, TRITON_INTERPRET="0").split()
+    assert "pyrx.nn" in loaded
+    assert [name for name in loaded if name.split(".")[0] != "pyrx"] == []
+
+
 # Other processors: the same bits, from less wide instructions.
 
 RESULTS = """

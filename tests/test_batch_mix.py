@@ -329,7 +329,7 @@ def uniform_of(high, low):
 
 
 def expected_box(seed, index, height, width):
-    """CutMix at alpha = 1 by the paper's formula and the design's counters."""
+    """CutMix at alpha = 1 by the paper's formula and csrc/kernels/batch_mix.h's counters."""
     high, low, _, _ = words_of(seed, index, 1)
     ratio = math.sqrt(1 - float(np.float32(uniform_of(high, low))))
     _, y, x, _ = words_of(seed, index, 0)

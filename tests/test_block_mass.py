@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyrx import _library
 from pyrx._attention import Logits
-from pyrx._losses import accumulation_dtype
+from pyrx._checks import accumulation_dtype
 from pyrx.ops.block_mass import block_mass, block_recall
 
 ROW = "block_mass"

@@ -24,7 +24,7 @@ from attention import (
 from helpers import FLOATS, assert_same_bits, expected_mask, name_of, need, philox, scale_of, threshold_of
 
 import pyrx
-from pyrx._losses import accumulation_dtype
+from pyrx._checks import accumulation_dtype
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 

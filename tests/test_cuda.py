@@ -1,4 +1,4 @@
-"""The CUDA C++ backend on a GPU: parity, streams, graphs, devices, determinism, hostile class ids, memory."""
+"""The CUDA C++ backend on a GPU: parity, graphs, devices, determinism, hostile class ids, memory."""
 
 import numpy as np
 import pytest
@@ -42,11 +42,6 @@ def others():
         if not _backends.reasons("dropout", backend, device):
             found.append((backend, device))
     return found
-
-
-def busy(milliseconds=20):
-    """Keeps the current stream busy, so that work which does not wait for it is seen."""
-    torch.cuda._sleep(int(milliseconds * 2e6))
 
 
 # Masks and copies.
@@ -230,46 +225,6 @@ def test_same_bits_from_run_to_run(dtype, sampling):
     for _ in range(3):
         for got, expected in zip(step(head, 7, sampling=sampling), first, strict=True):
             assert_same_bits(got, expected)
-
-
-def test_waits_for_its_stream():
-    head = make_head(64, 256, 100, device="cuda")
-    expected = step(head, 7)
-    x = head.input.clone()
-    late = head.input.zero_()
-    copies = pyrx.multi_sample_dropout(x, 3, seed=7, backend="cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        busy()
-        late.copy_(x)
-        got = step(head, 7)
-        late_copies = pyrx.multi_sample_dropout(late, 3, seed=7, backend="cuda")
-        one = pyrx.dropout(late, 0.5, seed=7, backend="cuda")
-    torch.cuda.current_stream().wait_stream(side)
-    for each, right in zip(got, expected, strict=True):
-        assert_same_bits(each, right)
-    assert_same_bits(late_copies, copies)
-    assert_same_bits(one, copies[0])
-
-
-def test_never_waits_for_the_device():
-    head = make_head(64, 256, 100, class_weight=True, device="cuda")
-    step(head, torch.zeros((), dtype=torch.int64, device="cuda"))
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        for reduction in REDUCTIONS:
-            seed = torch.randint(100, (), device="cuda")
-            leaf = head.input.detach().requires_grad_()
-            loss = pyrx.multi_sample_dropout_cross_entropy(
-                leaf, head.linear_weight, head.target, seed=seed, reduction=reduction, backend="cuda"
-            )
-            torch.autograd.grad(loss, leaf, torch.ones_like(loss))
-            torch.autograd.grad(pyrx.multi_sample_dropout(leaf, 3, backend="cuda").sum(), leaf)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

@@ -140,29 +140,6 @@ def test_a_graph_follows_its_scores():
             assert torch.equal(mine, its)
 
 
-def test_streams():
-    scores = torch.randn(1, 24, 256, 256, device=DEVICE)
-    count = torch.full((1, 1, 1), 50, dtype=torch.int32, device=DEVICE)
-    expected = reference.block_lists(reference.select_blocks(scores, count, 1.0, None), 256, 256)
-    other, late = torch.cuda.Stream(), torch.empty_like(scores)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(other):
-        torch.cuda._sleep(20_000_000)
-        late.copy_(scores)
-        got = op.block_lists(op.select_blocks(late, count, 1.0, None, BACKEND), 256, 256, BACKEND)
-    other.synchronize()
-    same(got, expected)
-
-
-def test_second_gpu():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU")
-    scores = torch.rand(1, 2, 30, 600, device="cuda:1")
-    got = op.select_blocks(scores, None, 0.5, None, BACKEND)
-    assert got.device == scores.device and torch.equal(got, reference.select_blocks(scores, None, 0.5, None))
-    same(op.block_lists(got, 600, 30, BACKEND), reference.block_lists(got, 600, 30))
-
-
 def test_masks_move():
     mask = BlockMask.document([1000, 250], 64)
     there = mask.to(DEVICE)

@@ -1,4 +1,4 @@
-"""Block-sparse attention by Triton on a GPU: large problems, graphs, streams, the same bits.
+"""Block-sparse attention by Triton on a GPU: large problems, graphs, the same bits.
 
 Values of every feature are in test_triton_block_sparse_attention.py."""
 
@@ -110,19 +110,6 @@ def test_graph_replays_with_another_seed():
         graph.replay()
         for got, expected in zip(captured, step(), strict=True):
             helpers.assert_same_bits(got, expected)
-
-
-def test_waits_for_its_stream():
-    query, key, value = leaves_of(1024)
-    mask = BlockMask.from_dense(torch.ones(8, 8, dtype=torch.bool, device="cuda"), backend="reference")
-    expected = pyrx.block_sparse_attention(query * 2, key, value, mask, backend="triton")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(10**8)
-        got = pyrx.block_sparse_attention(query * 2, key, value, mask, backend="triton")
-    torch.cuda.current_stream().wait_stream(side)
-    helpers.assert_same_bits(got, expected)
 
 
 def test_second_gpu():

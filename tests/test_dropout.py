@@ -56,7 +56,7 @@ RANDOM123 = [
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
-# DESIGN, section 1: seed, sample, lanes u of the first elements
+# of docs/randomness.md and more: seed, sample, lanes u of the first elements
 KNOWN_LANES = [
     (0, 0, "e8d5 6627 c58d e169 ac4c bc57 dbd8 9b00 cca4 f8e4 00db 5cb2 74eb b1a5 ff67 097e"),
     (0x0123456789ABCDEF, 3, "02a1 4f1c 88c3 4169 62d0 2e66 6a0e f08d"),
@@ -72,7 +72,7 @@ def test_numpy_philox_gives_random123s_known_answers(counter, key, words):
 
 
 @pytest.mark.parametrize("seed, sample, text", KNOWN_LANES, ids=["seed_0", "seed_0123456789abcdef"])
-def test_lanes_are_the_designs(seed, sample, text):
+def test_lanes_are_the_known_ones(seed, sample, text):
     u = [int(each, 16) for each in text.split()]
     assert lanes(seed, len(u), sample).tolist() == u
     assert reference.lanes(torch.tensor(seed), len(u), sample).tolist() == u

@@ -40,7 +40,7 @@ def windows(dtype=torch.bfloat16):
 
 
 def far_mask(p, seed, sample=0):
-    """The design's mask of the last rows."""
+    """The mask of the last rows, by its definition."""
     first = FAR.start * COLUMNS
     groups = np.arange(first // 8, ROWS * COLUMNS // 8, dtype=np.uint64)
     counter = (groups & np.uint64(0xFFFFFFFF), groups >> np.uint64(32), np.full_like(groups, sample), groups * 0)

@@ -211,6 +211,33 @@ def test_bad_options_are_told_when_the_module_is_made(kind, changes, error, text
     assert str(caught.value) == f"pyrx::{kind}: {text}"
 
 
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"combine": "mean"}, "expected combine to be one of 'losses', 'logits', got 'mean'"),
+        ({"reduction": "max"}, "expected reduction to be one of 'none', 'mean', 'sum', got 'max'"),
+        ({"label_smoothing": 1.5}, "expected label_smoothing in [0, 1], got 1.5"),
+    ],
+)
+def test_bad_options_of_the_loss_are_told_when_the_module_is_made(changes, text):
+    with pytest.raises(ValueError) as caught:
+        MultiSampleDropoutClassifier(21, 5, **changes)
+    assert str(caught.value) == f"pyrx::MultiSampleDropoutClassifier: {text}"
+
+
+def test_a_backend_that_is_asked_for_serves(backend, monkeypatch):
+    """Or raises, whatever the environment says."""
+    monkeypatch.setenv("PYRX_BACKEND", "cuda")
+    for module in (
+        MultiSampleDropoutClassifier(21, 5, backend=backend),
+        MultiSampleDropout(torch.nn.Linear(21, 5), backend=backend),
+    ):
+        module(X, Y).backward()
+        module.backend = "cuda"
+        with pytest.raises(RuntimeError, match="got 'cuda', which cannot: it serves device cuda, not cpu"):
+            module(X, Y)
+
+
 def test_class_weights_are_a_tensor():
     with pytest.raises(TypeError, match="pyrx::MultiSampleDropoutClassifier: expected weight to be a Tensor, got list"):
         MultiSampleDropoutClassifier(21, 5, weight=[1.0] * 5)

@@ -54,4 +54,4 @@ def test_triton(call):
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_triton_in_the_interpreter():
-    run_interpreted(__file__, 28)
+    run_interpreted(__file__, 29)

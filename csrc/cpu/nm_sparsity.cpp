@@ -75,18 +75,6 @@ void rank_rows(const T* scores, const GroupLayout& layout, const NM& nm, Sink si
   });
 }
 
-// n elements, by pieces whose last overlaps the one before: a call for each of a few bytes costs more than they do.
-template <typename T>
-void copy_short(const T* from, int64_t n, T* to) {
-  constexpr int64_t kPiece = 16 / sizeof(T);
-  if (n < kPiece) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-    return;
-  }
-  for (int64_t i = 0; i + kPiece < n; i += kPiece) std::memcpy(to + i, from + i, 16);
-  std::memcpy(to + n - kPiece, from + n - kPiece, 16);
-}
-
 // Groups across few columns: those of several blocks of (m, inner) are ranked side by side.
 template <typename T>
 void rank_few_columns(const T* scores, const GroupLayout& layout, const NM& nm, Sink sink) {

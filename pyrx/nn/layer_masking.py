@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pyrx._checks import check_choice, check_device, check_float, check_shape, check_tensor, fail
+from pyrx._checks import accumulation_dtype, check_choice, check_device, check_float, check_shape, check_tensor, fail
 from pyrx.ops.neighbor_fill import neighbor_fill
 
 NAME = "LayerMasking"
@@ -46,10 +46,6 @@ def _keep(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def _accumulate(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 # Rules take `call`, which runs the node on a tensor, and its one masked argument.
 
 
@@ -70,7 +66,7 @@ def _pool(call: Callable[[Tensor], Tensor], value: Masked) -> Masked:
 def _mean(call: Callable[[Tensor], Tensor], value: Masked) -> Tensor:
     """The head's mean over the places that are there."""
     mean = call(value.x)
-    share = value.mask.to(_accumulate(mean)).mean((1, 2, 3)) + 1e-8
+    share = value.mask.to(accumulation_dtype(mean.dtype)).mean((1, 2, 3)) + 1e-8
     return (mean / share.reshape(-1, *[1] * (mean.dim() - 1))).to(mean.dtype)
 
 
@@ -154,7 +150,7 @@ def _conv(conv: nn.Conv2d, value: Masked, fill: str | None, backend: str | None)
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         return F.pad(places, _padding(conv), mode)
 
-    present = pad(mask.to(_accumulate(y)))
+    present = pad(mask.to(accumulation_dtype(y.dtype)))
     after = F.max_pool2d(present, conv.kernel_size, conv.stride, 0, conv.dilation) > 0
     if fill == "renormalize":
         ones = present.new_ones(1, 1, *conv.kernel_size)
@@ -317,12 +313,13 @@ class LayerMasking(nn.Module):
     def _modes(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self.model.modules())
 
-    # torch.compile runs it instead of tracing it
-    @torch.compiler.assume_constant_result
     def _trace(self, modes: tuple[bool, ...]) -> None:
         """Finds the steps in these modes, if they are new: in a trace `training` is a constant."""
         if modes not in self._traces:
             self._traces[modes] = _steps(self.model)
+
+    # torch.compile runs it instead of tracing it, as of torch.compiler.assume_constant_result (see pyrx/_backends.py)
+    _trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def forward(self, images: Tensor, mask: Tensor) -> Any:
         check_float(NAME, "images", images)

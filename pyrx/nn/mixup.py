@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrx._checks import check_bool, check_choice, check_integer, check_number, fail
-from pyrx.ops.batch_mix import check_minmax, level, mix_batch
+from pyrx._random import level
+from pyrx.ops.batch_mix import check_minmax, mix_batch
 from pyrx.reference.batch_mix import CUTMIX, EITHER, MIXUP, PER_BATCH, PER_PAIR, PER_SAMPLE, Draw
 from pyrx.targets import MixedTarget
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrx._checks import check_tensor
+from pyrx._checks import check_choice, check_tensor
+from pyrx._losses import check_options
 from pyrx._random import is_antithetic, thresholds
-from pyrx.ops.multi_sample_dropout import multi_sample_dropout, multi_sample_dropout_cross_entropy
+from pyrx.ops.multi_sample_dropout import COMBINES, multi_sample_dropout, multi_sample_dropout_cross_entropy
 from pyrx.targets import MixedTarget
 
 
@@ -25,6 +26,7 @@ class MultiSampleDropoutClassifier(nn.Linear):
         bias: whether the linear layer has one. Default True.
         combine, sampling, weight, ignore_index, label_smoothing, reduction: as
             `pyrx.multi_sample_dropout_cross_entropy` takes them; `weight` becomes a buffer.
+        backend: as of `pyrx.multi_sample_dropout_cross_entropy`.
         device, dtype: of the parameters.
 
     Shapes: input (..., D); target (...) class ids, (..., C) probabilities or a MixedTarget. In training,
@@ -43,6 +45,7 @@ class MultiSampleDropoutClassifier(nn.Linear):
     ignore_index: int
     label_smoothing: float
     reduction: str
+    backend: str | None
     class_weight: Tensor | None
 
     def __init__(
@@ -59,16 +62,21 @@ class MultiSampleDropoutClassifier(nn.Linear):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
+        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        thresholds("MultiSampleDropoutClassifier", p, num_samples)
-        is_antithetic("MultiSampleDropoutClassifier", sampling)
+        name = "MultiSampleDropoutClassifier"
+        thresholds(name, p, num_samples)
+        check_choice(name, "combine", combine, COMBINES)
+        is_antithetic(name, sampling)
+        check_options(name, label_smoothing, reduction)
         if weight is not None:
-            check_tensor("MultiSampleDropoutClassifier", "weight", weight)
+            check_tensor(name, "weight", weight)
         super().__init__(in_features, num_classes, bias, device, dtype)
         self.num_samples, self.p, self.combine, self.sampling = num_samples, p, combine, sampling
         self.ignore_index, self.label_smoothing, self.reduction = ignore_index, label_smoothing, reduction
+        self.backend = backend
         self.register_buffer("class_weight", weight)
 
     def forward(self, input: Tensor, target: Tensor | MixedTarget | None = None) -> Tensor:
@@ -87,6 +95,7 @@ class MultiSampleDropoutClassifier(nn.Linear):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
@@ -105,6 +114,7 @@ class MultiSampleDropout(nn.Module):
         p: probability of dropping a feature, in [0, 1), or M of them. Default 0.5.
         loss: callable (output, target) -> Tensor, called once a sample. Default `F.cross_entropy`.
         sampling: "independent" or "antithetic".
+        backend: as of `pyrx.multi_sample_dropout`.
 
     Shapes: input (B, ...). In training, `forward(input, target)` is the mean of the M losses, and `forward(input)` the
     M outputs, (M, B, ...). In eval one undropped pass: `head(input)`, or with a target its loss.
@@ -119,6 +129,7 @@ class MultiSampleDropout(nn.Module):
     num_samples: int
     p: float | Sequence[float]
     sampling: str
+    backend: str | None
 
     def __init__(
         self,
@@ -126,19 +137,21 @@ class MultiSampleDropout(nn.Module):
         num_samples: int = 8,
         p: float | Sequence[float] = 0.5,
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        *,
         sampling: str = "independent",
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         thresholds("MultiSampleDropout", p, num_samples)
         is_antithetic("MultiSampleDropout", sampling)
         self.head, self.loss = head, loss
-        self.num_samples, self.p, self.sampling = num_samples, p, sampling
+        self.num_samples, self.p, self.sampling, self.backend = num_samples, p, sampling, backend
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
         if not self.training:
             output = self.head(input)
             return output if target is None else self.loss(output, target)
-        copies = multi_sample_dropout(input, self.num_samples, self.p, sampling=self.sampling)
+        copies = multi_sample_dropout(input, self.num_samples, self.p, sampling=self.sampling, backend=self.backend)
         outputs = self.head(copies.flatten(0, 1)).unflatten(0, (self.num_samples, -1))
         if target is None:
             return outputs

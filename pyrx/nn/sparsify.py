@@ -273,6 +273,7 @@ def sparsify_(
     model: nn.Module,
     n: int,
     m: int,
+    *,
     include: Selectors = None,
     exclude: Selectors = None,
     per_layer: Mapping[str, Any] | None = None,

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._attention import MOST_HEAD_SIZE, check_logits
 from pyrx._checks import (
+    accumulation_dtype,
     check_device,
     check_dtype,
     check_float,
@@ -21,7 +22,6 @@ from pyrx._checks import (
     fail,
 )
 from pyrx._linear import autocast, is_autocast, without_autocast
-from pyrx._losses import accumulation_dtype, differentiable_once
 from pyrx._random import LEVELS, seed_tensor, threshold
 from pyrx.ops.block_mask import BlockMask, check_lists
 from pyrx.ops.block_sparse_attention import NEEDS, _like, block_sparse_attention, default_mask, prepare
@@ -73,7 +73,9 @@ class _Reversed(torch.autograd.Function):
                 )
                 found = [each if need else None for each, need in zip(made, needed.values(), strict=True)]
         gradients = [out if ctx.needs_input_grad[1] else None, *found[:2], *found[3:]]
-        once = iter(differentiable_once("reversed_attention", [each for each in gradients if each is not None]))
+        once = iter(
+            _library.differentiable_once("reversed_attention", [each for each in gradients if each is not None])
+        )
         gradients = [None if each is None else next(once) for each in gradients]
         return None, *gradients[:3], *(None,) * 10, *gradients[3:], *(None,) * 2
 
@@ -470,6 +472,7 @@ def token_dropout(
     x: Tensor,
     importance: Tensor,
     keep_rate: float,
+    *,
     keyframe: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keeps a keyframe's tokens and the most important others, in their order.

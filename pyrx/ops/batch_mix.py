@@ -13,6 +13,7 @@ from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import (
     FLOAT_DTYPES,
+    accumulation_dtype,
     check_bool,
     check_choice,
     check_device,
@@ -26,7 +27,7 @@ from pyrx._checks import (
     fail,
     is_read,
 )
-from pyrx._random import LEVELS, check_seed, seed_tensor
+from pyrx._random import LEVELS, check_seed, level, seed_tensor
 from pyrx.reference import batch_mix as reference
 from pyrx.reference.batch_mix import CUTMIX, EITHER, GIVEN, MIXUP, PER_BATCH, PER_SAMPLE, RESIZEMIX, ROLL, Draw, Mixes
 from pyrx.targets import MixedTarget
@@ -289,19 +290,11 @@ def _normalisation(
     if not dtype.is_floating_point:
         fail(op, "dtype", "a floating-point dtype for a normalised result", dtype, TypeError)
     factors = [unit / each for each in stds], [-m / each for m, each in zip(means, stds, strict=True)]
-    most = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max  # what kernels take them as
+    most = torch.finfo(accumulation_dtype(dtype)).max  # what kernels take them as
     for each in (*factors[0], *factors[1]):
         if most < abs(each) < math.inf:
             fail(op, "mean and std", f"of 1 / std and mean / std of at most {most:.3g} either way", each)
     return factors
-
-
-def level(op: str, name: str, prob: float) -> int:
-    """round(65536 prob)."""
-    check_number(op, name, prob)
-    if not 0 <= prob <= 1:
-        fail(op, name, "in [0, 1]", prob)
-    return round(LEVELS * prob)
 
 
 def mix_batch(

@@ -12,6 +12,7 @@ from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import (
     FLOAT_DTYPES,
+    accumulation_dtype,
     check_device,
     check_dtype,
     check_float,
@@ -102,7 +103,7 @@ def _backward_fake(
         fail(op, "x and y", "to be given for the gradient of alpha", None)
     like = grad if x is None else x
     grad_x, grad_y = (_like(grad, like) if needed else grad.new_empty(0) for needed in needs[:2])
-    accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(grad.dtype)
     shape = [grad.shape[0], alpha.shape[1], *grad.shape[2:]] if needs[2] else [0]
     layout = reference.sample_format(like) if needs[2] else torch.contiguous_format
     return grad_x, grad_y, torch.empty(shape, dtype=accumulate, device=grad.device, memory_format=layout)
@@ -122,12 +123,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_y = reference.gather_backward(grad_y, partner, ctx.samples)
     if ctx.needs[2]:
         grad_alpha = grad_alpha.sum_to_size(alpha.shape).to(alpha.dtype)
-    found: Sequence[Tensor] = (grad_x, grad_y, grad_alpha)
-    if torch.is_grad_enabled():
-        # create_graph=True: the gradients are constants here, so going through them once more must not pass
-        message = "pyrx::blend: expected one differentiation, got a second: it has no double backward"
-        constants = [each.detach().requires_grad_() for each in found]
-        found = torch._C._functions.DelayedError(message.encode(), len(found))(*constants)
+    found = _library.differentiable_once("blend", (grad_x, grad_y, grad_alpha))
     return *(each if needed else None for each, needed in zip(found, ctx.needs, strict=True)), None
 
 
@@ -201,7 +197,7 @@ def blend(
     check_tensor("blend", "x", x)
     check_tensor("blend", "y", y)
     _check_blend("blend", "x", x, None, y, alpha, partner)
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(x.dtype)
     chosen = select(ROW, x.device.type, accumulate, backend)
     if out is not None:
         check_out("blend", out, x, (x, y, alpha))

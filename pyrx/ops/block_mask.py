@@ -283,7 +283,10 @@ class BlockMask:
         device: torch.device | str | None = None,
         backend: str | None = None,
     ) -> BlockMask:
-        """The blocks with a key at or before a query: what is_causal=True reaches, which is to be passed as well."""
+        """The blocks with a key at or before a query: what is_causal=True reaches, which is to be passed as well.
+
+        Without it attention is not causal: a query sees the later keys of its own block.
+        """
         size, lengths = check_block_size("BlockMask.causal", block_size), check_lengths("BlockMask.causal", seq_lengths)
         return _of(patterns.window_blocks(lengths, size, UNLIMITED, 0, device), lengths, size, None, backend)
 
@@ -297,7 +300,8 @@ class BlockMask:
         device: torch.device | str | None = None,
         backend: str | None = None,
     ) -> BlockMask:
-        """The blocks that the attention's window= (and is_causal=) reaches, which is to be passed as well.
+        """The blocks that the attention's window= (and is_causal=) reaches, which is to be passed as well: without it a
+        query sees its blocks whole.
 
         `window`: this many keys on each side of a query's position, or (left, right) of them, -1 without limit.
         """

@@ -10,9 +10,8 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._attention import LOGITS_SCHEMA, Logits, check_blocks, check_logits
 from pyrx._backends import select
-from pyrx._checks import check_device, check_dtype, check_shape, fail
+from pyrx._checks import accumulation_dtype, check_device, check_dtype, check_shape, fail
 from pyrx._linear import without_autocast
-from pyrx._losses import accumulation_dtype
 from pyrx.reference import block_mass as reference
 
 ROW = "block_mass"

@@ -8,8 +8,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._attention import BLOCK_SIZES, MOST_HEAD_SIZE
 from pyrx._backends import select
-from pyrx._checks import check_device, check_dtype, check_float, check_shape, fail
-from pyrx._losses import accumulation_dtype
+from pyrx._checks import accumulation_dtype, check_device, check_dtype, check_float, check_shape, fail
 from pyrx.reference import block_pool as reference
 
 ROW = "block_pool"

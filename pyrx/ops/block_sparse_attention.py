@@ -19,9 +19,17 @@ from pyrx._attention import (
     window_of,
 )
 from pyrx._backends import select
-from pyrx._checks import check_bool, check_device, check_dtype, check_float, check_shape, check_tensor, fail
+from pyrx._checks import (
+    accumulation_dtype,
+    check_bool,
+    check_device,
+    check_dtype,
+    check_float,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from pyrx._linear import autocast, is_autocast, without_autocast
-from pyrx._losses import accumulation_dtype, differentiable_once
 from pyrx._random import LEVELS, check_seed, seed_tensor, threshold
 from pyrx.ops.block_mask import BlockMask, check_lists
 from pyrx.reference import block_sparse_attention as reference
@@ -134,7 +142,7 @@ def _backward(
         grad = torch.zeros_like(out)
     if entropy.numel() == 0 and lse.numel() > 0:
         grad_entropy = None  # of an output that was not asked for
-    found = differentiable_once(
+    found = _library.differentiable_once(
         ROW, ctx.ops.block_sparse_attention_backward(grad, grad_lse, grad_entropy, out, lse, entropy, *args, ctx.needs)
     )
     query, key, value, query_scale, row_bias, column_bias = (

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._backends import select
 from pyrx._checks import check_bool, check_float, check_integer, fail
-from pyrx._random import LEVELS, MAX_SAMPLE, check_seed, is_antithetic, seed_tensor, threshold
+from pyrx._random import LEVELS, MAX_SAMPLE, check_seed, device_of, is_antithetic, seed_tensor, threshold
 from pyrx.reference import dropout as reference
 
 
@@ -51,8 +51,7 @@ def _dropout_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    ops = _library.namespace("triton")
-    return ops.dropout(grad, *ctx.saved_tensors, ctx.threshold, ctx.sample), None, None, None
+    return ctx.ops.dropout(grad, *ctx.saved_tensors, ctx.threshold, ctx.sample), None, None, None
 
 
 _library.define(
@@ -175,11 +174,7 @@ def dropout_mask(
     _check_packed(op, shape, packed)
     if seed is None:
         fail(op, "seed", "to be an int or an int64 tensor", None, TypeError)
-    where = (
-        torch.device(device) if device is not None else seed.device if isinstance(seed, Tensor) else torch.device("cpu")
-    )
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = device_of(device, seed)
     seed = seed_tensor(op, seed, None, where)
     chosen = select("dropout", where.type, torch.float32, backend)
     if chosen == "reference":

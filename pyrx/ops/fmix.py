@@ -16,7 +16,7 @@ from pyrx._checks import (
     fail,
     is_read,
 )
-from pyrx._random import seed_tensor
+from pyrx._random import level, seed_tensor
 from pyrx.ops import batch_mix
 from pyrx.ops.blend import blend, check_alpha, check_out
 from pyrx.reference import batch_mix as draws
@@ -108,7 +108,7 @@ def fmix(
     _check_range("decay_power", decay_power, 0, 8)
     _check_range("max_soft", max_soft, 0, 0.5)
     check_bool(OP, per_sample=per_sample)
-    chance = batch_mix.level(OP, "prob", prob)
+    chance = level(OP, "prob", prob)
     shared_lam = lam is None or not isinstance(lam, Tensor)
     if lam is not None and not isinstance(lam, Tensor):
         _check_range("lam", lam, 0, 1)

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_device, check_float, check_integer, check_shape, fail
+from pyrx._checks import accumulation_dtype, check_device, check_float, check_integer, check_shape, fail
 from pyrx._linear import is_autocast
 from pyrx._losses import (
-    accumulation_dtype,
     check_class_weight,
     check_loss_dtype,
     check_options,
     check_vectors,
-    differentiable_once,
     saved_gradient_dtype,
     scaled,
     split_mixed,
@@ -82,8 +80,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     gradient = None
     if grad_loss is not None:
-        scale_ = _library.namespace("triton").mixed_cross_entropy_scale_
-        (gradient,) = differentiable_once(OP, scaled(scale_, ctx.saved_tensors, grad_loss, ctx.dtype))
+        found = scaled(ctx.ops.mixed_cross_entropy_scale_, ctx.saved_tensors, grad_loss, ctx.dtype)
+        (gradient,) = _library.differentiable_once(OP, found)
     return (gradient, *[None] * 9)
 
 

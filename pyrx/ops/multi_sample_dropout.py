@@ -10,17 +10,24 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._backends import select
-from pyrx._checks import check_choice, check_device, check_dtype, check_float, check_integer, check_shape, fail
+from pyrx._checks import (
+    accumulation_dtype,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_float,
+    check_integer,
+    check_shape,
+    fail,
+)
 from pyrx._linear import autocast, is_autocast, rows_of
 from pyrx._losses import (
-    accumulation_dtype,
     check_class_weight,
     check_loss_dtype,
     check_options,
     check_target,
     check_vectors,
     class_ids,
-    differentiable_once,
     saved_gradient_dtype,
     scaled,
     split_mixed,
@@ -66,13 +73,13 @@ def _copies_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    fold = _library.namespace("triton").multi_sample_dropout_fold
-    return fold(grad, *ctx.saved_tensors, ctx.thresholds, ctx.antithetic), None, None, None
+    folded = ctx.ops.multi_sample_dropout_fold(grad, *ctx.saved_tensors, ctx.thresholds, ctx.antithetic)
+    return folded, None, None, None
 
 
 def _fold_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    expand = _library.namespace("triton").multi_sample_dropout
-    return expand(grad, *ctx.saved_tensors, ctx.thresholds, ctx.antithetic), None, None, None
+    copies = ctx.ops.multi_sample_dropout(grad, *ctx.saved_tensors, ctx.thresholds, ctx.antithetic)
+    return copies, None, None, None
 
 
 _COPIES = "(Tensor {}, Tensor seed, int[] thresholds, bool antithetic) -> Tensor"
@@ -228,13 +235,13 @@ def _head_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor
     gradients: list[Tensor | None] = [None, None, None]
     if grad_loss is not None:
         if ctx.recompute:
-            found = _library.namespace("triton").multi_sample_dropout_cross_entropy_backward(
+            found = ctx.ops.multi_sample_dropout_cross_entropy_backward(
                 grad_loss.contiguous(), *ctx.saved_tensors, *ctx.options, ctx.needs
             )
         else:
-            scale_ = _library.namespace("triton").multi_sample_dropout_cross_entropy_scale_
+            scale_ = ctx.ops.multi_sample_dropout_cross_entropy_scale_
             found = scaled(scale_, ctx.saved_tensors, grad_loss, ctx.dtype)
-        found = differentiable_once(HEAD, found)
+        found = _library.differentiable_once(HEAD, found)
         gradients = [each if needed else None for each, needed in zip(found, ctx.needs, strict=True)]
     return (*gradients, *[None] * 13)
 

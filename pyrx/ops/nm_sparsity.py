@@ -22,7 +22,6 @@ from pyrx._checks import (
     check_tensor,
     fail,
 )
-from pyrx._losses import differentiable_once
 from pyrx.reference import nm_sparsity as reference
 from pyrx.reference.dropout import pack_bits
 from pyrx.reference.nm_sparsity import BACKWARD, FACTOR, FORWARD, REGULARIZE, ZERO
@@ -165,7 +164,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     bits, factor, weight = ctx.saved_tensors
     if ctx.dropped is not None:
         found = ctx.ops.nm_apply(grad, bits, ctx.dropped, factor, weight, ctx.strength)
-        (grad,) = differentiable_once("nm_sparsify", [found])
+        (grad,) = _library.differentiable_once("nm_sparsify", [found])
     return grad, *(None,) * 10
 
 

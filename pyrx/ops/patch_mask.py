@@ -21,7 +21,7 @@ from pyrx._checks import (
     check_tensor,
     fail,
 )
-from pyrx._random import check_seed, seed_tensor
+from pyrx._random import check_seed, device_of, seed_tensor
 from pyrx.reference import patch_mask as reference
 from pyrx.reference.patch_mask import BLOCK, HARD, MOST_PATCHES, RANDOM, Draw
 
@@ -98,20 +98,6 @@ def _log_aspect(min_aspect: float) -> float:
     if not 1e-300 <= min_aspect <= 1:
         fail(ROW, "min_aspect", "in (0, 1]", min_aspect)
     return math.log(min_aspect)
-
-
-def _device(
-    device: torch.device | str | None, losses: Tensor | None, seed: object, generator: torch.Generator | None
-) -> torch.device:
-    if device is None:
-        for each in (losses, seed, generator):
-            if isinstance(each, (Tensor, torch.Generator)):
-                return each.device
-        return torch.device("cpu")
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def patch_mask(
@@ -195,7 +181,7 @@ def patch_mask(
     if losses is not None:
         check_tensor(ROW, "losses", losses)
         losses = losses.detach()
-    where = _device(device, losses, seed, generator)
+    where = device_of(device, losses, seed, generator)
     chosen = select(ROW, where.type, torch.float32, backend)
     seed = seed_tensor(ROW, seed, generator, where)
     draw = Draw(way, num_masked, hard, min_block, log_aspect)

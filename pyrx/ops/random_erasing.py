@@ -23,8 +23,7 @@ from pyrx._checks import (
     fail,
     is_read,
 )
-from pyrx._random import LEVELS, check_seed, seed_tensor
-from pyrx.ops.batch_mix import level
+from pyrx._random import LEVELS, check_seed, level, seed_tensor
 from pyrx.reference import random_erasing as reference
 from pyrx.reference.batch_mix import memory_format
 from pyrx.reference.random_erasing import CONST, CUTOUT, PIXEL, RANDOM_ERASING, Draw

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrx._losses import accumulation_dtype
+from pyrx._checks import accumulation_dtype
 from pyrx.reference.block_mask import dense_blocks
 from pyrx.reference.block_sparse_attention import attention_logits, expand_blocks, softmax
 

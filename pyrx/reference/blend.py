@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrx._checks import accumulation_dtype
 from pyrx.reference.batch_mix import memory_format
 
 
@@ -16,7 +17,7 @@ def sample_format(images: Tensor) -> torch.memory_format:
 
 
 def _blended(x: Tensor, y: Tensor, alpha: Tensor, partner: Tensor | None) -> Tensor:
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(x.dtype)
     weight, other = alpha.to(accumulate), y if partner is None else y.index_select(0, partner)
     mixed = weight * x.to(accumulate) + (1 - weight) * other.to(accumulate)
     if x.dtype == torch.uint8:
@@ -36,7 +37,7 @@ def blend_backward(
     grad: Tensor, x: Tensor, y: Tensor, alpha: Tensor, partner: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, y and alpha."""
-    accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(grad.dtype)
     weight, upstream = alpha.to(accumulate), grad.to(accumulate)
     grad_x = torch.where(weight == 0, 0, weight * upstream).to(grad.dtype)
     grad_y = torch.where(weight == 1, 0, (1 - weight) * upstream).to(grad.dtype)

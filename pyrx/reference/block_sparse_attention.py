@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrx._losses import accumulation_dtype
+from pyrx._checks import accumulation_dtype
 from pyrx.reference import dropout
 from pyrx.reference.block_mask import dense_blocks
 

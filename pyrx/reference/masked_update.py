@@ -11,6 +11,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from pyrx._checks import accumulation_dtype
 from pyrx.reference import random
 from pyrx.reference.dropout import unpack_bits
 from pyrx.reference.nm_sparsity import nm_mask
@@ -60,10 +61,6 @@ def _write(target: Tensor, value: Tensor, moves: Tensor) -> None:
     target.copy_(torch.where(moves, value.to(target.dtype), target))
 
 
-def _accumulation(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def masked_adamw(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -89,7 +86,7 @@ def masked_adamw(
     for weight, grad, exp_avg, exp_avg_sq, mask, step in zip(
         weights, grads, exp_avgs, exp_avg_sqs, masks, steps, strict=True
     ):
-        accumulate = _accumulation(weight)
+        accumulate = accumulation_dtype(weight.dtype)
         rate, count, one = _learning_rate(lr, lr_tensor, weight), step.reshape(()).long(), _scalar(1.0, weight)
         step_size = (rate / (one - power(beta1, count))).to(accumulate)
         inverse_root = (one / sqrt(one - power(beta2, count))).to(accumulate)
@@ -135,7 +132,7 @@ def masked_sgd(
 ) -> None:
     buffers = momentum_buffers if momentum != 0 else repeat(None, len(weights))
     for weight, grad, buffer, mask in zip(weights, grads, buffers, masks, strict=True):
-        accumulate = _accumulation(weight)
+        accumulate = accumulation_dtype(weight.dtype)
         rate = _learning_rate(lr, lr_tensor, weight).to(accumulate)
         of_momentum, rest, decay = (
             _scalar(each, weight).to(accumulate) for each in (momentum, 1 - dampening, weight_decay)

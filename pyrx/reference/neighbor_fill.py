@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrx._checks import accumulation_dtype
+
 
 def _window_sum(x: Tensor) -> Tensor:
     """Sums of 3 x 3 windows, added as every backend does: each row from left to right, then the rows from top down."""
@@ -16,7 +18,7 @@ def _window_sum(x: Tensor) -> Tensor:
 
 
 def neighbor_fill(input: Tensor, mask: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(input.dtype)
     # in the input's layout, which the result takes from here
     kept = torch.empty_like(input, dtype=torch.bool).copy_(mask)
     # a select, not a product: a masked NaN or infinity is masked

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrx._checks import accumulation_dtype
 from pyrx.reference.dropout import pack_bits, unpack_bits
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -54,7 +55,7 @@ def nm_apply(
     x: Tensor, bits: Tensor, dropped: int, factor: Tensor | None, weight: Tensor | None, strength: float
 ) -> Tensor:
     """x where kept, else what `dropped` says, in the accumulation type and rounded once."""
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(x.dtype)
     # in x's layout, which the result has then; a copy of the result itself would lose its gradient in torch.compile
     mask = torch.empty_like(x, dtype=torch.bool).copy_(unpack_bits(bits, x.shape[-1]))
     if dropped == ZERO:

@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from pyrx._checks import accumulation_dtype
 from pyrx.reference.dropout import pack_bits
 from pyrx.reference.nm_sparsity import rank_keys
 
@@ -42,7 +43,7 @@ def tiles_of(scores: Tensor, m: int) -> Tensor:
 
 def tile_values(scores: Tensor, magnitude: bool) -> Tensor:
     """What the exact search adds up."""
-    accumulate = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(scores.dtype)
     most, nan = BOUNDS[accumulate]
     wide = scores.detach().to(accumulate)
     values = (wide.abs() if magnitude else wide).clamp(-most, most)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyrx._checks import accumulation_dtype
 from pyrx.reference.random import normal
 
 
@@ -17,7 +18,7 @@ def noise(seed: Tensor, shape: Sequence[int], std: float, mean: float, sample: i
 
 
 def noise_mask(images: Tensor, mask: Tensor, seed: Tensor, std: float, mean: float, sample: int) -> Tensor:
-    accumulate = torch.float64 if images.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(images.dtype)
     # in the images' layout, which the result takes from here
     drawn = torch.empty_like(images, dtype=accumulate).copy_(noise(seed, images.shape, std, mean, sample))
     return (images.to(accumulate) + mask.to(accumulate) * drawn).to(images.dtype)
@@ -25,7 +26,7 @@ def noise_mask(images: Tensor, mask: Tensor, seed: Tensor, std: float, mean: flo
 
 def noise_mask_backward(grad: Tensor, seed: Tensor, broadcast: bool, std: float, mean: float, sample: int) -> Tensor:
     """The mask's gradient: grad * noise, summed over the channels in order where one mask serves them all."""
-    accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(grad.dtype)
     weighed = grad.to(accumulate) * noise(seed, grad.shape, std, mean, sample).to(accumulate)
     if broadcast:
         total = torch.zeros_like(weighed[:, :1])

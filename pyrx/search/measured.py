@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from pyrx import _block_patterns as patterns
 from pyrx._attention import window_of
 from pyrx._block_checks import check_block_size
-from pyrx._checks import check_bool, check_choice, check_device, check_dtype, check_integer, check_shape, fail
-from pyrx._losses import accumulation_dtype
+from pyrx._checks import (
+    accumulation_dtype,
+    check_bool,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_integer,
+    check_shape,
+    fail,
+)
 from pyrx.ops.block_mask import BlockMask, select_blocks
 from pyrx.ops.block_mass import block_mass, block_recall
 from pyrx.ops.block_sparse_attention import block_sparse_attention, check_mask

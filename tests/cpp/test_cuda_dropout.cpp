@@ -12,7 +12,7 @@ namespace {
 const int64_t kSizes[] = {1, 3, 7, 8, 9, 63, 64, 100, 1311, 20011};
 const uint32_t kThresholds[] = {0, 1, 19661, 32768, 65535};
 
-// the design's own numbers
+// the known answers of docs/randomness.md and more
 void test_known_answers() {
   const uint16_t first[16] = {0xe8d5, 0x6627, 0xc58d, 0xe169, 0xac4c, 0xbc57, 0xdbd8, 0x9b00,
                               0xcca4, 0xf8e4, 0x00db, 0x5cb2, 0x74eb, 0xb1a5, 0xff67, 0x097e};
