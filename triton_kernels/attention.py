@@ -15,7 +15,7 @@ from pyrx._backends import TRITON_INTERPRETED
 
 from .dropout import element_keep, group_bits
 
-# exp and log are taken to base 2, which the hardware has: logits of kernels are those of pyrx/_attention.py times this
+# exp and log are taken to base 2, which the hardware has
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # where a running maximum starts: minus infinity less itself would be NaN
@@ -232,8 +232,6 @@ def hide(score, partial, logits, b, first, last, k, keys):
 def factor_of(logits, row):
     """What products are multiplied with first, a number or one a row; rows are (b heads + h) queries + q."""
     factor = logits.scale
-    if logits.softcap is None and logits.row_bias is None:
-        factor = logits.scale * LOG2E
     if logits.query_scale is not None:
         factor = factor * tl.load(logits.query_scale + row)
     return factor
@@ -268,7 +266,7 @@ def bias_of(logits, b, h, q, k):
 
 @triton.jit
 def logits_of(product, logits, factor, b, h, q, k):
-    """(log2(e) times the logits of a tile of products, its logits before bias where they are capped).
+    """(the logits of a tile of products, those before bias where they are capped).
 
     `factor` (factor_of), `q` and `k` broadcast to the tile; q and k lie in the tensors, so clamp those beyond the ends.
     """
@@ -278,9 +276,20 @@ def logits_of(product, logits, factor, b, h, q, k):
     cap = value
     if logits.row_bias is not None:
         value += bias_of(logits, b, h, q, k)
-    if logits.softcap is not None or logits.row_bias is not None:
-        value *= LOG2E
     return value, cap
+
+
+@triton.jit
+def exponents(value, base, PLAIN: tl.constexpr):
+    """log2 of the weights of logits over the logarithm of their sum; PLAIN: both come times log2(e).
+
+    At most 0. Far from 0 float32 is coarse: a product that the compiler does not round before it takes `base` off would
+    leave hundreds.
+    """
+    found = value - base
+    if not PLAIN:
+        found *= LOG2E
+    return tl.minimum(found, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
