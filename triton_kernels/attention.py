@@ -110,18 +110,28 @@ def _large_memory(device: torch.device) -> bool:
 Plans = dict[tuple[str, int], tuple[Plan, ...]]
 
 
-def plan_of(plans: Plans, query: Tensor, value: Tensor, q_block: int, k_block: int) -> Plan:
-    """The first plan whose tiles fit the blocks, or the last one cut down to them.
+def heavy(logits: _attention.Logits, threshold: int) -> bool:
+    """Whether logits of many parts leave few registers."""
+    return not plain(logits) and (threshold > 0 or logits.softcap > 0)
+
+
+def plan_of(plans: Plans, query: Tensor, value: Tensor, q_block: int, k_block: int, heavy: bool = False) -> Plan:
+    """The first plan whose tiles fit the blocks, or the last one cut down to them; of heavy logits tiles of 64 at most,
+    in eight warps.
 
     Keys are "hopper", "half" (16 bits elsewhere) or "single" and the largest padded head size that a plan serves.
     """
     kind = "single" if query.dtype == torch.float32 else "hopper" if _large_memory(query.device) else "half"
     size = max(padded(query.shape[3]), padded(value.shape[3]))
     found = next(each for (name, most), each in plans.items() if name == kind and size <= most)
+    if heavy:
+        q_block, k_block = min(q_block, 64), min(k_block, 64)
     for plan in found:
         if plan.q_tile <= q_block and plan.k_tile <= k_block:
-            return plan
-    return Plan(min(plan.q_tile, q_block), min(plan.k_tile, k_block), 4, plan.stages)
+            break
+    else:
+        plan = Plan(min(plan.q_tile, q_block), min(plan.k_tile, k_block), 4, plan.stages)
+    return plan._replace(warps=8) if heavy and plan.q_tile * plan.k_tile >= 2048 else plan
 
 
 class Lists(NamedTuple):

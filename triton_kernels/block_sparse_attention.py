@@ -19,6 +19,7 @@ from .attention import (
     Plan,
     factor_of,
     head_of,
+    heavy,
     hide,
     kernel_logits,
     key_limits,
@@ -149,7 +150,7 @@ def block_sparse_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if lse.numel() == 0 or keys == 0:
         return out.zero_(), lse.fill_(-torch.inf), entropy.zero_()
     with torch.cuda.device_of(query):
-        plan = plan_of(FORWARD, query, value, q_block, k_block)
+        plan = plan_of(FORWARD, query, value, q_block, k_block, heavy(logits, threshold))
         _forward_kernel[(triton.cdiv(queries, plan.q_tile) * batch * heads,)](
             rows_of(query), rows_of(key), rows_of(value), rows_of(out), lse, entropy if args[20] else None,
             lists_of(kv_counts, kv_indices), kernel_logits(query, key, logits, plan.k_tile),

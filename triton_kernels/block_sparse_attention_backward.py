@@ -26,6 +26,7 @@ from .attention import (
     exponents,
     factor_of,
     head_of,
+    heavy,
     hide,
     kernel_logits,
     key_limits,
@@ -76,8 +77,8 @@ BIAS = {
     ("hopper", 128): (Plan(64, 32, 8, 1),),
     ("hopper", 256): (Plan(64, 32, 8, 1),),
     ("half", 64): (Plan(64, 32, 4, 1),),
-    ("half", 128): (Plan(64, 32, 4, 1),),
-    ("half", 256): (Plan(32, 32, 4, 1),),
+    ("half", 128): (Plan(64, 32, 8, 1),),
+    ("half", 256): (Plan(32, 32, 8, 1),),
     ("single", 64): (Plan(32, 32, 4, 1),),
     ("single", 128): (Plan(32, 32, 4, 1),),
     ("single", 256): (Plan(16, 32, 4, 1),),
@@ -470,7 +471,8 @@ def block_sparse_attention_backward(
         if grad_key is not None or grad_value is not None:
             # logits of many parts, and masks, leave no registers for a tile of 128 keys
             light = plain(given) and threshold == 0
-            plan = plan_of(KEY_VALUE, query, value, *(each if light else min(each, 64) for each in blocks))
+            most = (each if light else min(each, 64) for each in blocks)
+            plan = plan_of(KEY_VALUE, query, value, *most, heavy(given, threshold))
             _key_value_kernel[(triton.cdiv(keys, plan.k_tile) * batch * kv_heads,)](
                 problem(plan.k_tile), grad_key, grad_value, lists_of(q_counts, q_indices), threshold,
                 q_indices.shape[3], *sizes, plain(given), aligned, precision, *blocks, plan.q_tile, plan.k_tile,
@@ -478,7 +480,7 @@ def block_sparse_attention_backward(
             )  # fmt: skip
         lists, width = lists_of(kv_counts, kv_indices), kv_indices.shape[3]
         if grad_query is not None or asked[3] is not None:
-            plan = plan_of(QUERY, query, value, *blocks)
+            plan = plan_of(QUERY, query, value, *blocks, heavy(given, threshold))
             _query_kernel[(triton.cdiv(queries, plan.q_tile) * batch * heads,)](
                 problem(plan.k_tile), grad_query, asked[3], lists, threshold, width,
                 *sizes, plain(given), aligned, precision, *blocks, plan.q_tile, plan.k_tile,
