@@ -20,6 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # where a running maximum starts: minus infinity less itself would be NaN
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class Logits(NamedTuple):
@@ -76,7 +77,8 @@ def kernel_logits(query: Tensor, key: Tensor, logits: _attention.Logits, tile: i
         column_bias=column_bias,
         column_strides=column_strides,
         columns=1 if column_bias is None else column_bias.shape[3],
-        scale=logits.scale,
+        # the interpreter takes smaller numbers for float64
+        scale=logits.scale if abs(logits.scale) >= SMALLEST else 0.0,
         softcap=logits.softcap or None,
     )
 

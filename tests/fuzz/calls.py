@@ -222,8 +222,16 @@ def agree(call: Call, *backends: str | None) -> bool:
     exact = run(call.in_float64(), "reference") if judged and plain.error is None else plain
     for backend in backends:
         got = run(call, backend)
+        if backend == "triton" and _leaves(got, plain):
+            continue
         _agree(call, backend, got, plain, exact if exact.error is None else plain)
     return plain.error is None
+
+
+def _leaves(got: Outcome, plain: Outcome) -> bool:
+    """Whether the call is one that Triton does not serve, or has class ids that only a device sees."""
+    cannot = plain.error is None and "'triton', which cannot: " in str(got.error)
+    return cannot or (got.error is None and "of class ids in" in str(plain.error))
 
 
 def _agree(call: Call, backend: str | None, got: Outcome, plain: Outcome, exact: Outcome) -> None:
