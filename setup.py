@@ -179,9 +179,14 @@ def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool) -> tuple[list[
     return [*cxx, "-DPYRX_CUDA"], [*nvcc, "-DPYRX_CUDA", *shlex.split(nvcc_extra or "")]
 
 
+# what compiles for longest, first: alone at the end it would be waited for
+SLOWEST = ["csrc/cuda/nm_sparsity.cu", "csrc/cuda/masked_update.cu", "csrc/cpu/simd.cpp", "csrc/cpu/nm_simd.cpp"]
+
+
 def decide_sources(root: Path, cuda: bool) -> list[str]:
     patterns = ["csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if cuda else [])
-    return sorted(str(p.relative_to(root)) for pattern in patterns for p in root.glob(pattern))
+    found = sorted(str(p.relative_to(root)) for pattern in patterns for p in root.glob(pattern))
+    return [each for each in SLOWEST if each in found] + [each for each in found if each not in SLOWEST]
 
 
 def build_tag(plan: Plan) -> str:

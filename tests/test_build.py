@@ -260,6 +260,7 @@ def test_sources(setup):
     cpu, cuda = setup.decide_sources(ROOT, False), setup.decide_sources(ROOT, True)
     assert "csrc/registration.cpp" in cpu and not any(s.endswith(".cu") for s in cpu)
     assert set(cpu) < set(cuda) and any(s.startswith("csrc/cuda/") for s in cuda)
+    assert cuda[: len(setup.SLOWEST)] == setup.SLOWEST and len(set(cuda)) == len(cuda)
 
 
 def test_candidates_for_nvcc_in_order(setup):

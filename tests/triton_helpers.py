@@ -76,6 +76,13 @@ def compile_launches(architecture):
     return compiled
 
 
+def exponents_of(ptx):
+    """The instructions that make what 2 is raised to."""
+    powers = set(re.findall(r"ex2\.approx\S*\s+%\w+, (%\w+);", ptx))
+    made = re.findall(r"^\s*([a-z][\w.]*)\s+(%\w+),", ptx, re.M)
+    return sorted({operation for operation, name in made if name in powers})
+
+
 def report(compiled, of_kernel, **more):
     """Prints one JSON line a compiled kernel: name, registers, stack, shared memory and what `of_kernel` finds."""
     for name, kernel in compiled.values():

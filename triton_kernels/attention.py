@@ -15,11 +15,12 @@ from pyrx._backends import TRITON_INTERPRETED
 
 from .dropout import element_keep, group_bits
 
-# exp and log are taken to base 2, which the hardware has: logits of kernels are those of pyrx/_attention.py times this
+# exp and log are taken to base 2, which the hardware has
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # where a running maximum starts: minus infinity less itself would be NaN
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class Logits(NamedTuple):
@@ -76,7 +77,8 @@ def kernel_logits(query: Tensor, key: Tensor, logits: _attention.Logits, tile: i
         column_bias=column_bias,
         column_strides=column_strides,
         columns=1 if column_bias is None else column_bias.shape[3],
-        scale=logits.scale,
+        # the interpreter takes smaller numbers for float64
+        scale=logits.scale if abs(logits.scale) >= SMALLEST else 0.0,
         softcap=logits.softcap or None,
     )
 
@@ -110,18 +112,28 @@ def _large_memory(device: torch.device) -> bool:
 Plans = dict[tuple[str, int], tuple[Plan, ...]]
 
 
-def plan_of(plans: Plans, query: Tensor, value: Tensor, q_block: int, k_block: int) -> Plan:
-    """The first plan whose tiles fit the blocks, or the last one cut down to them.
+def heavy(logits: _attention.Logits, threshold: int) -> bool:
+    """Whether logits of many parts leave few registers."""
+    return not plain(logits) and (threshold > 0 or logits.softcap > 0)
+
+
+def plan_of(plans: Plans, query: Tensor, value: Tensor, q_block: int, k_block: int, heavy: bool = False) -> Plan:
+    """The first plan whose tiles fit the blocks, or the last one cut down to them; of heavy logits tiles of 64 at most,
+    in eight warps.
 
     Keys are "hopper", "half" (16 bits elsewhere) or "single" and the largest padded head size that a plan serves.
     """
     kind = "single" if query.dtype == torch.float32 else "hopper" if _large_memory(query.device) else "half"
     size = max(padded(query.shape[3]), padded(value.shape[3]))
     found = next(each for (name, most), each in plans.items() if name == kind and size <= most)
+    if heavy:
+        q_block, k_block = min(q_block, 64), min(k_block, 64)
     for plan in found:
         if plan.q_tile <= q_block and plan.k_tile <= k_block:
-            return plan
-    return Plan(min(plan.q_tile, q_block), min(plan.k_tile, k_block), 4, plan.stages)
+            break
+    else:
+        plan = Plan(min(plan.q_tile, q_block), min(plan.k_tile, k_block), 4, plan.stages)
+    return plan._replace(warps=8) if heavy and plan.q_tile * plan.k_tile >= 2048 else plan
 
 
 class Lists(NamedTuple):
@@ -232,8 +244,6 @@ def hide(score, partial, logits, b, first, last, k, keys):
 def factor_of(logits, row):
     """What products are multiplied with first, a number or one a row; rows are (b heads + h) queries + q."""
     factor = logits.scale
-    if logits.softcap is None and logits.row_bias is None:
-        factor = logits.scale * LOG2E
     if logits.query_scale is not None:
         factor = factor * tl.load(logits.query_scale + row)
     return factor
@@ -268,7 +278,7 @@ def bias_of(logits, b, h, q, k):
 
 @triton.jit
 def logits_of(product, logits, factor, b, h, q, k):
-    """(log2(e) times the logits of a tile of products, its logits before bias where they are capped).
+    """(the logits of a tile of products, those before bias where they are capped).
 
     `factor` (factor_of), `q` and `k` broadcast to the tile; q and k lie in the tensors, so clamp those beyond the ends.
     """
@@ -278,9 +288,20 @@ def logits_of(product, logits, factor, b, h, q, k):
     cap = value
     if logits.row_bias is not None:
         value += bias_of(logits, b, h, q, k)
-    if logits.softcap is not None or logits.row_bias is not None:
-        value *= LOG2E
     return value, cap
+
+
+@triton.jit
+def exponents(value, base, PLAIN: tl.constexpr):
+    """log2 of the weights of logits over the logarithm of their sum; PLAIN: both come times log2(e).
+
+    At most 0. Far from 0 float32 is coarse: a product that the compiler does not round before it takes `base` off would
+    leave hundreds.
+    """
+    found = value - base
+    if not PLAIN:
+        found *= LOG2E
+    return tl.minimum(found, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

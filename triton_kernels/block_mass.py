@@ -17,6 +17,7 @@ from .attention import (
     LOG2E,
     LOWEST,
     Plan,
+    exponents,
     factor_of,
     head_of,
     hide,
@@ -25,6 +26,7 @@ from .attention import (
     load_rows,
     logits_of,
     padded,
+    plain,
     precision_of,
     rows_of,
 )
@@ -71,11 +73,11 @@ def _tiles(steps, WHOLE: tl.constexpr, K_TILE: tl.constexpr):
 
 
 @triton.jit
-def _exponents(
+def _tile_logits(
     own, keys_of, key, logits, factor, steps, step, b, h, q, first, last, keys, size: tl.constexpr, SIZE: tl.constexpr,
-    PRECISION: tl.constexpr, WHOLE: tl.constexpr, K_TILE: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
-    """(log2(e) times the logits of queries `own` and a tile of keys, minus infinity where hidden; its first key)."""
+    """(the logits of queries `own` and a tile of keys, minus infinity where hidden; its first key). PLAIN: products."""
     if WHOLE:
         k0 = steps[0] + step * K_TILE
     else:
@@ -84,7 +86,8 @@ def _exponents(
     there = k if WHOLE else tl.minimum(k, keys - 1)
     others = load_rows(keys_of, key, there, size, SIZE)
     score = tl.dot(own, tl.trans(others), input_precision=PRECISION)
-    score, _ = logits_of(score, logits, factor, b, h, q[:, None], there[None, :])
+    if not PLAIN:
+        score, _ = logits_of(score, logits, factor, b, h, q[:, None], there[None, :])
     if WHOLE:
         if logits.key_mask is not None:
             shown = tl.load(logits.key_mask + b.to(tl.int64) * keys + k)
@@ -97,8 +100,9 @@ def _exponents(
 # Bytes: q once, k a tile from L2, a number a block. Operations: 2 D a visible pair, and an exp2.
 @triton.jit
 def _mass_kernel(
-    query, key, lse, mass, logits, heads, group, queries, keys, width, size: tl.constexpr, SIZE: tl.constexpr,
-    PRECISION: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    query, key, lse, mass, logits, heads, group, queries, keys, width,
+    size: tl.constexpr, SIZE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     """mass (B, H, tiles * Q_TILE / Q_BLOCK, width): of blocks that are no larger than a tile."""
     tiles = tl.cdiv(queries, Q_TILE)
@@ -113,9 +117,13 @@ def _mass_kernel(
     offset = tl.load(lse + row)
     seen = (asked < queries) & (offset != float("-inf"))
     first, last = tl.where(seen, first, keys), tl.where(seen, last, 0)
-    offset = tl.where(seen, offset * LOG2E, 0.0)[:, None]
+    offset = tl.where(seen, offset, 0.0)[:, None]
     steps = _steps(first, last, keys, K_TILE)
-    factor = (row * 0 + factor_of(logits, row))[:, None]
+    factor = factor_of(logits, row)
+    if PLAIN:
+        factor, offset = factor * LOG2E, offset * LOG2E
+    else:
+        factor = (row * 0 + factor)[:, None]
     own = load_rows(head_of(query, b, h), query, q, size, SIZE)
     keys_of = head_of(key, b, h // group)
 
@@ -125,11 +133,13 @@ def _mass_kernel(
     to = mass + (rows * width)[:, None] + tl.arange(0, COLUMNS)[None, :]
     for whole in tl.static_range(2):
         for step in range(_tiles(steps, whole == 1, K_TILE)):
-            score, k0 = _exponents(
-                own, keys_of, key, logits, factor, steps, step, b, h, q, first, last, keys, size, SIZE, PRECISION,
-                whole == 1, K_TILE,
+            score, k0 = _tile_logits(
+                own, keys_of, key, logits, factor, steps, step, b, h, q, first, last, keys, size, SIZE, PLAIN,
+                PRECISION, whole == 1, K_TILE,
             )  # fmt: skip
-            weight = tl.exp2(score - offset)
+            if PLAIN:
+                score *= factor
+            weight = tl.exp2(exponents(score, offset, PLAIN))
             if COLUMNS == 1:
                 sums = tl.sum(weight, 1)[:, None]
             else:
@@ -143,7 +153,7 @@ def _mass_kernel(
 @triton.jit
 def _recall_kernel(
     query, key, blocks, recall, logits, heads, group, queries, keys, block_batch, block_head, width,
-    size: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    size: tl.constexpr, SIZE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(queries, Q_TILE)
@@ -155,7 +165,10 @@ def _recall_kernel(
     row = head.to(tl.int64) * queries + q
     first, last = key_limits(logits, b, q, queries, keys)
     steps = _steps(first, last, keys, K_TILE)
-    factor = (row * 0 + factor_of(logits, row))[:, None]
+    factor = factor_of(logits, row)
+    unit = factor * LOG2E
+    if not PLAIN:
+        factor = (row * 0 + factor)[:, None]
     own = load_rows(head_of(query, b, h), query, q, size, SIZE)
     keys_of = head_of(key, b, h // group)
     chosen = blocks + b.to(tl.int64) * block_batch + h.to(tl.int64) * block_head + (q // Q_BLOCK).to(tl.int64) * width
@@ -168,13 +181,17 @@ def _recall_kernel(
     kept = tl.zeros((Q_TILE,), tl.float32)
     for whole in tl.static_range(2):
         for step in range(_tiles(steps, whole == 1, K_TILE)):
-            score, k0 = _exponents(
-                own, keys_of, key, logits, factor, steps, step, b, h, q, first, last, keys, size, SIZE, PRECISION,
-                whole == 1, K_TILE,
+            score, k0 = _tile_logits(
+                own, keys_of, key, logits, factor, steps, step, b, h, q, first, last, keys, size, SIZE, PLAIN,
+                PRECISION, whole == 1, K_TILE,
             )  # fmt: skip
             larger = tl.maximum(most, tl.max(score, 1))
-            shrink = tl.exp2(most - larger)
-            weight = tl.exp2(score - larger[:, None])
+            if PLAIN:
+                # the maximum is taken off first, as attention does
+                shrink, score = tl.exp2((most - larger) * unit), (score - larger[:, None]) * unit
+            else:
+                shrink, score = tl.exp2((most - larger) * LOG2E), exponents(score, larger[:, None], False)
+            weight = tl.exp2(score)
             if COLUMNS == 1:
                 sums = tl.sum(weight, 1)
                 keep = tl.load(chosen + k0 // K_BLOCK)
@@ -222,8 +239,8 @@ def block_mass(query: Tensor, key: Tensor, lse: Tensor, q_block: int, k_block: i
         _mass_kernel[(tiles * batch * heads,)](
             rows_of(query), rows_of(key), lse.contiguous(), parts,
             kernel_logits(query, key, logits, plan.k_tile), heads, heads // key.shape[1],
-            queries, keys, shape[3], size, padded(size), precision_of(query), *part, plan.q_tile, plan.k_tile,
-            **options,
+            queries, keys, shape[3], size, padded(size), plain(logits), precision_of(query),
+            *part, plan.q_tile, plan.k_tile, **options,
         )  # fmt: skip
     for dim, (count, own, block) in enumerate(zip(mass.shape[2:], part, (q_block, k_block), strict=True), 2):
         share = block // own
@@ -250,7 +267,7 @@ def block_recall(query: Tensor, key: Tensor, blocks: Tensor, q_block: int, k_blo
             rows_of(query), rows_of(key), own, recall,
             kernel_logits(query, key, logits, plan.k_tile), heads, heads // key.shape[1],
             queries, keys, 0 if own.shape[0] == 1 else own.stride(0), 0 if own.shape[1] == 1 else own.stride(1),
-            own.shape[3], size, padded(size), precision_of(query), q_block, k_block, plan.q_tile, plan.k_tile,
-            **options,
+            own.shape[3], size, padded(size), plain(logits), precision_of(query),
+            q_block, k_block, plan.q_tile, plan.k_tile, **options,
         )  # fmt: skip
     return recall

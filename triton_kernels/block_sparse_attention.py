@@ -14,10 +14,12 @@ from pyrx.ops import block_sparse_attention as ops
 
 from .attention import (
     LN2,
+    LOG2E,
     LOWEST,
     Plan,
     factor_of,
     head_of,
+    heavy,
     hide,
     kernel_logits,
     key_limits,
@@ -73,7 +75,11 @@ def _forward_kernel(
     # between these every query of the tile sees every key
     whole_first, whole_last = tl.max(first, 0), tl.min(last, 0)
     factor = factor_of(logits, row)
-    if not PLAIN:
+    if PLAIN:
+        # maxima and what is less them are of products
+        unit = factor * LOG2E
+    else:
+        unit = LOG2E
         factor = (tl.zeros((Q_TILE,), tl.float32) + factor)[:, None]
     own = load_rows(head_of(query, b, h), query, q, size, SIZE)
     keys_of, values_of = head_of(key, b, h // group), head_of(value, b, h // group)
@@ -94,19 +100,20 @@ def _forward_kernel(
         if logits.key_mask is not None:
             flags = tl.cdiv(keys, K_TILE)
             partial = partial | (tl.load(logits.clear + b * flags + tl.minimum(k0 // K_TILE, flags - 1)) == 0)
-        if PLAIN:
-            score = hide(score, partial, logits, b, first[:, None], last[:, None], k[None, :], keys)
-            larger = tl.maximum(most, tl.max(score, 1) * factor)
-            score = score * factor
-        else:
+        if not PLAIN:
             score, _ = logits_of(score, logits, factor, b, h, q[:, None], there[None, :])
-            score = hide(score, partial, logits, b, first[:, None], last[:, None], k[None, :], keys)
-            larger = tl.maximum(most, tl.max(score, 1))
-        weight = tl.exp2(score - larger[:, None])
-        shrink = tl.exp2(most - larger)
-        total = total * shrink + tl.sum(weight, 1)
+        score = hide(score, partial, logits, b, first[:, None], last[:, None], k[None, :], keys)
+        larger = tl.maximum(most, tl.max(score, 1))
+        # the maximum is taken off first: a fused product less a rounded one is hundreds where both are far from 0
+        score = (score - larger[:, None]) * unit
+        weight = tl.exp2(score)
+        step = (most - larger) * unit
+        shrink = tl.exp2(step)
         if entropy is not None:
-            mean = mean * shrink + tl.sum(tl.where(weight > 0, weight * score, 0.0), 1)
+            # so far that nothing is left of the old sums, times a total, is a number still
+            moved = mean + total * tl.maximum(step, -1000.0)
+            mean = moved * shrink + tl.sum(tl.where(weight > 0, weight * score, 0.0), 1)
+        total = total * shrink + tl.sum(weight, 1)
         if seed is not None:
             keep = tile_keep(seed, threshold, row, k0, keys, K_TILE, ALIGNED, False)
             weight = tl.where(keep, weight, 0.0)
@@ -124,10 +131,11 @@ def _forward_kernel(
     d = tl.arange(0, VALUE_SIZE)
     place = head_of(out, b, h) + q.to(tl.int64)[:, None] * out.token + d[None, :]
     tl.store(place, weighted.to(out.data.dtype.element_ty), mask=inside[:, None] & (d < value_size)[None, :])
-    base = most + tl.log2(total)
-    tl.store(lse + row, tl.where(nothing, float("-inf"), base * LN2), mask=inside)
+    if PLAIN:
+        most *= factor
+    tl.store(lse + row, tl.where(nothing, float("-inf"), most + tl.log2(total) * LN2), mask=inside)
     if entropy is not None:
-        tl.store(entropy + row, tl.where(nothing, 0.0, (base - mean / total) * LN2), mask=inside)
+        tl.store(entropy + row, tl.where(nothing, 0.0, (tl.log2(total) - mean / total) * LN2), mask=inside)
 
 
 def block_sparse_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +150,7 @@ def block_sparse_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if lse.numel() == 0 or keys == 0:
         return out.zero_(), lse.fill_(-torch.inf), entropy.zero_()
     with torch.cuda.device_of(query):
-        plan = plan_of(FORWARD, query, value, q_block, k_block)
+        plan = plan_of(FORWARD, query, value, q_block, k_block, heavy(logits, threshold))
         _forward_kernel[(triton.cdiv(queries, plan.q_tile) * batch * heads,)](
             rows_of(query), rows_of(key), rows_of(value), rows_of(out), lse, entropy if args[20] else None,
             lists_of(kv_counts, kv_indices), kernel_logits(query, key, logits, plan.k_tile),

@@ -23,8 +23,10 @@ from .attention import (
     Logits,
     Plan,
     Rows,
+    exponents,
     factor_of,
     head_of,
+    heavy,
     hide,
     kernel_logits,
     key_limits,
@@ -75,8 +77,8 @@ BIAS = {
     ("hopper", 128): (Plan(64, 32, 8, 1),),
     ("hopper", 256): (Plan(64, 32, 8, 1),),
     ("half", 64): (Plan(64, 32, 4, 1),),
-    ("half", 128): (Plan(64, 32, 4, 1),),
-    ("half", 256): (Plan(32, 32, 4, 1),),
+    ("half", 128): (Plan(64, 32, 8, 1),),
+    ("half", 256): (Plan(32, 32, 8, 1),),
     ("single", 64): (Plan(32, 32, 4, 1),),
     ("single", 128): (Plan(32, 32, 4, 1),),
     ("single", 256): (Plan(16, 32, 4, 1),),
@@ -107,10 +109,10 @@ class Problem(NamedTuple):
 @triton.jit
 def _delta_kernel(
     grad, out, lse, entropy, grad_lse, grad_entropy, delta, base, padded_grad_entropy, heads, queries, padded_queries,
-    value_size: tl.constexpr, VALUE_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    value_size: tl.constexpr, VALUE_SIZE: tl.constexpr, PLAIN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Per row delta = grad . out - grad_lse + grad_entropy * entropy, and base: log2(e) lse, plus infinity where
-    nothing is seen and past the last query, so that exp2(logit - base) are the weights everywhere."""
+    """Per row delta = grad . out - grad_lse + grad_entropy * entropy, and base: lse as of exponents(), plus infinity
+    where nothing is seen and past the last query, so that those weights are 0."""
     tiles = padded_queries // ROWS
     head = tl.program_id(0) // tiles
     b, h = head // heads, head % heads
@@ -130,7 +132,10 @@ def _delta_kernel(
         tl.store(padded_grad_entropy + place, tl.where(inside, along, 0.0))
     own = tl.load(lse + row)
     tl.store(delta + place, tl.where(inside, found, 0.0))
-    tl.store(base + place, tl.where(inside & (own != float("-inf")), own * LOG2E, float("inf")))
+    logarithm = own
+    if PLAIN:
+        logarithm *= LOG2E
+    tl.store(base + place, tl.where(inside & (own != float("-inf")), logarithm, float("inf")))
 
 
 @triton.jit
@@ -143,13 +148,13 @@ def _hide_from_queries(score, partial, p, b, token, k):
 
 
 @triton.jit
-def _logit_gradient(p, weight, value, along, delta, base, grad_entropy):
-    """The gradient of a tile's logits; `along` are the gradients of its weights, grad_entropy anything if there is
+def _logit_gradient(p, weight, exponent, along, delta, grad_entropy):
+    """The gradient of logits; `along` are those of their weights exp2(exponent), grad_entropy anything if there is
     none."""
     along = along - delta
     if p.grad_entropy is not None:
-        # where a weight is 0 the logit may be minus infinity
-        along -= tl.where(weight > 0, grad_entropy * ((value - base) * LN2), 0.0)
+        # where a weight is 0 the exponent may be minus infinity
+        along -= tl.where(weight > 0, grad_entropy * (exponent * LN2), 0.0)
     return weight * along
 
 
@@ -212,12 +217,13 @@ def _key_value_kernel(
             if PLAIN:
                 score = _hide_from_queries(score, partial, p, b, token, k)
                 cap = score
-                value = score * factor_of(p.logits, first_row)
+                value = score * (factor_of(p.logits, first_row) * LOG2E)
             else:
                 factor = (tl.zeros((Q_TILE,), tl.float32) + factor_of(p.logits, first_row + token))[None, :]
                 value, cap = logits_of(score, p.logits, factor, b, h, token[None, :], there[:, None])
                 value = _hide_from_queries(value, partial, p, b, token, k)
-            weight = tl.exp2(value - base)
+            exponent = exponents(value, base, PLAIN)
+            weight = tl.exp2(exponent)
             upstream = load_rows(upstream_of, p.grad, token, value_size, VALUE_SIZE)
             kept = weight
             if p.seed is not None:
@@ -233,7 +239,7 @@ def _key_value_kernel(
                 grad_entropy = delta
                 if p.grad_entropy is not None:
                     grad_entropy = tl.load(p.grad_entropy + rows + lane)[None, :]
-                gradient = _logit_gradient(p, weight, value, along, delta, base, grad_entropy)
+                gradient = _logit_gradient(p, weight, exponent, along, delta, grad_entropy)
                 gradient = _product_gradient(gradient, cap, p)
                 if p.logits.query_scale is not None:
                     gradient *= tl.load(p.logits.query_scale + first_row + token)[None, :]
@@ -272,17 +278,18 @@ def _pair(
     if PLAIN:
         score = hide(score, partial, p.logits, b, first[:, None], last[:, None], k[None, :], p.keys)
         cap = score
-        value = score * factor
+        value = score * (factor * LOG2E)
     else:
         value, cap = logits_of(score, p.logits, factor, b, h, token[:, None], there[None, :])
         value = hide(value, partial, p.logits, b, first[:, None], last[:, None], k[None, :], p.keys)
-    weight = tl.exp2(value - base)
+    exponent = exponents(value, base, PLAIN)
+    weight = tl.exp2(exponent)
     content = load_rows(head_of(p.value, b, h // p.group), p.value, there, value_size, VALUE_SIZE)
     along = tl.dot(upstream, tl.trans(content), input_precision=PRECISION)
     if p.seed is not None:
         keep = tile_keep(p.seed, threshold, row, k0, p.keys, K_TILE, ALIGNED, False)
         along = tl.where(keep, along * dropped, 0.0)
-    return _logit_gradient(p, weight, value, along, delta, base, grad_entropy), cap, others
+    return _logit_gradient(p, weight, exponent, along, delta, grad_entropy), cap, others
 
 
 @triton.jit
@@ -459,12 +466,13 @@ def block_sparse_attention_backward(
         _delta_kernel[(rows // ROWS * batch * heads,)](
             upstream, rows_of(out), lse.contiguous(), None if grad_entropy is None else entropy.contiguous(),
             contiguous(grad_lse), contiguous(grad_entropy), delta, base, padded_grad_entropy, heads, queries, rows,
-            value_size, padded(value_size), ROWS,
+            value_size, padded(value_size), plain(given), ROWS,
         )  # fmt: skip
         if grad_key is not None or grad_value is not None:
             # logits of many parts, and masks, leave no registers for a tile of 128 keys
             light = plain(given) and threshold == 0
-            plan = plan_of(KEY_VALUE, query, value, *(each if light else min(each, 64) for each in blocks))
+            most = (each if light else min(each, 64) for each in blocks)
+            plan = plan_of(KEY_VALUE, query, value, *most, heavy(given, threshold))
             _key_value_kernel[(triton.cdiv(keys, plan.k_tile) * batch * kv_heads,)](
                 problem(plan.k_tile), grad_key, grad_value, lists_of(q_counts, q_indices), threshold,
                 q_indices.shape[3], *sizes, plain(given), aligned, precision, *blocks, plan.q_tile, plan.k_tile,
@@ -472,7 +480,7 @@ def block_sparse_attention_backward(
             )  # fmt: skip
         lists, width = lists_of(kv_counts, kv_indices), kv_indices.shape[3]
         if grad_query is not None or asked[3] is not None:
-            plan = plan_of(QUERY, query, value, *blocks)
+            plan = plan_of(QUERY, query, value, *blocks, heavy(given, threshold))
             _query_kernel[(triton.cdiv(queries, plan.q_tile) * batch * heads,)](
                 problem(plan.k_tile), grad_query, asked[3], lists, threshold, width,
                 *sizes, plain(given), aligned, precision, *blocks, plan.q_tile, plan.k_tile,

@@ -222,8 +222,15 @@ def agree(call: Call, *backends: str | None) -> bool:
     exact = run(call.in_float64(), "reference") if judged and plain.error is None else plain
     for backend in backends:
         got = run(call, backend)
+        if backend == "triton" and _beyond_triton(got, plain):
+            continue
         _agree(call, backend, got, plain, exact if exact.error is None else plain)
     return plain.error is None
+
+
+def _beyond_triton(got: Outcome, plain: Outcome) -> bool:
+    """Whether Triton does not serve the call, or it has class ids that are out of range, which only a device sees."""
+    return "'triton', which cannot: " in str(got.error) or (got.error is None and "of class ids in" in str(plain.error))
 
 
 def _agree(call: Call, backend: str | None, got: Outcome, plain: Outcome, exact: Outcome) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 
 import helpers
@@ -19,7 +20,8 @@ for module in pkgutil.iter_modules(fuzz.__path__):
     if not module.name.startswith("test_"):
         importlib.import_module(f"fuzz.{module.name}")
 
-BACKENDS = ("cpu", None)
+# compared with the reference; empty: the one that the call picks. FUZZ_BACKENDS=triton wants TRITON_INTERPRET=1
+BACKENDS = tuple(each or None for each in os.environ.get("FUZZ_BACKENDS", "cpu,").split(","))
 
 
 @st.composite
@@ -46,13 +48,15 @@ def fuzz_with(cases: int, name: str, spoiled: bool, record: pytest.FixtureReques
 
 @pytest.mark.parametrize("name", FUZZERS)
 def test_good_calls(name, cases, request):
-    helpers.need("cpu")
+    for backend in filter(None, BACKENDS):
+        helpers.need(backend)
     fuzz_with(cases, name, False, request)
 
 
 @pytest.mark.parametrize("name", FUZZERS)
 def test_bad_calls(name, cases, request):
-    helpers.need("cpu")
+    for backend in filter(None, BACKENDS):
+        helpers.need(backend)
     fuzz_with(cases, name, True, request)
 
 
