@@ -31,6 +31,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 STANDARD = "c++20"
+OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
 class BuildError(SystemExit):
@@ -214,9 +215,9 @@ def describe(plan: Plan, env: Mapping[str, str]) -> str:
 # What follows asks the machine.
 
 
-def output_of(command: list[str]) -> str | None:
+def output_of(command: list[str], given: str | None = None) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout + done.stderr if done.returncode == 0 else None
@@ -225,10 +226,16 @@ def output_of(command: list[str]) -> str | None:
 def find_compiler(env: Mapping[str, str]) -> tuple[str | None, str]:
     """The C++ compiler's command and the first line of its --version, or None and what was tried."""
     names = [env["CXX"]] if env.get("CXX") else ["c++", "g++", "clang++"]
+    tried = []
     for name in names:
-        if text := output_of([*shlex.split(name), "--version"]):
+        command = shlex.split(name)
+        if not (text := output_of([*command, "--version"])):
+            tried.append(name)
+        elif output_of([*command, "-fopenmp", "-x", "c++", "-", "-o", os.devnull], OPENMP) is None:
+            tried.append(f"{name} (which has no OpenMP: clang++ needs libomp-dev)")
+        else:
             return name, text.splitlines()[0]
-    return None, f"no C++ compiler: tried {', '.join(names)}"
+    return None, f"no C++ compiler: tried {', '.join(tried)}"
 
 
 def find_nvcc(env: Mapping[str, str], site_dirs: list[str], torch_cuda: str | None) -> Nvcc | None:
@@ -273,6 +280,10 @@ def make_plan(env: Mapping[str, str], torch) -> Plan:
     made.debug = bool(truth("DEBUG", env.get("DEBUG")))
     has_sources = any((ROOT / "csrc/cuda").glob("*.cu"))
     made.cuda, made.reasons = decide_cuda(force, torch_cuda, nvcc and nvcc.version, has_sources)
+    if "clang" in compiler_text:
+        made.reasons.append(
+            "clang has OpenMP threads of its own: OMP_NUM_THREADS counts, torch.set_num_threads does not"
+        )
     if made.cuda:
         assert nvcc is not None
         gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]

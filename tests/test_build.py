@@ -43,6 +43,8 @@ def module():
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_parallel_for_uses_the_threads_torch_is_told(module):
+    if "clang" in _extension.record["compiler"]:
+        pytest.skip("clang's OpenMP runtime is not torch's")
     before = torch.get_num_threads()
     try:
         seen = []
@@ -164,6 +166,14 @@ def test_mismatch_warns_and_the_reference_serves(tmp_path):
     done = run(USE, tmp_path)
     assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr
     assert "RuntimeWarning" in done.stderr and "1.2.3" in done.stderr and torch.__version__ in done.stderr
+
+
+def test_compiler_without_openmp_is_not_used(tmp_path, setup):
+    compiler = tmp_path / "clang++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo clang version 1\n')
+    compiler.chmod(0o755)
+    found, text = setup.find_compiler({"CXX": str(compiler)})
+    assert found is None and str(compiler) in text and "libomp-dev" in text
 
 
 def test_build_without_compiler_installs_python(tmp_path, setup):
