@@ -5,6 +5,7 @@ Environment:
   TORCH_CUDA_ARCH_LIST  "8.0;9.0+PTX"; default: the visible GPU's, without one 8.0 and 9.0, the last as PTX too
   MAX_JOBS              compiler processes at a time
   DEBUG                 1: -O0 -g
+  SANITIZE              1: under AddressSanitizer and UndefinedBehaviorSanitizer (make fuzz-sanitize)
   NVCC_FLAGS            more flags for nvcc
   CUDA_HOME, CXX        the toolkit and the C++ compiler to use
 
@@ -31,6 +32,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 STANDARD = "c++20"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
 class BuildError(SystemExit):
@@ -55,6 +58,7 @@ class Plan:
     extension: bool = False
     cuda: bool = False
     debug: bool = False
+    sanitize: bool = False
     arch_list: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     cxx_flags: list[str] = field(default_factory=list)
@@ -157,7 +161,9 @@ def arch_number(name: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
-def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool) -> tuple[list[str], list[str]]:
+def decide_flags(
+    debug: bool, nvcc_extra: str | None, cuda: bool, sanitize: bool = False
+) -> tuple[list[str], list[str]]:
     """Flags for the C++ compiler and for nvcc. No -march: the sources pick their SIMD at run time."""
     level = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     # at::parallel_for is a serial loop in a file that is compiled without OpenMP, products fused with sums would give
@@ -172,6 +178,8 @@ def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool) -> tuple[list[
     ]
     if debug:
         cxx.append("-UNDEBUG")
+    if sanitize:
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS]
     if not cuda:
         return cxx, []
     nvcc = [f"-std={STANDARD}", level[0], "-Xcompiler", "-fopenmp,-fvisibility=hidden"]
@@ -219,9 +227,9 @@ def describe(plan: Plan, env: Mapping[str, str]) -> str:
 # What follows asks the machine.
 
 
-def output_of(command: list[str]) -> str | None:
+def output_of(command: list[str], given: str | None = None) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout + done.stderr if done.returncode == 0 else None
@@ -230,10 +238,16 @@ def output_of(command: list[str]) -> str | None:
 def find_compiler(env: Mapping[str, str]) -> tuple[str | None, str]:
     """The C++ compiler's command and the first line of its --version, or None and what was tried."""
     names = [env["CXX"]] if env.get("CXX") else ["c++", "g++", "clang++"]
+    tried = []
     for name in names:
-        if text := output_of([*shlex.split(name), "--version"]):
+        command = shlex.split(name)
+        if not (text := output_of([*command, "--version"])):
+            tried.append(name)
+        elif output_of([*command, "-fopenmp", "-x", "c++", "-", "-o", os.devnull], OPENMP) is None:
+            tried.append(f"{name} (which has no OpenMP: clang++ needs libomp-dev)")
+        else:
             return name, text.splitlines()[0]
-    return None, f"no C++ compiler: tried {', '.join(names)}"
+    return None, f"no C++ compiler: tried {', '.join(tried)}"
 
 
 def find_nvcc(env: Mapping[str, str], site_dirs: list[str], torch_cuda: str | None) -> Nvcc | None:
@@ -278,13 +292,18 @@ def make_plan(env: Mapping[str, str], torch) -> Plan:
     made.debug = bool(truth("DEBUG", env.get("DEBUG")))
     has_sources = any((ROOT / "csrc/cuda").glob("*.cu"))
     made.cuda, made.reasons = decide_cuda(force, torch_cuda, nvcc and nvcc.version, has_sources)
+    if "clang" in compiler_text:
+        made.reasons.append(
+            "clang has OpenMP threads of its own: OMP_NUM_THREADS counts, torch.set_num_threads does not"
+        )
     if made.cuda:
         assert nvcc is not None
         gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         torch_archs = [a for a in torch._C._cuda_getArchFlags().split() if a.startswith("sm_")]
         made.arch_list, why = decide_archs(env.get("TORCH_CUDA_ARCH_LIST"), gpus, torch_archs, nvcc.archs)
         made.reasons.append(f"archs: {why}")
-    made.cxx_flags, made.nvcc_flags = decide_flags(made.debug, env.get("NVCC_FLAGS"), made.cuda)
+    made.sanitize = bool(truth("SANITIZE", env.get("SANITIZE")))
+    made.cxx_flags, made.nvcc_flags = decide_flags(made.debug, env.get("NVCC_FLAGS"), made.cuda, made.sanitize)
     made.sources = decide_sources(ROOT, made.cuda)
     return made
 
@@ -299,6 +318,7 @@ def extension_of(plan: Plan, torch) -> Extension:
     # torch's own OpenMP runtime: a second one would not follow torch.set_num_threads
     gomp = sorted(site.glob("lib/libgomp*.so*")) if "clang" not in (plan.compiler or "") else []
     link = [str(gomp[0])] if gomp else ["-fopenmp"]
+    link += SANITIZERS if plan.sanitize else []
     if plan.cuda:
         assert plan.nvcc is not None
         nvidia = nvidia_dirs([str(site.parent)], plan.torch_cuda)
@@ -331,7 +351,8 @@ def build_command(torch) -> type[build_ext]:
             self.distribution.ext_modules = [extension_of(self.plan, torch)] if self.plan.extension else []
             super().finalize_options()
             # one object folder for each torch, wherever the result goes: a second build compiles only what changed
-            self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}-torch-{torch.__version__}")
+            kind = "sanitize" if self.plan.sanitize else "temp"
+            self.build_temp = str(ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-torch-{torch.__version__}")
 
         def run(self) -> None:
             print(describe(self.plan, os.environ), flush=True)

@@ -43,6 +43,8 @@ def module():
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_parallel_for_uses_the_threads_torch_is_told(module):
+    if "clang" in _extension.record["compiler"]:
+        pytest.skip("clang's OpenMP runtime is not torch's")
     before = torch.get_num_threads()
     try:
         seen = []
@@ -166,6 +168,14 @@ def test_mismatch_warns_and_the_reference_serves(tmp_path):
     assert "RuntimeWarning" in done.stderr and "1.2.3" in done.stderr and torch.__version__ in done.stderr
 
 
+def test_compiler_without_openmp_is_not_used(tmp_path, setup):
+    compiler = tmp_path / "clang++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo clang version 1\n')
+    compiler.chmod(0o755)
+    found, text = setup.find_compiler({"CXX": str(compiler)})
+    assert found is None and str(compiler) in text and "libomp-dev" in text
+
+
 def test_build_without_compiler_installs_python(tmp_path, setup):
     env = os.environ | {"CXX": "no-such-compiler"}
     env.pop("FORCE_CUDA", None)
@@ -254,6 +264,8 @@ def test_flags(setup):
     assert not any(flag.startswith("-march") for flag in cxx + nvcc)
     cxx, nvcc = setup.decide_flags(True, None, False)
     assert {"-O0", "-g", "-fopenmp"} <= set(cxx) and nvcc == []
+    cxx, _ = setup.decide_flags(False, None, False, sanitize=True)
+    assert cxx.index("-O3") < cxx.index("-O1") and "-fsanitize=address,undefined" in cxx
 
 
 def test_sources(setup):

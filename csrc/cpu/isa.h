@@ -6,12 +6,21 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PYRX_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
 namespace pyrx::cpu {
 
 enum class Isa { plain, avx2, avx512 };
+
+#ifdef PYRX_X86
+// Half precision: a name that __builtin_cpu_supports of older clang does not know.
+inline bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 inline Isa detect_isa() {
 #ifdef PYRX_X86
@@ -20,7 +29,7 @@ inline Isa detect_isa() {
   if (allowed == "default") return Isa::plain;
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+                        has_f16c() && __builtin_cpu_supports("bmi2");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (has_avx512 && allowed != "avx2") return Isa::avx512;

@@ -48,8 +48,8 @@ def query_and_key(draws: Draws, same_length: bool = False) -> dict[str, Any]:
     """Query and key, a mask for them, and the options that say what a logit is."""
     dtype = draws.float_dtype()
     batch, (heads, kv_heads) = draws.pick(1, 2, 3, 0), heads_of(draws)
-    queries = draws.size(100)
-    keys = queries if same_length else draws.size(100)
+    queries = draws.length(100, 400)  # past the 128 keys of a tile of logits
+    keys = queries if same_length else draws.length(100, 400)
     size = draws.pick(1, 3, 8, 16, 17, 33, 64)
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     arguments: dict[str, Any] = {
@@ -111,7 +111,7 @@ def varlen(draws: Draws) -> Call:
     sequences = draws.integer(1, 4)
 
     def starts() -> Tensor:
-        lengths = torch.tensor([0, *(draws.size(40) for _ in range(sequences))])
+        lengths = torch.tensor([0, *(draws.length(40, 200) for _ in range(sequences))])
         return lengths.cumsum(0).to(draws.pick(torch.int32, torch.int64))
 
     cu_q = starts()

@@ -66,7 +66,7 @@ def cutout(draws: Draws) -> Call:
 
 @fuzzes("noise_mask")
 def noise_mask(draws: Draws) -> Call:
-    shape = draws.shape(draws.integer(3, 6), 3000)
+    shape = draws.shape(draws.integer(3, 6), 5000)
     dtype = draws.float_dtype()
     channels = draws.pick(shape[1], 1)
     mask = draws.tensor((shape[0], channels, *shape[2:]), draws.pick(dtype, torch.bool, *FLOATS), draws.kind())
@@ -104,7 +104,7 @@ def patch_mask(draws: Draws) -> Call:
 
 @fuzzes("neighbor_fill")
 def neighbor_fill(draws: Draws) -> Call:
-    shape = (draws.size(5), draws.size(9), *draws.shape(2, 400))
+    shape = (draws.size(5), draws.length(9, 130), *draws.shape(2, 400))
     dtype = draws.float_dtype()
     mask = draws.tensor((shape[0], 1, *shape[2:]), draws.pick(torch.bool, dtype), "ties")
     if draws.chance(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import pyrx
 from fuzz.calls import Call
-from fuzz.strategies import Draws, fuzzes
+from fuzz.strategies import LARGE_SIZES, Draws, fuzzes
 from pyrx.reference.dropout import pack_bits
 
 ESTIMATORS = ("ste", "sr-ste", "mdgf", "mdgf-scaled", "hard")
@@ -29,7 +30,9 @@ def grouped(draws: Draws, m: int, pad: bool = False, dims: int = 4) -> tuple[tup
     """(shape, dim) of a weight whose size along dim m divides."""
     shape = list(draws.shape(draws.integer(1, dims), 40))
     dim = draws.integer(0, len(shape) - 1)
-    shape[dim] = draws.integer(0, 4) * m + (draws.integer(0, m - 1) if pad else 0)
+    room = 60_000 // (m * max(1, math.prod(shape[:dim] + shape[dim + 1 :])))
+    groups = draws.large(room) if room >= LARGE_SIZES[0] and draws.chance(8) else draws.integer(0, 4)
+    shape[dim] = groups * m + (draws.integer(0, m - 1) if pad else 0)
     return tuple(shape), dim - (len(shape) if draws.chance(2) else 0)
 
 

@@ -18,6 +18,8 @@ from fuzz.calls import Call
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 131)
+# past what a thread takes at a time: 4,096 elements in some kernels, 16,384 in most
+LARGE_SIZES = (130, 200, 257, 400, 1001, 4099, 16390, 40007)
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 2**63, 2**64 - 1, 0x0123456789ABCDEF)
 # how a tensor lies in its storage
 LAYOUTS = ("contiguous", "permuted", "channels_last", "stepped", "expanded", "offset", "negated")
@@ -73,12 +75,24 @@ class Draws:
             return 0
         return self.pick(*(each for each in SIZES if least <= each <= most))
 
+    def large(self, most: int) -> int:
+        """A size that is seldom met, at most `most`, which is at least the smallest of them."""
+        return self.pick(*(each for each in LARGE_SIZES if each <= most))
+
+    def length(self, usual: int, most: int) -> int:
+        """A size up to `usual`, a large one up to `most` at times."""
+        return self.large(most) if self.chance(8) else self.size(usual)
+
     def shape(self, dims: int, most: int = 5000) -> tuple[int, ...]:
-        """Of at most `most` elements."""
+        """Of at most `most` elements, at times of ten times as many."""
         sizes: list[int] = []
         for _ in range(dims):
             room = most // max(math.prod(sizes), 1) if math.prod(sizes) > 0 else most
             sizes.append(self.size(max(1, room)))
+        if dims > 0 and self.chance(12):
+            grown = self.integer(0, dims - 1)
+            room = 10 * most // max(1, math.prod(sizes[:grown] + sizes[grown + 1 :]))
+            sizes[grown] = self.large(room) if room >= LARGE_SIZES[0] else sizes[grown]
         return tuple(sizes)
 
     def float_dtype(self) -> torch.dtype:
