@@ -95,11 +95,12 @@ def sharded(rank, _):
             fully_shard(part, mesh=mesh)
         return model
 
-    wrapped, alone = train_both(rank, wrap, adamw)
-    for one, other in zip(wrapped.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(one.full_tensor(), other)
-    with pytest.raises(RuntimeError, match="to be whole or have no mask, got DTensor of a shard"):
-        masked_adamw(wrapped)
+    for optimizer in (adamw, masked_adamw):
+        wrapped, alone = train_both(rank, wrap, optimizer)
+        for one, other in zip(wrapped.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(one.full_tensor(), other)
+        masks = [each.mlp[0].parametrizations.weight[0].mask for each in (wrapped, alone)]
+        assert torch.equal(*masks) if optimizer is masked_adamw else masks == [None, None]
 
 
 def flat(rank, _):
@@ -110,7 +111,9 @@ def flat(rank, _):
         return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 
     wrapped, alone = train_both(rank, wrap, adamw)
-    with pytest.raises(RuntimeError, match="to be whole or have no mask, got Tensor of a shard"):
+    with pytest.raises(
+        RuntimeError, match="of fully_shard or whole, or without a mask, got a part of FullyShardedDataParallel's"
+    ):
         masked_adamw(wrapped)
     with FullyShardedDataParallel.summon_full_params(wrapped):
         for one, other in zip(wrapped.parameters(), alone.parameters(), strict=True):

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 import pyrx
 from pyrx.nn import NMSparsity, sparsify_
+from pyrx.nn.nm_sparsity import STATE
 from pyrx.ops.nm_sparsity import ESTIMATORS
 
 W = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
@@ -25,6 +26,10 @@ def layer(n=2, m=4, **options):
         made.weight.copy_(W)
     parametrize.register_parametrization(made, "weight", NMSparsity(n, m, **options))
     return made, made.parametrizations.weight[0]
+
+
+def state(sparsity):
+    return {name: getattr(sparsity, name) for name in STATE}
 
 
 def through_a_file(value):
@@ -171,7 +176,7 @@ def test_state_dicts_carry_everything(here, there):
         changed(other, torch.randn(6, 16), here)
     held = other.mask
     loaded.load_state_dict(through_a_file(saved.state_dict()))
-    assert other.get_extra_state() == sparsity.get_extra_state()
+    assert state(other) == state(sparsity)
     assert other.frozen == (there == "frozen") and other.shared == (there == "shared")
     assert (other.mask is None) == (there is None)
     if there:
@@ -182,13 +187,94 @@ def test_state_dicts_carry_everything(here, there):
     assert other.mask is None or other.mask.data_ptr() != sparsity.mask.data_ptr()
 
 
+@pytest.mark.parametrize("here", [None, "frozen", "shared"])
+@pytest.mark.parametrize("there", [None, "frozen", "shared"])
+def test_state_dicts_of_the_form_before(here, there):
+    """A dict of fields, and a mask only where there was one."""
+    saved, sparsity = layer(2, 4, decay=0.7, strength=0.1, estimator="hard")
+    changed(sparsity, W, there)
+    old = saved.state_dict()
+    bits = old.pop("parametrizations.weight.0.bits")
+    if there:
+        old["parametrizations.weight.0.mask"] = bits
+    old["parametrizations.weight.0._extra_state"] = state(sparsity)
+    loaded, other = layer(3, 3, dim=0, pad=True)
+    if here:
+        changed(other, torch.randn(6, 16), here)
+    held, before = other.mask, other.bits.clone()
+    loaded.load_state_dict(through_a_file(old))
+    assert state(other) == state(sparsity) and other.decay.item() == 0.3
+    assert_same_bits(loaded.weight, saved.weight)
+    assert (other.mask is None) == (there is None)
+    if there:
+        assert torch.equal(other.mask, sparsity.mask)
+    elif here == "shared":
+        assert torch.equal(held, before) and other.bits.data_ptr() != held.data_ptr(), "an owner's mask is not written"
+    assert loaded.state_dict().keys() == layer()[0].state_dict().keys()
+
+
+def test_a_state_dict_is_of_tensors_and_of_one_form():
+    """Whatever the masks: what averages, safetensors and distributed checkpoints need."""
+    module, sparsity = layer(1, 128, dim=-1, strength=1 / 3, magnitude=False, pad=True)
+    before = module.state_dict()
+    assert all(isinstance(each, torch.Tensor) for each in before.values())
+    changed(sparsity, W, "frozen")
+    after = module.state_dict()
+    assert [(name, x.shape, x.dtype) for name, x in after.items()] == [
+        (name, x.shape, x.dtype) for name, x in before.items()
+    ]
+    # each with memory of its own
+    assert len({x.data_ptr() for x in after.values()}) == len(after)
+    sparsity.unfreeze()
+    assert sparsity.mask is None and len(list(module.buffers())) == 2
+
+
+def test_an_owners_mask_is_not_written_by_a_state_without_one():
+    module, sparsity = layer()
+    changed(sparsity, W, "shared")
+    bits = sparsity.mask
+    before = bits.clone()
+    module.load_state_dict(layer()[0].state_dict())
+    assert not sparsity.shared and torch.equal(bits, before)
+    changed(sparsity, W, "shared")
+    bits = sparsity.mask
+    sparsity.use_mask(None)
+    before = bits.clone()
+    sparsity.freeze(torch.randn(6, 16))
+    assert torch.equal(bits, before), "it is no longer this one's"
+
+
+def test_safetensors(tmp_path):
+    files = pytest.importorskip("safetensors.torch")
+    module, sparsity = layer(2, 8, strength=0.3)
+    changed(sparsity, W, "frozen")
+    files.save_file(module.state_dict(), tmp_path / "model.safetensors")
+    loaded, other = layer(1, 4)
+    loaded.load_state_dict(files.load_file(tmp_path / "model.safetensors"))
+    assert state(other) == state(sparsity) and torch.equal(other.mask, sparsity.mask)
+
+
+def test_distributed_checkpoints(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    module, sparsity = layer(2, 8, strength=0.3)
+    changed(sparsity, W, "frozen")
+    dcp.save({"model": module.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    loaded, other = layer(1, 4)
+    held = {"model": loaded.state_dict()}
+    dcp.load(held, checkpoint_id=tmp_path, no_dist=True)
+    loaded.load_state_dict(held["model"])
+    assert state(other) == state(sparsity) and torch.equal(other.mask, sparsity.mask)
+    assert_same_bits(loaded.weight, module.weight)
+
+
 def test_state_dicts_without_sparsity_leave_the_state():
     module, sparsity = layer()
     sparsity.freeze(W)
     mask = sparsity.mask
     keys = module.load_state_dict({"bias": torch.zeros(6)}, strict=False)
     assert sparsity.mask is mask and sparsity.frozen
-    assert "parametrizations.weight.0.mask" in keys.missing_keys
+    assert "parametrizations.weight.0.bits" in keys.missing_keys
     again, other = layer()
     again.load_state_dict(module.state_dict(), assign=True)
     assert other.mask.data_ptr() == mask.data_ptr() and other.decay.data_ptr() == sparsity.decay.data_ptr()
@@ -200,7 +286,7 @@ def test_copies_are_independent(mask):
     changed(sparsity, W, mask)
     for again in (copy.deepcopy(module), copy.deepcopy(nn.Sequential(module))[0]):
         other = again.parametrizations.weight[0]
-        assert other.get_extra_state() == sparsity.get_extra_state() | {"shared": False}
+        assert state(other) == state(sparsity) | {"shared": False}
         assert repr(again) == repr(module)
         used = {"mask": sparsity.mask} if mask == "frozen" else {}
         other.enabled = True
@@ -208,7 +294,7 @@ def test_copies_are_independent(mask):
         other.decay.zero_()
         other.n = 2
         if mask:
-            other.mask.zero_()
+            other.bits.zero_()
             assert sparsity.mask.any()
         assert sparsity.decay.item() == 0.3 and sparsity.n == 1
 
@@ -225,6 +311,50 @@ def test_an_averaged_copy_has_masks_of_its_own_weights():
     assert sparsity.shared
 
 
+def timm_ema(model):
+    return pytest.importorskip("timm.utils").ModelEmaV3(model, decay=0.5)
+
+
+def swa(model):
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
+@pytest.mark.parametrize("when", ["first", "before the freeze", "last"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("make", [timm_ema, swa, torch.optim.swa_utils.AveragedModel])
+def test_averages(make, masked, when):
+    """Made before or after an optimizer's masks and the freezing of them: the average of the dense weights, and masks
+    of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Linear(6, 8))
+    sparsify_(model, 2, 4, pad=True, estimator="sr-ste")
+    first, sparsity = model[0].parametrizations.weight.original, model[0].parametrizations.weight[0]
+    alone = nn.ParameterList([first])  # the average of the weights by themselves
+    made = [make(model), make(alone)] if when == "first" else None
+    if masked:
+        optimizer = pyrx.optim.MaskedAdamW(model.parameters(), lr=0.1, model=model)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for step in range(4):
+        if step == {"before the freeze": 0, "last": 2}.get(when):
+            made = [make(model), make(alone)]
+        if step == 1:
+            sparsity.freeze(first)
+        optimizer.zero_grad()
+        model(torch.randn(5, 16)).square().sum().backward()
+        optimizer.step()
+        for each, of in zip(made or (), (model, alone), strict=bool(made)):
+            (each.update if make is timm_ema else each.update_parameters)(of)
+    ema, expected = made[0].module, made[1].module[0]
+    copied = ema[0].parametrizations.weight
+    assert torch.equal(copied.original, expected)
+    assert not torch.equal(expected, first)
+    kept = sparsity.mask if when == "last" else None
+    assert_same_bits(ema[0].weight, pyrx.nm_sparsify(expected, 2, 4, estimator="sr-ste", mask=kept))
+    ema(torch.randn(5, 16))
+
+
 def test_the_parametrization_alone_can_be_pickled():
     file = io.BytesIO()
     _, sparsity = layer(1, 4, estimator="mdgf-scaled", decay=0.5)
@@ -233,7 +363,7 @@ def test_the_parametrization_alone_can_be_pickled():
     file.seek(0)
     other = torch.load(file, weights_only=False)
     assert_same_bits(other(W), sparsity(W))
-    assert other.get_extra_state() == sparsity.get_extra_state() and torch.equal(other.mask, sparsity.mask)
+    assert state(other) == state(sparsity) and torch.equal(other.mask, sparsity.mask)
 
 
 def test_cached_weights_are_ranked_once(monkeypatch):

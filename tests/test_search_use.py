@@ -109,6 +109,15 @@ def test_adaptive_trains():
 
 # All of them.
 
+
+def padded(query, key):
+    """The masks of samples of 150 tokens."""
+    options = {}
+    for name, x in (("query_mask", query), ("key_mask", key)):
+        options[name] = torch.arange(x.shape[2], device=x.device).expand(x.shape[0], -1) < 150
+    return options
+
+
 SEARCHES = {
     "lse_cached": lambda q, k, lse: search.lse_cached(q, k, lse, block_size=32, text_tokens=(0, 10)),
     "lse_cached causal": lambda q, k, lse: search.lse_cached(q, k, lse, block_size=32, is_causal=True),
@@ -116,6 +125,11 @@ SEARCHES = {
     "pooled topk": lambda q, k, lse: search.pooled(q, k, topk=0.5, similarity_threshold=-1.0),
     "vertical_slash": lambda q, k, lse: search.vertical_slash(q, k, block_size=32, vertical=40, slash=110),
     "topk_blocks": lambda q, k, lse: search.topk_blocks(q, k, block_size=32, topk=3, is_causal=True),
+    "pooled, padded": lambda q, k, lse: search.pooled(q, k, block_size=32, **padded(q, k)),
+    "vertical_slash, padded": lambda q, k, lse: search.vertical_slash(
+        q, k, block_size=32, vertical=40, slash=110, is_causal=True, **padded(q, k)
+    ),
+    "topk_blocks, padded": lambda q, k, lse: search.topk_blocks(q, k, block_size=32, topk=3, **padded(q, k)),
 }
 
 
@@ -271,6 +285,17 @@ ERRORS = [
     ("topk_blocks", {"topk": 0}, ValueError, "topk in [1, 2147483647], got 0"),
     ("topk_blocks", {"local": -1}, ValueError, "local in [0, 2147483647], got -1"),
     ("topk_blocks", {"query": Q.half()}, TypeError, "key of dtype torch.float16, got torch.float32"),
+    *(
+        (name, {argument: value}, error, f"{argument} {text}")
+        for name in ("pooled", "vertical_slash", "topk_blocks")
+        for argument, shape in (("key_mask", "[B, Sk]"), ("query_mask", "[B, Sq]"))
+        for value, error, text in (
+            (LSE[0] > 0, ValueError, f"of shape {shape} = [1, 64], got [4, 64]"),
+            (LSE[0, :1], TypeError, "of dtype torch.bool, got torch.float32"),
+            ((LSE[0, :1] > 0).to("meta"), RuntimeError, "on device cpu, got meta"),
+            ([True], TypeError, "to be a Tensor, got list"),
+        )
+    ),
     ("recall", {"block_mask": None}, TypeError, "block_mask to be a pyrx.BlockMask, got NoneType"),
     ("recall", {"per": "row"}, ValueError, "per to be one of 'all', 'head', 'query', got 'row'"),
 ]  # fmt: skip

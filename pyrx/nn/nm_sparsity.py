@@ -10,11 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from pyrx._checks import check_choice, check_dtype, check_integer, check_number, check_tensor, fail
-from pyrx.ops.nm_sparsity import ESTIMATORS, check_nm, nm_mask, nm_sparsify
+from pyrx.ops.nm_sparsity import ESTIMATORS, check_nm, nm_mask, nm_sparsify, packed_shape
 
 NAME = "NMSparsity"
-# what a state dict carries beside the buffers
+# what a state dict carries beside the buffers, encoded as a tensor
 STATE = ("n", "m", "target", "dim", "estimator", "strength", "magnitude", "pad", "enabled", "frozen", "shared")
+
+
+def _fields(state: Tensor | dict[str, Any]) -> dict[str, Any]:
+    """STATE by name of `NMSparsity.get_extra_state`, or of the dict that it was before."""
+    if isinstance(state, dict):
+        return {name: state[name] for name in STATE}
+    n, m, *target, dim, estimator, _, magnitude, pad, enabled, frozen, shared = state.tolist()
+    strength = state.cpu()[6].view(torch.float64).item()
+    flags = map(bool, (magnitude, pad, enabled, frozen, shared))
+    values = (n, m, tuple(target), dim, ESTIMATORS[estimator], strength, *flags)
+    return dict(zip(STATE, values, strict=True))
 
 
 class NMSparsity(nn.Module):
@@ -35,16 +46,18 @@ class NMSparsity(nn.Module):
         frozen: whether the mask stays as it is: set by `freeze`.
         decay: float64 tensor of no dimension, the d of "mdgf" and "mdgf-scaled": it changes in place and nothing is
             compiled anew. float64 it stays through `.half()` and the like.
-        mask: uint8 bits (see `pyrx.nm_mask`) that stand in for ranking while frozen or shared; else each forward ranks.
+        mask: uint8 bits (see `pyrx.nm_mask`) that stand in for ranking while frozen or shared; else None, and each
+            forward ranks.
+        bits: uint8, the mask's place, there from the registration on, so that copies have the same buffers at any time.
         shared: whether the mask is one that an optimizer handed over. Loaded without that optimizer it no longer
             changes: `use_mask(None)` then ranks again. A deep copy has no owner, and ranks.
 
-    All but `backend` is in the state dict and comes back exactly; a mask that is there and not here, or the reverse,
-    is no error. As torch has it, a parametrized layer can be copied and has a state dict, but cannot be pickled.
+    All but `backend` is in the state dict, as tensors (for safetensors, distributed checkpoints, averages), and comes
+    back exactly. As torch has it, a parametrized layer can be copied and has a state dict, but cannot be pickled.
 
-    The mask is a buffer that comes with an optimizer's or a frozen one. `torch.optim.swa_utils.AveragedModel` pairs
-    buffers, and fails where it was made before. DistributedDataParallel writes them at each forward: two forwards
-    before their backward need `broadcast_buffers=False`, as with batch normalization.
+    `torch.optim.swa_utils.AveragedModel` and timm's ModelEma average weights and `decay`; n, m, enabled and frozen of
+    the copy stay as they are, unless a schedule of its own steps it. DistributedDataParallel writes buffers at each
+    forward: two forwards before their backward need `broadcast_buffers=False`, as with batch normalization.
 
     Cost: of `pyrx.nm_sparsify`, at every reading of `layer.weight`; under `parametrize.cached()` once. (torch's cache
     takes a layer and its deep copy for the same: do not run both under one.)
@@ -64,7 +77,7 @@ class NMSparsity(nn.Module):
     frozen: bool
     shared: bool
     decay: Tensor
-    mask: Tensor | None
+    bits: Tensor | None
 
     def __init__(
         self,
@@ -92,7 +105,11 @@ class NMSparsity(nn.Module):
         self.backend = backend
         self.enabled, self.frozen, self.shared = True, False, False
         self.register_buffer("decay", torch.full((), decay, dtype=torch.float64))
-        self.register_buffer("mask", None)
+        self.register_buffer("bits", None)
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.bits if self.frozen or self.shared else None
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:
@@ -105,7 +122,7 @@ class NMSparsity(nn.Module):
             estimator=self.estimator,
             decay=self.decay,
             strength=self.strength,
-            mask=self.mask if self.frozen or self.shared else None,
+            mask=self.mask,
             magnitude=self.magnitude,
             pad=self.pad,
             backend=self.backend,
@@ -121,6 +138,9 @@ class NMSparsity(nn.Module):
         """The weight itself, so that it can be assigned; the buffers follow it to its device."""
         if self.decay.device != weight.device:
             self.to(weight.device)
+        if self.bits is None and weight.dim() > 0:
+            # of FSDP's shards the whole, too
+            self.bits = torch.zeros(packed_shape(weight.shape), dtype=torch.uint8, device=weight.device)
         return weight
 
     def use_mask(self, mask: Tensor | None) -> None:
@@ -135,7 +155,11 @@ class NMSparsity(nn.Module):
                 mask.copy_(self.mask)
         elif self.frozen:
             fail(NAME, "mask", "to be a Tensor while frozen (or unfreeze() first)", None)
-        self.mask, self.shared = mask, mask is not None
+        if mask is not None:
+            self.bits = mask
+        elif self.shared and self.bits is not None:
+            self.bits = torch.zeros_like(self.bits)  # the other is its owner's
+        self.shared = mask is not None
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
@@ -147,7 +171,7 @@ class NMSparsity(nn.Module):
     def freeze(self, weight: Tensor) -> None:
         """From now on keeps the mask of `weight`; one that is shared becomes it."""
         if self.mask is None:
-            self.mask = self._ranked(weight)
+            self.bits = self._ranked(weight)
         else:
             self.refresh(weight)
         self.frozen = True
@@ -155,8 +179,6 @@ class NMSparsity(nn.Module):
     def unfreeze(self) -> None:
         """Ranks again, or uses a mask that is shared as its owner refreshes it."""
         self.frozen = False
-        if not self.shared:
-            self.mask = None
 
     def _ranked(self, weight: Tensor) -> Tensor:
         if hasattr(weight, "full_tensor"):  # FSDP's shards: forward has all of the weight
@@ -172,20 +194,33 @@ class NMSparsity(nn.Module):
             self.decay = before.to(self.decay.device)
         return self
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in STATE}
+    def get_extra_state(self) -> Tensor:
+        """STATE as int64, on the CPU and always of the same length: target as two, strength by its bits."""
+        strength = torch.tensor(self.strength, dtype=torch.float64, device="cpu").view(torch.int64).item()
+        flags = (self.magnitude, self.pad, self.enabled, self.frozen, self.shared)
+        fields = (self.n, self.m, *self.target, self.dim, ESTIMATORS.index(self.estimator), strength, *flags)
+        return torch.tensor(fields, dtype=torch.int64, device="cpu")
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        for name in STATE:
-            setattr(self, name, state[name])
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        for name, value in _fields(state).items():
+            setattr(self, name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}_extra_state" in state_dict:
-            found = state_dict.get(f"{prefix}mask")
+        state = state_dict.get(f"{prefix}_extra_state")
+        if state is not None:
+            fields, name = _fields(state), f"{prefix}bits"
+            if isinstance(state, dict):  # the form of before: a mask only where there was one
+                found = state_dict.pop(f"{prefix}mask", self.bits)
+                if found is not None:
+                    state_dict[name] = found
+            found = state_dict.get(name)
             if found is None:
-                self.mask = None
-            elif self.mask is None or self.mask.shape != found.shape:
-                self.mask = torch.empty_like(found, device=self.decay.device)
+                self.bits = None
+            else:
+                stays = self.bits is not None and self.bits.shape == found.shape
+                # what is no mask is not written to an owner's
+                if not stays or (self.shared and not (fields["frozen"] or fields["shared"])):
+                    self.bits = torch.zeros_like(found, device=self.decay.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

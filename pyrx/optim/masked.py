@@ -15,6 +15,7 @@ from torch.optim.sgd import sgd
 from pyrx._checks import check_choice, check_integer, check_number, check_own_memory, fail
 from pyrx.ops.masked_update import RULES, check_weight, masked_adamw, masked_sgd
 from pyrx.ops.nm_sparsity import check_nm, nm_mask, packed_shape
+from pyrx.optim.shards import as_shard, check_shard, is_shard, local, own_bits
 
 # of the groups in state dicts of torch.optim.AdamW and SGD
 _TORCH_OPTIONS = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
@@ -108,12 +109,13 @@ class MaskedOptimizer(Optimizer):
             masking = self._masking(group, param)
             if masking is None:
                 continue
-            # shards: of fully_shard, and of FullyShardedDataParallel, which flattens too
-            if hasattr(param, "full_tensor") or hasattr(param, "_fsdp_flattened"):
-                got = f"{type(param.data).__name__} of a shard"
-                fail(self.name, f"params[{i}]", "to be whole or have no mask", got, RuntimeError)
+            if hasattr(param, "_fsdp_flattened"):
+                expected = "of fully_shard or whole, or without a mask"
+                fail(self.name, f"params[{i}]", expected, "a part of FullyShardedDataParallel's", RuntimeError)
             check_weight(self.name, f"params[{i}]", param, masking.n, masking.m, masking.dim, masking.pad)
-            check_own_memory(self.name, f"params[{i}]", param)
+            if is_shard(param):
+                check_shard(self.name, f"params[{i}]", param, masking.m, masking.dim)
+            check_own_memory(self.name, f"params[{i}]", local(param.detach()))
             estimator = getattr(self._parametrizations.get(param), "estimator", None)
             if group["rule"] == estimator == "sr-ste":
                 fail(self.name, "rule", 'other than "sr-ste" for weights whose estimator adds its term', "both")
@@ -141,17 +143,42 @@ class MaskedOptimizer(Optimizer):
         return getattr(self._parametrizations.get(param), "mask", mask)
 
     def _share(self, param: Tensor, masking: _Masking, mask: Tensor | None) -> None:
-        """Makes `mask`, or a new one where that is not the weight's, the state's and the parametrization's."""
+        """Makes `mask`, or a new one where that is not the weight's, the state's and the parametrization's.
+
+        Of a shard the state has the own part of the mask, a view of the parametrization's, whose forward is of all.
+        """
+        of = self._parametrizations.get(param)
+        if is_shard(param):
+            mask = mask.full_tensor() if of is not None and is_shard(mask) else mask  # type: ignore[union-attr]
+            mask = mask if of is not None or is_shard(mask) else None
         if mask is None or mask.device != param.device or list(mask.shape) != packed_shape(param.shape):
             mask = self._ranked(param, masking)
-        self.state[param]["mask"] = mask = mask.contiguous()  # else each step copies it
-        if param in self._parametrizations:
-            self._parametrizations[param].use_mask(mask)
+        mask = mask.contiguous()  # else each step copies it
+        if of is not None:
+            of.use_mask(mask)
+        self.state[param]["mask"] = as_shard(own_bits(mask, param), param) if is_shard(param) and of else mask
 
     def _ranked(self, param: Tensor, masking: _Masking) -> Tensor:
+        """A mask: of a shard the whole one for a parametrization, else a shard."""
+        weight = param.detach()
+        if is_shard(param) and param in self._parametrizations:
+            weight = weight.full_tensor()  # type: ignore[attr-defined]
+        ranked = self._ranked_alone(local(weight), masking)
+        return as_shard(ranked, param) if is_shard(weight) else ranked
+
+    def _ranked_alone(self, weight: Tensor, masking: _Masking) -> Tensor:
         n, m, dim, magnitude, pad = masking[:5]
         options: dict[str, Any] = {"dim": dim, "magnitude": magnitude, "pad": pad, "backend": self.backend}
-        return nm_mask(param.detach(), n, m, packed=True, **options)
+        return nm_mask(weight, n, m, packed=True, **options)
+
+    def _is_shared(self, param: Tensor, used: Tensor | None) -> bool:
+        """Whether the state has the mask that the forward uses."""
+        mask = self.state[param].get("mask")
+        if used is None or mask is None or used.device != param.device:
+            return False
+        return used is mask or (
+            is_shard(mask) and local(mask).untyped_storage().data_ptr() == local(used).untyped_storage().data_ptr()
+        )
 
     def _restore(self, group: dict[str, Any], param: Tensor) -> None:
         """The state of one parameter after its tensors were replaced."""
@@ -191,9 +218,12 @@ class MaskedOptimizer(Optimizer):
                 elif masking.pad:  # the fused step ranks whole groups alone
                     self._update(group, batch, masking._replace(n=1, m=1, refresh=False))
                     for param in batch if masking.refresh else ():
-                        self.state[param]["mask"].copy_(self._ranked(param, masking))
+                        local(self.state[param]["mask"]).copy_(self._ranked_alone(local(param), masking))
                 else:
                     self._update(group, batch, masking)
+                for param in batch if masking is not None and masking.refresh else ():
+                    if is_shard(param) and param in self._parametrizations:
+                        self._parametrizations[param].mask.copy_(self.state[param]["mask"].full_tensor())
         return loss
 
     def _batches(self, group: dict[str, Any]) -> dict[tuple[Any, ...], list[Tensor]]:
@@ -211,13 +241,13 @@ class MaskedOptimizer(Optimizer):
                 check_weight(self.name, f"params[{i}]", param, n, m, dim, pad)
                 masking = masking._replace(refresh=masking.refresh and due, pad=pad and param.shape[dim] % m != 0)
                 used = self._used_mask(param)
-                if used is None or used is not self.state[param].get("mask") or used.device != param.device:
+                if not self._is_shared(param, used):
                     self._share(param, masking, used)
             batches.setdefault((masking, param.device, param.dtype), []).append(param)
         return batches
 
     def _list(self, params: list[Tensor], name: str) -> list[Tensor]:
-        return [self.state[param][name] for param in params]
+        return [local(self.state[param][name]) for param in params]
 
     def _update(self, group: dict[str, Any], params: list[Tensor], masking: _Masking) -> None:
         raise NotImplementedError
@@ -273,6 +303,10 @@ class MaskedAdamW(MaskedOptimizer):
     tensor on its device. State dicts resume to the same bits. That of a `torch.optim.AdamW` can be loaded
     too: the masks are made of the weights then.
 
+    Shards of `fully_shard` step by themselves where each has whole groups: cut along another dimension than `dim`, as
+    by default, or in multiples of m. With `model` the ranks then gather the new masks, a bit an element, for the
+    forward; make the optimizer after `fully_shard`, on every rank.
+
     A mask is made when a weight first steps (with `model`: at once), of the weight as it is: call `refresh_masks()`
     after weights were loaded later. `refresh_every` counts on the host, so a captured step always does what it did when
     it was captured.
@@ -284,7 +318,7 @@ class MaskedAdamW(MaskedOptimizer):
     Raises:
         ValueError: n > m, an m that does not divide, an unknown rule; the options of torch.optim.AdamW with its texts;
         a state dict with amsgrad. TypeError: masked weights that are not floating-point. RuntimeError: sparse
-        gradients, masks of weights that FSDP shards, a backend that cannot serve.
+        gradients, masked weights in shards that cut groups, or FullyShardedDataParallel's, a backend that cannot serve.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; Zhou et al., "Learning N:M
     Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
@@ -334,8 +368,8 @@ class MaskedAdamW(MaskedOptimizer):
         # of Python's 1 a CPU tensor is made for each
         torch._foreach_add_(steps, _ONE if steps[0].is_cpu else 1.0)
         masked_adamw(
-            params,
-            [param.grad for param in params],  # type: ignore[misc]
+            [local(param) for param in params],
+            [local(param.grad) for param in params],
             exp_avgs,
             exp_avg_sqs,
             self._list(params, "mask"),
@@ -350,8 +384,8 @@ class MaskedAdamW(MaskedOptimizer):
         exp_avgs, exp_avg_sqs, steps = self._moments(params)
         beta1, beta2 = group["betas"]
         adamw(
-            params,
-            [param.grad for param in params],  # type: ignore[misc]
+            [local(param) for param in params],
+            [local(param.grad) for param in params],
             exp_avgs,
             exp_avg_sqs,
             [],
@@ -436,8 +470,8 @@ class MaskedSGD(MaskedOptimizer):
         dampening: float,
     ) -> None:
         masked_sgd(
-            params,
-            [param.grad for param in params],  # type: ignore[misc]
+            [local(param) for param in params],
+            [local(param.grad) for param in params],
             buffers,
             self._list(params, "mask"),
             momentum=group["momentum"],

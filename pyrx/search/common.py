@@ -10,7 +10,7 @@ from torch import Tensor
 from pyrx import _block_patterns as patterns
 from pyrx._attention import Logits, check_logits, check_query_key, logits_of
 from pyrx._backends import ABSENT
-from pyrx._checks import check_number, check_tensor, fail
+from pyrx._checks import check_device, check_dtype, check_number, check_shape, check_tensor, fail
 from pyrx._linear import without_autocast
 from pyrx.ops.block_mask import BlockMask
 
@@ -28,8 +28,21 @@ def backend_of(row: str, backend: str | None) -> str | None:
     return None if (row, backend) in ABSENT else backend
 
 
+def check_query_mask(op: str, query: Tensor, query_mask: Tensor | None) -> None:
+    if query_mask is not None:
+        check_dtype(op, "query_mask", query_mask, torch.bool)
+        check_shape(op, "query_mask", query_mask, "[B, Sq]", [query.shape[0], query.shape[2]])
+        check_device(op, "query_mask", query_mask, query.device)
+
+
 def reach(
-    query: Tensor, key: Tensor, size: tuple[int, int], left: int, right: int, key_mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    size: tuple[int, int],
+    left: int,
+    right: int,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(reachable, diagonal), bool (B or 1, 1, NQ, NK): where some query sees some key, and where queries lie at their
     own keys (nowhere where no window limits what is seen)."""
@@ -37,6 +50,8 @@ def reach(
     reachable = patterns.window_blocks(lengths, size, left, right, device)[None, None]
     if key_mask is not None:
         reachable = reachable & patterns.touched_blocks(key_mask, size[1])[:, None, None]
+    if query_mask is not None:
+        reachable = reachable & patterns.touched_blocks(query_mask, size[0])[:, None, :, None]
     if left < 0 and right < 0:
         return reachable, torch.zeros_like(reachable)
     return reachable, reachable & patterns.window_blocks(lengths, size, 0, 0, device)

@@ -10,12 +10,45 @@ from pyrx import _block_patterns as patterns
 from pyrx._attention import Logits
 from pyrx._block_checks import check_block_size
 from pyrx._checks import check_integer, check_number
+from pyrx._losses import accumulation_dtype
 from pyrx.ops.block_mask import BlockMask, select_blocks
 from pyrx.ops.block_pool import block_pool
-from pyrx.search.common import MOST_INT, backend_of, by_group, check_share, logits_for, mask_of, products, reach
+from pyrx.search.common import (
+    MOST_INT,
+    backend_of,
+    by_group,
+    check_query_mask,
+    check_share,
+    logits_for,
+    mask_of,
+    products,
+    reach,
+)
 
 # of MInference: how many of the first keys and of the nearest diagonals take part whatever their scores
 FIRST_KEYS, NEAR_DIAGONALS = 30, 100
+
+
+def _pooled(
+    x: Tensor, block: int, mask: Tensor | None, backend: str | None, centred: bool = False
+) -> tuple[Tensor, Tensor]:
+    """block_pool of the visible tokens, mask bool (B, S), 0 where a block has none; `centred`: less their mean."""
+    chosen = backend_of("block_pool", backend)
+    dtype = accumulation_dtype(x.dtype)
+    if mask is None:
+        return block_pool(x, block, x.mean(2, dtype=dtype) if centred else None, chosen)
+    # a token of zeros adds nothing to either: only what is divided by is another
+    visible = mask[:, None, :, None]
+    x = torch.where(visible, x, 0)
+    if centred:
+        x = x.to(dtype)
+        x = torch.where(visible, x - x.sum(2, keepdim=True) / visible.sum(2, keepdim=True).clamp(min=1), 0)
+    means, similarity = block_pool(x, block, backend=chosen)
+    tokens, count = x.shape[2], means.shape[2]
+    seen = pad(mask, (0, count * block - tokens)).unflatten(-1, (count, block)).sum(-1)
+    sizes = (tokens - block * torch.arange(count, device=x.device)).clamp(max=block)
+    share = (sizes / seen.clamp(min=1)).to(dtype)[:, None]
+    return means * share[..., None], similarity * share.square()
 
 
 @torch.no_grad()
@@ -28,6 +61,8 @@ def pooled(
     mass: float = 0.98,
     topk: float | None = None,
     is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> BlockMask:
@@ -43,6 +78,9 @@ def pooled(
             at least. Default 0.98.
         topk: instead of `mass`, the share of the blocks in reach that a row keeps, one at least. Default: none.
         is_causal: as in `pyrx.block_sparse_attention`, and to be passed to both. Default False.
+        key_mask: bool (B, Sk), False where a key is hidden: it takes no part in means, scores or places, and blocks
+            without another are dropped. To be passed to both. Default: none.
+        query_mask: bool (B, Sq), False where a query is padding: the same, for queries. Default: none.
         scale: of the products. Default 1 / sqrt(D).
         backend: as in `lse_cached`.
 
@@ -57,21 +95,21 @@ def pooled(
     arXiv 2502.18137.
     """
     op = "search.pooled"
-    logits = logits_for(op, query, key, is_causal=is_causal, scale=scale)
+    logits = logits_for(op, query, key, is_causal=is_causal, key_mask=key_mask, scale=scale)
+    check_query_mask(op, query, query_mask)
     size = check_block_size(op, block_size)
     check_number(op, "similarity_threshold", similarity_threshold)
     check_share(op, "mass", mass)
     if topk is not None:
         check_share(op, "topk", topk)
-    heads, pool = key.shape[1], backend_of("block_pool", backend)
-    q_mean, q_similarity = block_pool(query, size[0], backend=pool)
-    k_mean, k_similarity = block_pool(key, size[1], key.mean(2, dtype=q_mean.dtype), pool)
-    group = query.shape[1] // max(heads, 1)
+    q_mean, q_similarity = _pooled(query, size[0], query_mask, backend)
+    k_mean, k_similarity = _pooled(key, size[1], key_mask, backend, centred=True)
+    group = query.shape[1] // max(key.shape[1], 1)
     k_mean, k_similarity = k_mean.repeat_interleave(group, 1), k_similarity.repeat_interleave(group, 1)
     q_alike = (q_similarity > similarity_threshold)[..., None]
     k_alike = (k_similarity > similarity_threshold)[:, :, None]
     predicted = products(q_mean, k_mean) * logits.scale
-    reachable, diagonal = reach(query, key, size, logits.left, logits.right)
+    reachable, diagonal = reach(query, key, size, logits.left, logits.right, key_mask, query_mask)
     candidates = reachable & k_alike
     # a row without candidates is all NaN until the second line
     scores = torch.softmax(torch.where(candidates, predicted, -torch.inf), -1)
@@ -82,15 +120,44 @@ def pooled(
     return mask_of(blocks, query, key, size, backend)
 
 
-def _last_probabilities(query: Tensor, key: Tensor, last: int, logits: Logits) -> Tensor:
-    """(B, H, L, Sk) float32: the attention of the last L queries."""
-    queries = query.shape[2]
-    rows = by_group(query[:, :, queries - last :], key.shape[1])
-    found = products(rows, key[:, :, None]).flatten(1, 2).float() * logits.scale
+def _visible_ends(x: Tensor, block: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B or 1, N): the first visible token of every block of x (B, H, S, D) and the one after the last; S and 0 where
+    none is."""
+    tokens = x.shape[2]
+    position, count = torch.arange(tokens, device=x.device)[None], -(-tokens // block)
+    first = position if mask is None else torch.where(mask, position, tokens)
+    stop = position + 1 if mask is None else torch.where(mask, position + 1, 0)
+    padding = (0, count * block - tokens)
+    return (
+        pad(first, padding, value=tokens).unflatten(-1, (count, block)).amin(-1),
+        pad(stop, padding).unflatten(-1, (count, block)).amax(-1),
+    )
+
+
+def _last_probabilities(
+    query: Tensor, key: Tensor, last: int, logits: Logits, query_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, L, Sk) float32: the attention of the last L queries, or of L up to the last visible one of each sample, 0
+    where hidden; bool (B or 1, L, Sk): where visible; (B or 1, 1): the position of the first of them."""
+    (queries, keys), device = (query.shape[2], key.shape[2]), query.device
+    row = torch.arange(last, device=device)
+    if query_mask is None:
+        first = torch.full((1, 1), queries - last, device=device)
+        asked, visible = query[:, :, queries - last :], torch.ones(1, last, keys, dtype=torch.bool, device=device)
+    else:
+        end = torch.where(query_mask, torch.arange(1, queries + 1, device=device), 0).amax(-1, keepdim=True)
+        first = (end - last).clamp(min=0)
+        place = first + row
+        asked = query.gather(2, place[:, None, :, None].expand(*query.shape[:2], last, query.shape[3]))
+        visible = query_mask.gather(1, place)[..., None].expand(-1, -1, keys)
+    if logits.key_mask is not None:
+        visible = visible & logits.key_mask[:, None]
     if logits.right >= 0:
-        position = torch.arange(queries - last, queries, device=query.device)[:, None]
-        found = found.masked_fill(torch.arange(key.shape[2], device=query.device) > position, -torch.inf)
-    return torch.softmax(found, -1)
+        visible = visible & (torch.arange(keys, device=device) <= (first + row)[..., None])
+    found = products(by_group(asked, key.shape[1]), key[:, :, None]).flatten(1, 2).float() * logits.scale
+    probabilities = torch.softmax(found.masked_fill(~visible[:, None], -torch.inf), -1)
+    # a query that sees no key is all NaN
+    return torch.where(visible[:, None], probabilities, 0), visible, first
 
 
 def _diagonal_sums(values: Tensor) -> Tensor:
@@ -117,6 +184,8 @@ def vertical_slash(
     vertical: int = 1000,
     slash: int = 6096,
     is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> BlockMask:
@@ -132,6 +201,9 @@ def vertical_slash(
         slash: how many distances from query to key are chosen, the nearest 100 among them. Default 6096. The defaults
             are MInference's, for sequences of 100 000 tokens; scattered keys cost a whole column of blocks each here.
         is_causal: as in `pyrx.block_sparse_attention`, and to be passed to both. Default False.
+        key_mask: bool (B, Sk), False where a key is hidden: it takes no part in means, scores or places, and blocks
+            without another are dropped. To be passed to both. Default: none.
+        query_mask: bool (B, Sq), False where a query is padding: the same, for queries. Default: none.
         scale: of the products. Default 1 / sqrt(D).
         backend: as in `lse_cached`.
 
@@ -146,35 +218,42 @@ def vertical_slash(
     (2024), arXiv 2407.02490.
     """
     op = "search.vertical_slash"
-    logits = logits_for(op, query, key, is_causal=is_causal, scale=scale)
+    logits = logits_for(op, query, key, is_causal=is_causal, key_mask=key_mask, scale=scale)
+    check_query_mask(op, query, query_mask)
     size = check_block_size(op, block_size)
     check_integer(op, "last_queries", last_queries, 1, MOST_INT)
     check_integer(op, "vertical", vertical, 0, MOST_INT)
     check_integer(op, "slash", slash, 0, MOST_INT)
     (queries, keys), device = (query.shape[2], key.shape[2]), query.device
-    reachable, diagonal = reach(query, key, size, logits.left, logits.right)
+    reachable, diagonal = reach(query, key, size, logits.left, logits.right, key_mask, query_mask)
     if queries == 0 or keys == 0:
         return mask_of(reachable.expand(*query.shape[:2], -1, -1), query, key, size, backend)
     last = min(last_queries, queries)
-    probabilities = _last_probabilities(query, key, last, logits)
+    probabilities, visible, first_query = _last_probabilities(query, key, last, logits, query_mask)
     # sums are at most `last`: the ones that always take part are above, the first and nearest most
-    first = FIRST_KEYS - torch.arange(keys, device=device)
-    columns = torch.where(first > 0, first + last, probabilities.sum(-2))
+    shown = torch.ones(1, keys, dtype=torch.bool, device=device) if key_mask is None else key_mask
+    first = (FIRST_KEYS + 1 - shown.cumsum(-1))[:, None]
+    columns = torch.where(first > 0, first + last, probabilities.sum(-2)).masked_fill(~shown[:, None], -torch.inf)
     blocks = patterns.touched_blocks(_largest(columns, vertical), size[1])[:, :, None]
 
     # distance q - k of diagonal i: i + nearest
-    nearest = queries - last - keys + 1
-    distance = torch.arange(keys + last - 1, device=device) + nearest
+    nearest = first_query - keys + 1  # (B or 1, 1)
+    distance = (torch.arange(keys + last - 1, device=device) + nearest)[:, None]
     near = NEAR_DIAGONALS - distance.abs()
     diagonals = torch.where(near > 0, near + last, _diagonal_sums(probabilities))
-    if is_causal:
-        diagonals = diagonals.masked_fill(distance < 0, -torch.inf)
+    diagonals = diagonals.masked_fill(_diagonal_sums(visible.float())[:, None] == 0, -torch.inf)
     before = pad(_largest(diagonals, slash).cumsum(-1), (1, 0))
-    q_first, k_first = patterns.first_tokens((queries, keys), size, device)
-    low = q_first - (k_first + size[1]).clamp(max=keys) + 1 - nearest
-    high = (q_first + size[0]).clamp(max=queries) - k_first - nearest
-    low, high = low.clamp(0, keys + last - 1), high.clamp(0, keys + last - 1)
-    blocks = blocks | (before[..., high] > before[..., low])
+    q_first, q_stop = _visible_ends(query, size[0], query_mask)
+    k_first, k_stop = _visible_ends(key, size[1], key_mask)
+    low = q_first[..., None] - k_stop[:, None] + 1 - nearest[..., None]
+    high = q_stop[..., None] - k_first[:, None] - nearest[..., None]
+
+    def chosen_before(end: Tensor) -> Tensor:
+        """(B, H, NQ, NK): how many diagonals are chosen of those before the one of (B or 1, NQ, NK)."""
+        places = end.clamp(0, keys + last - 1).flatten(1)[:, None].expand(*query.shape[:2], -1)
+        return before.gather(-1, places).unflatten(-1, end.shape[1:])
+
+    blocks = blocks | (chosen_before(high) > chosen_before(low))
     return mask_of(blocks & reachable | diagonal, query, key, size, backend)
 
 
@@ -188,6 +267,8 @@ def topk_blocks(
     local: int = 1,
     initial: int = 1,
     is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> BlockMask:
@@ -203,6 +284,9 @@ def topk_blocks(
         local: how many blocks up to the queries' own are always kept (not causal: on both sides). Default 1.
         initial: how many of the first blocks are always kept. Default 1.
         is_causal: as in `pyrx.block_sparse_attention`, and to be passed to both. Default False.
+        key_mask: bool (B, Sk), False where a key is hidden: it takes no part in means, scores or places, and blocks
+            without another are dropped. To be passed to both. Default: none.
+        query_mask: bool (B, Sq), False where a query is padding: the same, for queries. Default: none.
         scale: of the products. Default 1 / sqrt(D).
         backend: as in `lse_cached`.
 
@@ -217,25 +301,29 @@ def topk_blocks(
     arXiv 2502.11089.
     """
     op = "search.topk_blocks"
-    logits = logits_for(op, query, key, is_causal=is_causal, scale=scale)
+    logits = logits_for(op, query, key, is_causal=is_causal, key_mask=key_mask, scale=scale)
+    check_query_mask(op, query, query_mask)
     size = check_block_size(op, block_size)
     for name, least, value in (("topk", 1, topk), ("local", 0, local), ("initial", 0, initial)):
         check_integer(op, name, value, least, MOST_INT)
     (queries, keys), heads, device = (query.shape[2], key.shape[2]), key.shape[1], query.device
     q_blocks, k_blocks = patterns.blocks_of((queries, keys), size)
-    means, _ = block_pool(key, size[1], backend=backend_of("block_pool", backend))
+    means, _ = _pooled(key, size[1], key_mask, backend)
     q_first, k_first = patterns.first_tokens((queries, keys), size, device)
     means, groups = means.to(query.dtype), by_group(query, heads)
-    visible = torch.ones(queries, k_blocks, dtype=torch.bool, device=device)
+    stop = _visible_ends(key, size[1], key_mask)[1]
+    visible = (stop > 0)[:, None]
     if is_causal:
-        visible = (k_first + size[1]).clamp(max=keys) - 1 <= torch.arange(queries, device=device)[:, None]
+        visible = visible & (stop[:, None] <= torch.arange(1, queries + 1, device=device)[:, None])
+    if query_mask is not None:
+        visible = visible & query_mask[..., None]
 
     def summed(head: int) -> Tensor:
         """(B, NQ, NK) of one head of keys."""
         found = products(groups[:, head], means[:, head, None]).float() * logits.scale
-        probabilities = torch.softmax(found.masked_fill(~visible, -torch.inf), -1)
+        probabilities = torch.softmax(found.masked_fill(~visible[:, None], -torch.inf), -1)
         # a query that sees no block is all NaN
-        each = torch.where(visible, probabilities, 0).sum(1)
+        each = torch.where(visible[:, None], probabilities, 0).sum(1)
         return pad(each, (0, 0, 0, -queries % size[0])).unflatten(1, (q_blocks, size[0])).sum(2)
 
     # one head at a time: its probabilities are all that is in memory
@@ -244,10 +332,11 @@ def topk_blocks(
         if heads
         else means.new_zeros((query.shape[0], 0, q_blocks, k_blocks), dtype=torch.float32)
     )
-    reachable, diagonal = reach(query, key, size, logits.left, logits.right)
+    reachable, diagonal = reach(query, key, size, logits.left, logits.right, key_mask, query_mask)
+    early = (stop > 0).cumsum(-1)[:, None, None] <= initial
     around = (local - 1) * size[1]
     near = (k_first < q_first + size[0] + around) & (k_first + size[1] > q_first - around)
-    forced = ((k_first < initial * size[1]) | near & (local > 0)) & reachable | diagonal
+    forced = (early | near & (local > 0)) & reachable | diagonal
     scores = scores.masked_fill(~reachable, -torch.inf).masked_fill(forced, torch.inf)
     count = torch.full((1, 1, 1), topk, dtype=torch.int32, device=device)
     blocks = select_blocks(scores, count, always=forced, backend=backend_of("block_mask", backend))

@@ -170,6 +170,12 @@ def _searched(draws: Draws, *kept: str, same_length: bool = False) -> dict[str, 
     return {name: value for name, value in arguments.items() if name in ("query", "key", *kept)}
 
 
+def _masked(draws: Draws) -> dict[str, Any]:
+    arguments = _searched(draws, "is_causal", "key_mask", "scale")
+    batch, _, queries, _ = arguments["query"].shape
+    return arguments | draws.some(query_mask=lambda: draws.tensor((batch, queries), torch.bool))
+
+
 def _sizes(mask: BlockMask) -> list[Any]:
     """What of a search's result does not hang on the last bits of scores."""
     return [mask.shape, mask.block_size, mask.seq_lengths, mask.to_dense().any(-1)]
@@ -217,7 +223,7 @@ def _whole(draws: Draws, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @fuzzes("search.pooled")
 def pooled(draws: Draws) -> Call:
-    arguments = _searched(draws, "is_causal", "scale") | {"block_size": block_size_of(draws)}
+    arguments = _masked(draws) | {"block_size": block_size_of(draws)}
     arguments |= draws.some(
         similarity_threshold=lambda: draws.number(-1.0, 1.0),
         mass=lambda: draws.number(0.0, 1.0),
@@ -234,7 +240,7 @@ def pooled(draws: Draws) -> Call:
 
 @fuzzes("search.vertical_slash")
 def vertical_slash(draws: Draws) -> Call:
-    arguments = _whole(draws, _searched(draws, "is_causal", "scale")) | {"block_size": block_size_of(draws)}
+    arguments = _whole(draws, _masked(draws)) | {"block_size": block_size_of(draws)}
     arguments |= draws.some(
         last_queries=lambda: draws.pick(1, 5, 64, 2**31 - 1),
         vertical=lambda: draws.pick(0, 1, 20, 2**31 - 1),
@@ -245,7 +251,7 @@ def vertical_slash(draws: Draws) -> Call:
 
 @fuzzes("search.topk_blocks")
 def topk_blocks(draws: Draws) -> Call:
-    arguments = _whole(draws, _searched(draws, "is_causal", "scale")) | {"block_size": draws.pick(*BLOCK_SIZES)}
+    arguments = _whole(draws, _masked(draws)) | {"block_size": draws.pick(*BLOCK_SIZES)}
     arguments |= draws.some(
         topk=lambda: draws.pick(1, 2, 16, 2**31 - 1),
         local=lambda: draws.pick(0, 1, 2),
