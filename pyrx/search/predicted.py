@@ -9,8 +9,7 @@ from torch.nn.functional import pad
 from pyrx import _block_patterns as patterns
 from pyrx._attention import Logits
 from pyrx._block_checks import check_block_size
-from pyrx._checks import check_integer, check_number
-from pyrx._losses import accumulation_dtype
+from pyrx._checks import accumulation_dtype, check_integer, check_number
 from pyrx.ops.block_mask import BlockMask, select_blocks
 from pyrx.ops.block_pool import block_pool
 from pyrx.search.common import (
