@@ -1,4 +1,8 @@
-"""pyrx: fused regularisation and sparsity operators for PyTorch."""
+"""pyrx: fused regularisation and sparsity operators for PyTorch.
+
+Functions are here, modules in `pyrx.nn`, optimizers in `pyrx.optim`, the search of attention's blocks in `pyrx.search`.
+`python -m pyrx.info` tells which backend serves which op here, and why the others do not.
+"""
 
 from pyrx import _extension, nn, optim, search
 from pyrx._version import __version__

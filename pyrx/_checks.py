@@ -70,6 +70,15 @@ def check_number(op: str, argument: str, value: object) -> None:
         fail(op, argument, "to be a float", "an int of more than 64 bits")
 
 
+def float_pair(op: str, argument: str, value: object) -> tuple[float, float]:
+    """A checked (minimum, maximum) or the like."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        fail(op, argument, "to be two floats", repr(value), TypeError)
+    for each in value:
+        check_number(op, argument, each)
+    return float(value[0]), float(value[1])
+
+
 def check_bool(op: str, **flags: object) -> None:
     for argument, value in flags.items():
         if not isinstance(value, bool):

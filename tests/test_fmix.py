@@ -285,7 +285,7 @@ ROWS = [
     (TypeError, {"decay_power": None}, "decay_power to be a float, got NoneType"),
     (ValueError, {"max_soft": 0.6}, "max_soft in [0, 0.5], got 0.6"),
     (ValueError, {"lam": 1.5}, "lam in [0, 1], got 1.5"),
-    (TypeError, {"lam": "1"}, "lam to be a float, got str"),
+    (TypeError, {"lam": "1"}, "lam to be a float or a Tensor, got str"),
     (ValueError, {"lam": torch.tensor([0.5, -1.0])}, "lam in [0, 1], got [0.5, -1.0]"),
     (TypeError, {"lam": torch.rand(2).double()}, "lam of dtype torch.float32, got torch.float64"),
     (
@@ -312,7 +312,11 @@ ROWS = [
         "mattes of dtype bool, float16, bfloat16, float32 or float64, got torch.int64",
     ),
     (ValueError, {"masks": torch.zeros(2, 4, 4).long()}, "masks of shape [N, H, W] = [2, 4, 5], got [2, 4, 4]"),
-    (TypeError, {"masks": torch.zeros(2, 4, 5)}, "masks of an integer dtype, got torch.float32"),
+    (
+        TypeError,
+        {"masks": torch.zeros(2, 4, 5)},
+        "masks of dtype bool, uint8, int8, int16, int32 or int64, got torch.float32",
+    ),
     (TypeError, {"out": [1.0]}, "out to be a Tensor, got list"),
     (TypeError, {"out": X.double()}, "out of dtype torch.float32, got torch.float64"),
     (ValueError, {"out": X[:1].clone()}, "out of shape [N, C, ...] = [2, 3, 4, 5], got [1, 3, 4, 5]"),

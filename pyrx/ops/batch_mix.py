@@ -25,6 +25,7 @@ from pyrx._checks import (
     check_tensor,
     check_written,
     fail,
+    float_pair,
     is_read,
 )
 from pyrx._random import LEVELS, check_seed, level, seed_tensor
@@ -39,7 +40,7 @@ MAX_SAMPLES = 2**24
 MAX_CHANNELS = 64  # that mean and std may have: they travel as kernel arguments
 
 
-def _check_mix(
+def check_mix(
     op: str,
     images: Tensor,
     labels: Tensor | None,
@@ -140,7 +141,7 @@ def _mix_fake(
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     draw = Draw(kind, granularity, prob, switch_prob, mixup_alpha, cutmix_alpha, minimum, maximum, correct_lam)
-    _check_mix(ROW, images, labels, seed, lam, boxes, partner, pairing, draw, scale, bias, dtype)
+    check_mix(ROW, images, labels, seed, lam, boxes, partner, pairing, draw, scale, bias, dtype)
     mixed = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=reference.memory_format(images))
     return mixed, *_results(images, labels)
 
@@ -148,7 +149,7 @@ def _mix_fake(
 def _out_fake(out: Tensor, images: Tensor, labels: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     seed, lam, boxes, partner, pairing, *draw, scale, bias = rest
     check_tensor(ROW, "out", out)
-    _check_mix(ROW, images, labels, seed, lam, boxes, partner, pairing, Draw(*draw), scale, bias, out.dtype)
+    check_mix(ROW, images, labels, seed, lam, boxes, partner, pairing, Draw(*draw), scale, bias, out.dtype)
     check_shape(ROW, "out", out, "[N, C, ...]", images.shape)
     check_device(ROW, "out", out, images.device)
     return _results(images, labels)
@@ -156,7 +157,7 @@ def _out_fake(out: Tensor, images: Tensor, labels: Tensor | None, *rest: Any) ->
 
 def _inplace_fake(images: Tensor, labels: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     seed, lam, boxes, partner, pairing, *draw = rest
-    _check_mix(ROW, images, labels, seed, lam, boxes, partner, pairing, Draw(*draw), (), (), images.dtype)
+    check_mix(ROW, images, labels, seed, lam, boxes, partner, pairing, Draw(*draw), (), (), images.dtype)
     _check_swap(ROW, pairing, draw[0])
     return _results(images, labels)
 
@@ -201,7 +202,7 @@ _library.define(
 _library.define(ROW, "batch_mix_", f"(Tensor(a!) images, {_DRAW}) -> ({_MIXES})", _inplace_fake, writes=True)
 
 
-def _check_values(
+def check_values(
     op: str, lam: Tensor | None, boxes: Tensor | None, partner: Tensor | None, images: Tensor, swap: bool
 ) -> None:
     """What only the values tell, of CPU tensors."""
@@ -297,6 +298,36 @@ def _normalisation(
     return factors
 
 
+def given_lam(op: str, lam: float | Tensor | None, samples: int, device: torch.device) -> Tensor | None:
+    """(N,) of a caller's lam; the values of a tensor are not looked at."""
+    if lam is None or isinstance(lam, Tensor):
+        if lam is not None and lam.requires_grad:
+            fail(op, "lam", "without requires_grad: there is no gradient to lam", "requires_grad=True")
+        return lam
+    if isinstance(lam, bool) or not isinstance(lam, (int, float)):
+        fail(op, "lam", "to be a float or a Tensor", type(lam).__name__, TypeError)
+    if not 0 <= lam <= 1:
+        fail(op, "lam", "in [0, 1]", lam)
+    return torch.full((samples,), float(lam), dtype=torch.float32, device=device)
+
+
+def given_pairing(op: str, pairing: str | Tensor) -> tuple[Tensor | None, int]:
+    """(partners or None, the way to draw them)."""
+    if isinstance(pairing, Tensor):
+        return pairing, GIVEN
+    check_choice(op, "pairing", pairing, PAIRINGS)
+    return None, PAIRINGS.index(pairing)
+
+
+def check_masks(op: str, masks: Tensor, images: Tensor) -> None:
+    check_tensor(op, "masks", masks)
+    names = "[N, H, W]" if images.dim() == 4 else "[N, T, H, W]"
+    check_shape(op, "masks", masks, names, [images.shape[0], *images.shape[2:]])
+    if masks.dtype not in MASK_DTYPES:
+        fail(op, "masks", "of dtype bool, uint8, int8, int16, int32 or int64", masks.dtype, TypeError)
+    check_device(op, "masks", masks, images.device)
+
+
 def mix_batch(
     op: str,
     images: Tensor,
@@ -327,22 +358,10 @@ def mix_batch(
     samples, device = images.shape[0], images.device
     dtype = dtype if dtype is not None else out.dtype if out is not None else images.dtype
     scale, bias = _normalisation(op, images, mean, std, dtype)
-    if lam is not None and not isinstance(lam, Tensor):
-        if isinstance(lam, bool) or not isinstance(lam, (int, float)):
-            fail(op, "lam", "to be a float or a Tensor", type(lam).__name__, TypeError)
-        if not 0 <= lam <= 1:
-            fail(op, "lam", "in [0, 1]", lam)
-        lam = torch.full((samples,), float(lam), dtype=torch.float32, device=device)
-    if isinstance(lam, Tensor) and lam.requires_grad:
-        fail(op, "lam", "without requires_grad: there is no gradient to lam", "requires_grad=True")
+    lam = given_lam(op, lam, samples, device)
     if lam is not None and boxes is None and draw.maximum > 0:
         fail(op, "boxes", "beside lam, which does not decide the sides of these", None)
-    partner, way = None, GIVEN
-    if isinstance(pairing, Tensor):
-        partner = pairing
-    else:
-        check_choice(op, "pairing", pairing, PAIRINGS)
-        way = PAIRINGS.index(pairing)
+    partner, way = given_pairing(op, pairing)
     if inplace:
         if out is not None:
             fail(op, "at most one of inplace", "and out", "both")
@@ -359,22 +378,17 @@ def mix_batch(
             fail(op, "out", f"of dtype {dtype}", out.dtype, TypeError)
         check_written(op, "out", out, [images])
     if masks is not None:
-        check_tensor(op, "masks", masks)
-        shape = [samples, *images.shape[2:]]
-        check_shape(op, "masks", masks, "[N, H, W]" if images.dim() == 4 else "[N, T, H, W]", shape)
-        if masks.dtype not in MASK_DTYPES:
-            fail(op, "masks", "of dtype bool, uint8, int8, int16, int32 or int64", masks.dtype, TypeError)
-        check_device(op, "masks", masks, device)
+        check_masks(op, masks, images)
         if inplace and not torch.compiler.is_compiling():
             check_own_memory(op, "masks", masks)
     computed = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
     chosen = select(ROW, device.type, computed, backend)
     seed = seed_tensor(op, seed, generator, device)
-    _check_mix(op, images, labels, seed, lam, boxes, partner, way, draw, scale, bias, dtype)
+    check_mix(op, images, labels, seed, lam, boxes, partner, way, draw, scale, bias, dtype)
     if inplace:
         _check_swap(op, way, draw.kind)
     if is_read(images):
-        _check_values(op, lam, boxes, partner, images, inplace)
+        check_values(op, lam, boxes, partner, images, inplace)
     mixed, b, partner, lam, boxes = _apply(
         images, labels, seed, lam, boxes, partner, way, draw, scale, bias, dtype, inplace, out, chosen
     )
@@ -574,13 +588,7 @@ def _check_alpha(op: str, alpha: float) -> None:
 def check_minmax(op: str, name: str, value: tuple[float, float] | None) -> tuple[float, float]:
     if value is None:
         return 0.0, 0.0
-    if (
-        not isinstance(value, (list, tuple))
-        or len(value) != 2
-        or not all(isinstance(each, (int, float)) for each in value)
-    ):
-        fail(op, name, "to be two floats", value)
-    minimum, maximum = map(float, value)
+    minimum, maximum = float_pair(op, name, value)
     if not (0 <= minimum <= maximum <= 1 and maximum > 0):
         fail(op, name, "0 <= minimum <= maximum <= 1 and maximum > 0", value)
     return minimum, maximum

@@ -7,11 +7,8 @@ from torch import Tensor
 
 from pyrx._checks import (
     check_bool,
-    check_choice,
-    check_device,
     check_image_shape,
     check_number,
-    check_shape,
     check_tensor,
     fail,
     is_read,
@@ -21,7 +18,7 @@ from pyrx.ops import batch_mix
 from pyrx.ops.blend import blend, check_alpha, check_out
 from pyrx.reference import batch_mix as draws
 from pyrx.reference import fmix as reference
-from pyrx.reference.batch_mix import GIVEN, MIXUP, PER_BATCH, PER_SAMPLE, Draw
+from pyrx.reference.batch_mix import MIXUP, PER_BATCH, PER_SAMPLE, Draw
 from pyrx.targets import MixedTarget
 
 OP = "fmix"
@@ -109,35 +106,21 @@ def fmix(
     _check_range("max_soft", max_soft, 0, 0.5)
     check_bool(OP, per_sample=per_sample)
     chance = level(OP, "prob", prob)
-    shared_lam = lam is None or not isinstance(lam, Tensor)
-    if lam is not None and not isinstance(lam, Tensor):
-        _check_range("lam", lam, 0, 1)
-        lam = torch.full((samples,), float(lam), dtype=torch.float32, device=device)
-    if lam is not None and lam.requires_grad:
-        fail(OP, "lam", "without requires_grad: there is no gradient to lam", "requires_grad=True")
-    partner, way = None, GIVEN
-    if isinstance(pairing, Tensor):
-        partner = pairing
-    else:
-        check_choice(OP, "pairing", pairing, batch_mix.PAIRINGS)
-        way = batch_mix.PAIRINGS.index(pairing)
+    shared_lam = not isinstance(lam, Tensor)
+    lam = batch_mix.given_lam(OP, lam, samples, device)
+    partner, way = batch_mix.given_pairing(OP, pairing)
     seed = seed_tensor(OP, seed, generator, device)
     draw = Draw(MIXUP, PER_SAMPLE if per_sample else PER_BATCH, chance, 0, float(alpha), 0.0, 0.0, 0.0, True)
-    batch_mix._check_mix(OP, images, labels, seed, lam, None, partner, way, draw, (), (), images.dtype)
+    batch_mix.check_mix(OP, images, labels, seed, lam, None, partner, way, draw, (), (), images.dtype)
     if is_read(images):
-        batch_mix._check_values(OP, lam, None, partner, images, False)
+        batch_mix.check_values(OP, lam, None, partner, images, False)
     if mattes is not None:
         check_tensor(OP, "mattes", mattes)
         check_alpha(OP, "mattes", mattes if images.dim() == 4 else mattes.unsqueeze(2), images)
         if mattes.shape[1] != 1:
             fail(OP, "mattes", "of one channel", list(mattes.shape))
     if masks is not None:
-        check_tensor(OP, "masks", masks)
-        names = "[N, H, W]" if images.dim() == 4 else "[N, T, H, W]"
-        check_shape(OP, "masks", masks, names, [samples, *images.shape[2:]])
-        if masks.is_floating_point() or masks.is_complex():
-            fail(OP, "masks", "of an integer dtype", masks.dtype, TypeError)
-        check_device(OP, "masks", masks, device)
+        batch_mix.check_masks(OP, masks, images)
     if out is not None:
         inputs = [each for each in (images, mattes, masks) if each is not None]
         check_out(OP, out, images, inputs)

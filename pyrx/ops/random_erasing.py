@@ -18,9 +18,11 @@ from pyrx._checks import (
     check_dtype,
     check_image_shape,
     check_integer,
+    check_number,
     check_own_memory,
     check_tensor,
     fail,
+    float_pair,
     is_read,
 )
 from pyrx._random import LEVELS, check_seed, level, seed_tensor
@@ -137,18 +139,6 @@ def _check_boxes(op: str, boxes: Tensor, height: int, width: int) -> None:
         fail(op, "boxes", f"0 <= y0 <= y1 <= {height} and 0 <= x0 <= x1 <= {width}", boxes[~inside][0].tolist())
 
 
-def _pair(op: str, name: str, value: object) -> tuple[float, float]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        fail(op, name, "to be two floats", value)
-    return _number(op, name, value[0], "to be two floats"), _number(op, name, value[1], "to be two floats")
-
-
-def _number(op: str, name: str, value: object, expected: str = "to be a float") -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        fail(op, name, expected, type(value).__name__, TypeError)
-    return float(value)
-
-
 def _erase_batch(
     op: str,
     images: Tensor,
@@ -167,7 +157,11 @@ def _erase_batch(
     check_choice(op, "mode", mode, MODES)
     check_bool(op, inplace=inplace, return_boxes=return_boxes)
     expected = 'to be a float or a sequence of C floats (mode="rand" or "pixel" for noise)'
-    values = [_number(op, "value", each, expected) for each in (value if isinstance(value, (list, tuple)) else [value])]
+    values = []
+    for each in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(each, bool) or not isinstance(each, (int, float)):
+            fail(op, "value", expected, type(each).__name__, TypeError)
+        values.append(float(each))
     for name, count in (("min_count", draw.min_count), ("max_count", draw.max_count), ("num_splits", draw.num_splits)):
         check_integer(op, name, count, 0, 2**31 - 1)
     if boxes is not None:
@@ -255,8 +249,8 @@ def random_erasing(
     check_bool(op, per_sample=per_sample)
     most = min_count if max_count is None else max_count
     draw = Draw(
-        RANDOM_ERASING, level(op, "prob", prob), min_count, most, *_pair(op, "scale", scale),
-        *_pair(op, "ratio", ratio), num_splits, per_sample,
+        RANDOM_ERASING, level(op, "prob", prob), min_count, most, *float_pair(op, "scale", scale),
+        *float_pair(op, "ratio", ratio), num_splits, per_sample,
     )  # fmt: skip
     return _erase_batch(op, images, draw, mode, value, inplace, boxes, seed, generator, backend, return_boxes)
 
@@ -289,7 +283,8 @@ def cutout(
     """
     op = "cutout"
     check_bool(op, per_sample=per_sample)
-    share = _number(op, "length", length)
+    check_number(op, "length", length)
+    share = float(length)
     if not 0 <= share <= 1:
         fail(op, "length", "in [0, 1]", length)
     check_integer(op, "num_holes", num_holes, 1, MAX_BOXES)

@@ -28,7 +28,6 @@
 #define __global__
 #define __host__
 #define __device__
-#define __constant__ static const
 #define __shared__ static  // blocks run one at a time
 #define __forceinline__ inline
 #define __noinline__
@@ -45,7 +44,6 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
-constexpr int warpSize = 32;
 
 #define PYRX_SHIM_VECTOR(name, type)                                                      \
   struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                \
@@ -238,7 +236,6 @@ struct Exchange {
 
 inline void __syncthreads() { shim::wait(shim::block.barrier); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { shim::Exchange<char>(mask, 0); }
-inline void __threadfence() {}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
@@ -265,8 +262,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   for (int i = 0; i < votes.warp.barrier.expected; ++i) result |= unsigned(votes.of(i) != 0) << i;
   return result;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
 template <typename T>
 T atomicAdd(T* at, T value) {
@@ -274,12 +269,9 @@ T atomicAdd(T* at, T value) {
   *at += value;
   return before;
 }
-template <typename T>
-T __ldg(const T* at) { return *at; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t(static_cast<unsigned __int128>(a) * b >> 64); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 
 struct __half {
   uint16_t bits;
