@@ -24,8 +24,8 @@ void attention_gradient_columns(const GradientTile<G>& given, int64_t c) {
   const bool want_gradient = kPlain || tile.upstream, capped = !kPlain && tile.softcap > 0;
   const bool ranged = !kPlain && tile.low, entropic = !kPlain && tile.entropy && want_gradient;
   const V zero = V::fill(0), one = V::fill(1), least = V::fill(-1e4), ln2 = V::fill(std::numbers::ln2_v<Acc>);
-  const V minus_log2e = V::fill(-std::numbers::log2e_v<Acc>);
-  const V factor = load(tile.factor + c) * minus_log2e, offset = zero - load(tile.lse + c) * minus_log2e;
+  const V log2e = V::fill(std::numbers::log2e_v<Acc>);
+  const V factor = load(tile.factor + c) * log2e, offset = zero - load(tile.lse + c) * log2e;
   const V low = ranged ? load(tile.low + c) : zero, high = ranged ? load(tile.high + c) : zero;
   const V delta = want_gradient ? load(tile.delta + c) : zero, entropy = entropic ? load(tile.entropy + c) : zero;
   const V keep_scale = V::fill(tile.keep_scale), cap = V::fill(capped ? 1 / tile.softcap : 0);
@@ -35,9 +35,9 @@ void attention_gradient_columns(const GradientTile<G>& given, int64_t c) {
   const auto row = [&](int64_t k) {
     const int64_t at = k * tile.width + c;
     const V logits = load(tile.logits + at);
-    const V base = !kPlain && tile.bias ? V::multiply_add(load(tile.bias + at), minus_log2e, offset) : offset;
-    // at most 0: where lse is past the integers, what is left of a row's maximum is hundreds; NaN passes
-    V x = zero - V::max(zero, V::multiply_add(logits, factor, base));
+    const V base = !kPlain && tile.bias ? V::multiply_add(load(tile.bias + at), log2e, offset) : offset;
+    // where lse is past the integers, what is left of a row's maximum is hundreds; NaN passes
+    V x = V::min(zero, V::multiply_add(logits, factor, base));
     if (entropic) x = V::max(least, x);  // a finite floor, that a weight of 0 has a gradient of 0; NaN passes
     V weight = exp2(x);
     if (ranged) {
