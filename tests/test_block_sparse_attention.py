@@ -208,6 +208,23 @@ def test_keys_far_below_before_others(cpu, least):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("least", [-1e9, -1e10, -1e30, -2e38])
+def test_rows_far_below_and_gradients(cpu, least):
+    """Of rows that an added mask hides whole nothing comes back where no gradient comes in."""
+    tensors = [torch.randn(1, 2, 70, 16, requires_grad=True) for _ in range(3)]
+    bias = torch.zeros(1, 1, 70, 70, requires_grad=True)
+    with torch.no_grad():
+        bias[:, :, 30:] = least
+    found, wanted = (
+        torch.autograd.grad(
+            pyrx.block_sparse_attention(*tensors, bias=bias, backend=backend)[:, :, :30].square().sum(),
+            [*tensors, bias],
+        )
+        for backend in ("cpu", "reference")
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_not_listed_is_not_read(cpu):
     """NaN in keys and values of blocks that nothing lists, and in what a window does not reach."""
     blocks = torch.ones(1, 1, 5, 6, dtype=torch.bool)

@@ -35,7 +35,9 @@ void attention_gradient_columns(const GradientTile<G>& given, int64_t c) {
   const auto row = [&](int64_t k) {
     const int64_t at = k * tile.width + c;
     const V logits = load(tile.logits + at);
-    V x = V::multiply_add(logits, factor, !kPlain && tile.bias ? V::multiply_add(load(tile.bias + at), log2e, offset) : offset);
+    const V base = !kPlain && tile.bias ? V::multiply_add(load(tile.bias + at), log2e, offset) : offset;
+    // where lse is past the integers, what is left of a row's maximum is hundreds; NaN passes
+    V x = V::min(zero, V::multiply_add(logits, factor, base));
     if (entropic) x = V::max(least, x);  // a finite floor, that a weight of 0 has a gradient of 0; NaN passes
     V weight = exp2(x);
     if (ranged) {

@@ -88,6 +88,11 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) out.v[i] = x.v[i] > most.v[i] ? x.v[i] : most.v[i];
     return out;
   }
+  static Vec min(const Vec& x, const Vec& least) {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = x.v[i] < least.v[i] ? x.v[i] : least.v[i];
+    return out;
+  }
   uint32_t nonzero() const {
     uint32_t bits = 0;
     for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(v[i] != 0) << i;
@@ -153,6 +158,7 @@ struct Vec<float> {
     return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(bits), a.v)};
   }
   static Vec max(const Vec& x, const Vec& most) { return {_mm512_max_ps(x.v, most.v)}; }
+  static Vec min(const Vec& x, const Vec& least) { return {_mm512_min_ps(x.v, least.v)}; }
   uint32_t nonzero() const { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
   Vec exp() const {
     const __m512 x = _mm512_max_ps(_mm512_set1_ps(-110.0f), v);  // the second operand, NaN too, where they do not compare
@@ -195,6 +201,9 @@ struct Vec<float> {
   }
   static Vec max(const Vec& x, const Vec& most) {
     return {_mm256_max_ps(x.low, most.low), _mm256_max_ps(x.high, most.high)};
+  }
+  static Vec min(const Vec& x, const Vec& least) {
+    return {_mm256_min_ps(x.low, least.low), _mm256_min_ps(x.high, least.high)};
   }
   uint32_t nonzero() const {
     const __m256 zero = _mm256_setzero_ps();

@@ -61,7 +61,7 @@ void test_tile(const char* set, const GradientKernels<G>& kernels, int64_t keys,
         const bool seen = (!(features & kRange) || (low[c] <= Acc(k) && Acc(k) < high[c])) &&
                           (!(features & kMask) || key_mask[k]) && lse[c] != std::numeric_limits<Acc>::infinity();
         const bool kept = !(features & kDropout) || bits[c / 8 * bits_stride + k] >> c % 8 & 1;
-        const double x = double(logits[i]) * factor[c] + (features & kBias ? double(bias[i]) : 0) - lse[c];
+        const double x = std::min(0.0, double(logits[i]) * factor[c] + (features & kBias ? double(bias[i]) : 0) - lse[c]);
         const double weight = seen ? std::exp(x) : 0;
         double gradient = (kept ? double(from[i]) * (features & kDropout ? 1.25 : 1) : 0) - delta[c];
         if (features & kEntropy) gradient -= entropy[c] * (seen ? x : 0);
@@ -90,6 +90,28 @@ void test_tile(const char* set, const GradientKernels<G>& kernels, int64_t keys,
   }
 }
 
+// Rows whose lse has no room for how many keys there are: weights are at most 1.
+template <typename G>
+void test_far(const char* set, const GradientKernels<G>& kernels) {
+  using Acc = accumulate_t<G>;
+  const int64_t keys = 3, width = 16;
+  for (const double far : {-1e7, -1e10, -3e12, -1e30, 1e10, 1e30}) {
+    Buffer<Acc> logits(keys * width), from(keys * width), factor(width), lse(width), delta(width);
+    Buffer<G> weights(keys * width), gradients(keys * width);
+    for (int64_t i = 0; i < keys * width; ++i) logits[i] = Acc(far * 8), from[i] = Acc(normal(i));
+    for (int64_t c = 0; c < width; ++c) factor[c] = Acc(0.125), lse[c] = Acc(far + std::log(3.0)), delta[c] = Acc(0);
+    GradientTile<G> tile{};
+    tile.keys = keys, tile.width = width, tile.logits = logits.data(), tile.factor = factor.data(), tile.lse = lse.data();
+    tile.delta = delta.data(), tile.upstream = from.data(), tile.weights = weights.data(), tile.gradients = gradients.data();
+    kernels.gradients(tile);
+    for (int64_t i = 0; i < keys * width; ++i) {
+      const double got = plain::widen(weights[i]), gradient = plain::widen(gradients[i]);
+      CHECK(got >= 0 && got <= 1 && std::abs(gradient) <= 8, "%s: %zu bytes, at %g a weight of %g, a gradient of %g", set,
+            sizeof(G), far, got, gradient);
+    }
+  }
+}
+
 template <typename G>
 void test_dot(const char* set, const GradientKernels<G>& kernels) {
   using Acc = accumulate_t<G>;
@@ -109,6 +131,7 @@ void test_dot(const char* set, const GradientKernels<G>& kernels) {
 
 template <typename G>
 void test_type(const char* set, const GradientKernels<G>& kernels) {
+  test_far<G>(set, kernels);
   for (const int64_t keys : {1, 2, 5, 16, 33})
     for (const int64_t width : {16, 32, 64})
       for (int features = 0; features < kFeatures; ++features)
