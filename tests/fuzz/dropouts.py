@@ -40,7 +40,7 @@ def dropout_mask(draws: Draws) -> Call:
 
 def samples(draws: Draws, most: int = 9) -> dict[str, Any]:
     """num_samples, p and sampling."""
-    count = draws.integer(1, most) if not draws.chance(6) else draws.pick(16, 31, 33)
+    count = draws.integer(1, most) if not draws.chance(4) else draws.pick(13, 16, 31, 33)
     p = [draws.p() for _ in range(count)] if draws.chance(3) else draws.p()
     return {"num_samples": count, "p": p, "sampling": draws.pick(*SAMPLINGS)}
 
@@ -68,7 +68,7 @@ def target_of(draws: Draws, lead: tuple[int, ...], classes: int, dtype: torch.dt
 @fuzzes("multi_sample_dropout_cross_entropy")
 def head(draws: Draws) -> Call:
     dtype = draws.float_dtype()
-    features, classes = draws.length(131, 400), draws.length(40, 200) or 1
+    features, classes = draws.length(131, 400), max(1, draws.length(131, 200))
     lead = draws.shape(draws.integer(0, 3), 40)
     kind = draws.pick(*TARGETS)
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
