@@ -68,7 +68,8 @@ def target_of(draws: Draws, lead: tuple[int, ...], classes: int, dtype: torch.dt
 @fuzzes("multi_sample_dropout_cross_entropy")
 def head(draws: Draws) -> Call:
     dtype = draws.float_dtype()
-    features, classes = draws.length(131, 400), max(1, draws.length(131, 200))
+    features = draws.size(40) if draws.chance(3) else draws.pick(64, 65, 100, 131, 257)
+    classes = draws.size(40, least=1) if draws.chance(2) else draws.pick(24, 49, 64, 65, 131)
     lead = draws.shape(draws.integer(0, 3), 40)
     kind = draws.pick(*TARGETS)
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32

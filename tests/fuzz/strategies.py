@@ -71,7 +71,7 @@ class Draws:
 
     def size(self, most: int = 131, least: int = 0) -> int:
         """0 at times, odd and even ones, those around powers of two."""
-        if least == 0 and self.chance(12):
+        if least == 0 and self.chance(30):
             return 0
         return self.pick(*(each for each in SIZES if least <= each <= most))
 
