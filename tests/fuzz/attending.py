@@ -67,7 +67,7 @@ def query_and_key(draws: Draws, same_length: bool = False) -> dict[str, Any]:
     )
     if draws.chance(3):
         lead = [(draws.pick(1, batch), draws.pick(1, heads)) for _ in range(2)]
-        columns = draws.pick(*(each for each in (1, 2, 3, 5, 7, 8) if keys % each == 0))
+        columns = draws.pick(*(each for each in (1, 2, 3, 5, 7, 8, 10, 25, 65) if keys % each == 0))
         if draws.chance(2):
             arguments["bias"] = draws.tensor((*lead[0], queries, keys), dtype)
         else:
