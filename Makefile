@@ -76,7 +76,7 @@ fuzz: $(call extras,test) build
 	@FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu $(PY) -m pytest -v --no-header --tb short tests/fuzz \
 	  -n $(TEST_JOBS) --dist worksteal --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED)
 
-# the C++ kernels of each instruction set: no sanitizer sees the masked loads and stores of AVX-512
+# AVX-512's masked loads and stores are seen by no sanitizer, and g++ 12 keeps half of a spilled mask at -O1
 fuzz-sanitize: FUZZ_CASES := 1260
 fuzz-sanitize: $(call extras,test)
 	$(call say,'the extension under AddressSanitizer and UndefinedBehaviorSanitizer (10 minutes the first time)')
@@ -85,7 +85,7 @@ fuzz-sanitize: $(call extras,test)
 	export UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/sanitize/found; \
 	preload=$$(for each in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$each.so; done | xargs); \
 	rm -f build/sanitize/found*; cd build/sanitize/lib; \
-	for isa in avx512 avx2 default; do \
+	for isa in avx2 default; do \
 	  printf '\n== fuzzing under sanitizers: %s\n' "$$isa"; \
 	  ATEN_CPU_CAPABILITY=$$isa LD_PRELOAD=$$preload FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu $(PY) -m pytest -q --no-header --tb short \
 	    '$(CURDIR)/tests/fuzz' -n $(TEST_JOBS) --dist worksteal --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED) || \

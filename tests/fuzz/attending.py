@@ -41,15 +41,15 @@ def mask_of(draws: Draws, batch: int, heads: int, queries: int, keys: int) -> py
 
 def heads_of(draws: Draws) -> tuple[int, int]:
     """(H, Hkv)."""
-    return draws.pick((2, 2), (1, 1), (4, 2), (3, 1), (6, 3), (0, 0))
+    return (0, 0) if draws.chance(20) else draws.pick((2, 2), (1, 1), (4, 2), (3, 1), (6, 3))
 
 
 def query_and_key(draws: Draws, same_length: bool = False) -> dict[str, Any]:
     """Query and key, a mask for them, and the options that say what a logit is."""
     dtype = draws.float_dtype()
-    batch, (heads, kv_heads) = draws.pick(1, 2, 3, 0), heads_of(draws)
-    queries = draws.length(100, 400)  # past the 128 keys of a tile of logits
-    keys = queries if same_length else draws.length(100, 400)
+    batch, (heads, kv_heads) = 0 if draws.chance(20) else draws.pick(1, 2, 3), heads_of(draws)
+    queries = draws.length(100, 400)
+    keys = queries if same_length else draws.pick(draws.size(100), draws.large(400))  # a tile of logits has 128
     size = draws.pick(1, 3, 8, 16, 17, 33, 64)
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     arguments: dict[str, Any] = {
@@ -67,7 +67,7 @@ def query_and_key(draws: Draws, same_length: bool = False) -> dict[str, Any]:
     )
     if draws.chance(3):
         lead = [(draws.pick(1, batch), draws.pick(1, heads)) for _ in range(2)]
-        columns = draws.pick(*(each for each in (1, 2, 3, 5, 7, 8) if keys % each == 0))
+        columns = draws.pick(*(each for each in (1, 2, 3, 5, 7, 8, 10, 25, 65) if keys % each == 0))
         if draws.chance(2):
             arguments["bias"] = draws.tensor((*lead[0], queries, keys), dtype)
         else:

@@ -260,6 +260,13 @@ def _agree(call: Call, backend: str | None, got: Outcome, plain: Outcome, exact:
                 assert one == two, f"{what}: {one!r}, reference {two!r}"
 
 
+def _moderate(call: Call) -> bool:
+    """Whether no argument is NaN or infinite, or a number whose products may be."""
+    numbers = [each for each in call.arguments.values() if isinstance(each, float)]
+    tensors = [each for each in _tensors(call.arguments) if _is_plain(each)]
+    return all(abs(each) < 1e100 for each in numbers) and all(each.isfinite().all() for each in tensors)
+
+
 def compare(got: Tensor, plain: Any, exact: Tensor, what: str, is_exact: bool, call: Call) -> None:
     assert isinstance(plain, Tensor), f"{what}: a Tensor, reference {plain!r}"
     assert got.dtype == plain.dtype and got.shape == plain.shape, (
@@ -280,8 +287,10 @@ def compare(got: Tensor, plain: Any, exact: Tensor, what: str, is_exact: bool, c
     # where float64 and the dtype itself agree that a number comes out, and where they agree that none does
     finite = plain.isfinite() & exact.isfinite()
     none = ~(plain.isfinite() | exact.isfinite())
-    if call.hides and not all(each.isfinite().all() for each in _tensors(call.arguments) if _is_plain(each)):
+    if call.hides and not _moderate(call):
         finite, none = finite & got.isfinite(), torch.zeros_like(none)
+    # a sum that nearly overflows may do so in another order
+    finite &= got.isfinite() | (exact.abs() <= torch.finfo(got.dtype).max / 64)
     assert got[finite].isfinite().all(), f"{what}: {got[finite & ~got.isfinite()][:4]}, reference {plain[finite][:4]}"
     assert not got[none].isfinite().any(), f"{what}: finite {got[none][:4]}, reference {plain[none][:4]}"
     if finite.any():

@@ -9,7 +9,7 @@ from helpers import COMBINES, REDUCTIONS, SAMPLINGS, TARGETS
 
 import pyrx
 from fuzz.calls import Call
-from fuzz.strategies import Draws, fuzzes
+from fuzz.strategies import FLOATS, Draws, fuzzes
 
 
 @fuzzes("dropout")
@@ -40,7 +40,7 @@ def dropout_mask(draws: Draws) -> Call:
 
 def samples(draws: Draws, most: int = 9) -> dict[str, Any]:
     """num_samples, p and sampling."""
-    count = draws.integer(1, most) if not draws.chance(6) else draws.pick(16, 31, 33)
+    count = draws.integer(1, most) if not draws.chance(4) else draws.pick(13, 16, 31, 33)
     p = [draws.p() for _ in range(count)] if draws.chance(3) else draws.p()
     return {"num_samples": count, "p": p, "sampling": draws.pick(*SAMPLINGS)}
 
@@ -67,8 +67,9 @@ def target_of(draws: Draws, lead: tuple[int, ...], classes: int, dtype: torch.dt
 
 @fuzzes("multi_sample_dropout_cross_entropy")
 def head(draws: Draws) -> Call:
-    dtype = draws.float_dtype()
-    features, classes = draws.length(131, 400), draws.length(40, 200) or 1
+    dtype = draws.pick(torch.float32, *FLOATS)
+    features = draws.size(40) if draws.chance(3) else draws.pick(64, 65, 100, 131, 257)
+    classes = draws.size(40, least=1) if draws.chance(2) else draws.pick(49, 64, 65, 131)
     lead = draws.shape(draws.integer(0, 3), 40)
     kind = draws.pick(*TARGETS)
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
@@ -87,8 +88,8 @@ def head(draws: Draws) -> Call:
             ignore_index=lambda: -100 if kind == "probabilities" else draws.pick(-100, -1, 0, 3),
         ),
     }
-    needs = draws.needs(**{name: arguments[name] for name in ("input", "linear_weight", "linear_bias")})
     floats = ("input", "linear_weight", "linear_bias", "target", "weight")
+    needs = draws.pick(floats[:2], draws.needs(**{name: arguments[name] for name in floats[:3]}))
     return Call(pyrx.multi_sample_dropout_cross_entropy, arguments, needs, exact=False, floats=floats, floor=4.0)
 
 

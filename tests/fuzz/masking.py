@@ -109,8 +109,9 @@ def neighbor_fill(draws: Draws) -> Call:
     mask = draws.tensor((shape[0], 1, *shape[2:]), draws.pick(torch.bool, dtype), "ties")
     if draws.chance(3):
         mask = torch.where(draws.tensor(mask.shape, torch.int64, high=9) > 0, torch.zeros((), dtype=mask.dtype), mask)
+    layout = "channels_last" if shape[1] > 64 else None
     arguments = {
-        "input": draws.tensor(shape, dtype, draws.pick("normal", "ties", "special")),
+        "input": draws.tensor(shape, dtype, draws.pick("normal", "ties", "special"), layout=layout),
         "mask": mask,
         "iterations": draws.pick(0, 1, 2, 3, 7, 40),
     }

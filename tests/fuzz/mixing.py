@@ -18,8 +18,14 @@ MASKS = (torch.int64, torch.uint8, torch.bool, torch.int32)
 def images_of(draws: Draws, dtypes: tuple[torch.dtype, ...] = IMAGES, most: int = 3000) -> Tensor:
     """(N, C, H, W), at times (N, C, T, H, W)."""
     dims = draws.pick(4, 4, 5)
-    if draws.chance(10):  # rows and planes of many elements
-        shape = (draws.size(3), draws.size(3), *draws.shape(dims - 2, 2 * most))
+    if draws.chance(8):  # planes of more than a thread takes at a time
+        shape = (
+            draws.integer(1, 2),
+            draws.integer(1, 2),
+            *(2,) * (dims - 4),
+            draws.pick(100, 257),
+            draws.pick(131, 400),
+        )
     else:
         shape = (draws.size(9), draws.size(5), *draws.shape(dims - 2, most // 45))
     return draws.tensor(shape, draws.pick(*dtypes), draws.kind(), high=256)

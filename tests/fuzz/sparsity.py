@@ -28,10 +28,10 @@ def ratio(draws: Draws, most: int = 128) -> tuple[int, int]:
 
 def grouped(draws: Draws, m: int, pad: bool = False, dims: int = 4) -> tuple[tuple[int, ...], int]:
     """(shape, dim) of a weight whose size along dim m divides."""
-    shape = list(draws.shape(draws.integer(1, dims), 40))
+    shape = [max(1, each) if draws.chance(2) else each for each in draws.shape(draws.integer(1, dims), 40)]
     dim = draws.integer(0, len(shape) - 1)
     room = 60_000 // (m * max(1, math.prod(shape[:dim] + shape[dim + 1 :])))
-    groups = draws.large(room) if room >= LARGE_SIZES[0] and draws.chance(8) else draws.integer(0, 4)
+    groups = draws.large(room) if room >= LARGE_SIZES[0] and draws.chance(4) else draws.integer(0, 4)
     shape[dim] = groups * m + (draws.integer(0, m - 1) if pad else 0)
     return tuple(shape), dim - (len(shape) if draws.chance(2) else 0)
 
@@ -53,7 +53,7 @@ def _ranked(draws: Draws) -> dict[str, Any]:
 @fuzzes("nm_mask")
 def nm_mask(draws: Draws) -> Call:
     arguments = _ranked(draws)
-    arguments["scores"] = draws.tensor(arguments.pop("shape"), draws.float_dtype(), draws.kind())
+    arguments["scores"] = draws.tensor(arguments.pop("shape"), draws.float_dtype(), draws.pick("ties", draws.kind()))
     return Call(pyrx.nm_mask, arguments | draws.some(packed=lambda: draws.pick(True, False)))
 
 

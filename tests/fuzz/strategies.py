@@ -71,28 +71,29 @@ class Draws:
 
     def size(self, most: int = 131, least: int = 0) -> int:
         """0 at times, odd and even ones, those around powers of two."""
-        if least == 0 and self.chance(12):
+        if least == 0 and self.chance(30):
             return 0
         return self.pick(*(each for each in SIZES if least <= each <= most))
 
     def large(self, most: int) -> int:
-        """A size that is seldom met, at most `most`, which is at least the smallest of them."""
-        return self.pick(*(each for each in LARGE_SIZES if each <= most))
+        """A size past a limit of some kernel, at most `most`, which is at least the smallest of them."""
+        sizes = [each for each in LARGE_SIZES if each <= most]
+        return self.pick(*sizes, *sizes[-2:], *sizes[-2:])
 
     def length(self, usual: int, most: int) -> int:
         """A size up to `usual`, a large one up to `most` at times."""
-        return self.large(most) if self.chance(8) else self.size(usual)
+        return self.large(most) if self.chance(4) else self.size(usual)
 
     def shape(self, dims: int, most: int = 5000) -> tuple[int, ...]:
         """Of at most `most` elements, at times of ten times as many."""
         sizes: list[int] = []
-        for _ in range(dims):
+        large = [self.large(10 * most)] if dims > 0 and 10 * most >= LARGE_SIZES[0] and self.chance(8) else []
+        most = 10 * most // large[0] if large else most
+        for _ in range(dims - len(large)):
             room = most // max(math.prod(sizes), 1) if math.prod(sizes) > 0 else most
             sizes.append(self.size(max(1, room)))
-        if dims > 0 and self.chance(12):
-            grown = self.integer(0, dims - 1)
-            room = 10 * most // max(1, math.prod(sizes[:grown] + sizes[grown + 1 :]))
-            sizes[grown] = self.large(room) if room >= LARGE_SIZES[0] else sizes[grown]
+        for each in large:
+            sizes.insert(self.integer(0, dims - 1), each)
         return tuple(sizes)
 
     def float_dtype(self) -> torch.dtype:
