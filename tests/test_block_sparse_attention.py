@@ -346,6 +346,38 @@ def test_layouts(backend, dtype, size, value_size):
             assert (out.transpose(1, 2) if layout == "tokens_first" else out).is_contiguous(), layout
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("value_size", [256, 33])
+def test_large_results(cpu, dtype, value_size):
+    """Operands and results of more than 16 MiB: results go past the caches; the same rows, whatever their layout."""
+    call = attention(32, 8, 100, 131, 256, value_size=value_size, blocks=torch.ones(1, 1, 4, 5) > 0, dtype=dtype)
+    tensors = (call.query, call.key, call.value)
+    assert sum(each.numel() for each in tensors) * dtype.itemsize > 2**24
+    few = call.replace(**{name: getattr(call, name)[:2] for name in ("query", "key", "value")})(cpu)
+    turned = {name: getattr(call, name).transpose(1, 2).contiguous().transpose(1, 2) for name in ("query", "key")}
+    for one in (call, call.replace(**turned)):
+        for got, expected in zip(one(cpu), few, strict=True):
+            assert_same_bits(got[:2], expected)
+        assert_attends(one.replace(**{name: getattr(one, name)[-2:] for name in ("query", "key", "value")}), cpu)
+        torch.testing.assert_close(one(cpu)[0][-2:], call(cpu)[0][-2:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("block", [(16, 16), (32, 64), (64, 64), (128, 128)], ids=name_of)
+def test_few_and_many_blocks_that_see_a_key(cpu, dtype, block):
+    """Keys and values that few see are packed by each of them, others for all; every third block of keys, and runs."""
+    rows, columns = (-(-length // size) for length, size in zip((700, 900), block, strict=True))
+    many = torch.ones(1, 1, rows, columns, dtype=torch.bool)
+    few = torch.zeros_like(many)
+    few[0, 0, 0] = few[0, 0, -1, ::3] = True
+    apart = many.clone()
+    apart[..., 1::3] = False
+    for blocks in (few, many, apart):
+        assert_attends(attention(1, 4, 700, 900, 40, kv_heads=2, blocks=blocks, block=block, dtype=dtype), cpu)
+        wide = attention(1, 2, 700, 900, 40, value_size=70, blocks=blocks, block=block, dtype=dtype)
+        assert_attends(wide, cpu)
+
+
 def test_expanded_and_strided_operands(backend):
     call = attention(2, 3, 100, 131, 24, key_mask=True, query_scale=True, ranges=2, bias=(1, 1), dtype=torch.float32)
     spread = call.replace(

@@ -85,6 +85,14 @@ struct BlockLists {
   const int32_t *counts = nullptr, *indices = nullptr;  // (B or 1, H or 1, rows), (.., rows, width)
   int64_t rows = 0, width = 0, limit = 0;               // limit: blocks of the other side
   int64_t batch = 0, head = 0;                          // strides in rows, 0 where a dimension is one
+  int64_t lists = 0;                                    // all that there are
+
+  // Entries of a row on average.
+  double mean() const {
+    double total = 0;
+    for (int64_t i = 0; i < lists; ++i) total += std::clamp<int64_t>(counts[i], 0, width);
+    return lists > 0 ? total / static_cast<double>(lists) : 0;
+  }
 
   // Those of a row, ascending, each once; entries out of range are passed over.
   void of(int64_t b, int64_t h, int64_t row, std::vector<int64_t>& found) const {
@@ -110,6 +118,7 @@ inline BlockLists block_lists(const at::Tensor& counts, const at::Tensor& indice
   lists.rows = counts.size(2);
   lists.width = indices.size(3);
   lists.limit = limit;
+  lists.lists = counts.numel();
   lists.head = counts.size(1) == 1 ? 0 : lists.rows;
   lists.batch = counts.size(0) == 1 ? 0 : counts.size(1) * lists.rows;
   return lists;

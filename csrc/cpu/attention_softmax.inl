@@ -127,9 +127,11 @@ class Ahead {
  public:
   Ahead(const Lines* ranges, int64_t count) : range_(ranges), end_(ranges + count) { open(); }
   void fetch(int64_t n) {
-    for (; n > 0 && at_ != last_; --n) {
-      __builtin_prefetch(at_, 0, 2);
-      at_ += 64;
+    while (n > 0 && at_ != last_) {
+      const int64_t run = std::min<int64_t>(n, (last_ - at_) / 64);
+      const char* const end = at_ + 64 * run;
+      for (const char* line = at_; line != end; line += 64) __builtin_prefetch(line, 0, 2);
+      n -= run, at_ = end;
       if (at_ == last_) open();
     }
   }

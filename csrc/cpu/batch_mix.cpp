@@ -390,7 +390,7 @@ MixResults batch_mix_out(const at::Tensor& out, const at::Tensor& images, const 
   // the layout of `out` where it has one that is dense, since it is written once and images often are the smaller
   const at::MemoryFormat format = pixel_format(out);
   const at::Tensor target = out.is_contiguous(format) ? out : at::empty(out.sizes(), out.options(), format);
-  mix_out(given, mixes, images.contiguous(format), format, target, is_streamed(target));
+  mix_out(given, mixes, images.contiguous(format), format, target, is_streamed(target.nbytes()));
   finish(target, out);
   return mixes.results;
 }

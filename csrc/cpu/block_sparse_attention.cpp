@@ -20,6 +20,9 @@ namespace {
 constexpr std::string_view kOp = "block_sparse_attention";
 constexpr int64_t kTaskRows = 128;   // most queries of a task, more where a block has more
 constexpr int64_t kPackBlocks = 4;   // blocks of keys that a task packs
+constexpr int64_t kApart = 64;       // values of blocks of as many keys are multiplied apart, of smaller ones joined
+// As many blocks of queries, or fewer, on average, each pack the keys they see, which are then in their thread's caches.
+constexpr double kFew = 3;
 
 template <typename T>
 struct AttentionResults {
@@ -28,9 +31,11 @@ struct AttentionResults {
   int64_t batch, head, token;  // strides of out in elements
   Acc* lse;                    // (B, H, Sq)
   Acc* entropy;                // (B, H, Sq) or null
+  bool streamed;               // out goes past the caches
 };
 
-// Keys and values are packed once: a block of keys transposed, a block of values in rows padded to 16 columns.
+// Keys and values are packed once, or where few see them by each that does: a block of keys transposed, a block of values
+// in rows padded to 16 columns.
 template <typename T, typename G>
 class Forward {
   using Acc = accumulate_t<T>;
@@ -44,7 +49,8 @@ class Forward {
         values_(round_up(shape_.value_size, kRound)),
         blocks_(shape_.k_blocks()),
         together_(std::max<int64_t>(1, kTaskRows / shape_.q_block)),
-        packs_((blocks_ + kPackBlocks - 1) / kPackBlocks),
+        shared_(problem.kv.mean() * double(shape_.q_blocks() * shape_.group()) > kFew * double(blocks_)),
+        packs_(shared_ ? (blocks_ + kPackBlocks - 1) / kPackBlocks : 0),
         attends_(shape_.group() * ((shape_.q_blocks() + together_ - 1) / together_)),
         folded_(problem.plain() && problem.scale > 0),
         values_as_they_are_(std::is_same_v<T, G> && sizeof(G) != 2 && shape_.value_size == values_ &&
@@ -97,7 +103,7 @@ class Forward {
   // A thread's own, for one block of queries and a tile of keys.
   struct Scratch {
     Workspace memory;
-    G *queries, *weights, *keys, *values;
+    G *queries, *weights, *rows, *keys, *values;  // rows: of a block of keys, keys: the same packed
     Acc *logits, *out, *most, *total, *weighted;
     uint8_t *bits, *shifted;
     std::vector<int64_t> listed, next_listed;
@@ -109,16 +115,19 @@ class Forward {
       const auto acc = [&](int64_t n) { return memory.reserve<Acc>(n); };
       const auto operand = [&](int64_t n) { return memory.reserve<G>(n); };
       const int64_t at[] = {operand(rows * f.depth_), operand(rows * kLogitKeys), operand(f.depth_ * f.shape_.k_block),
-                            operand(kLogitKeys * f.values_), acc(rows * kLogitKeys), acc(rows * f.values_), acc(rows),
-                            acc(rows), acc(rows), memory.reserve<uint8_t>(rows * kLogitKeys / 8),
+                            operand(f.depth_ * f.shape_.k_block), operand(kLogitKeys * f.values_),
+                            acc(rows * kLogitKeys), acc(rows * f.values_), acc(rows), acc(rows), acc(rows),
+                            memory.reserve<uint8_t>(rows * kLogitKeys / 8),
                             memory.reserve<uint8_t>(kLogitKeys / 8 + 2)};
       memory.allocate();
-      queries = memory.at_offset<G>(at[0]), weights = memory.at_offset<G>(at[1]), keys = memory.at_offset<G>(at[2]);
-      values = memory.at_offset<G>(at[3]), logits = memory.at_offset<Acc>(at[4]), out = memory.at_offset<Acc>(at[5]);
-      most = memory.at_offset<Acc>(at[6]), total = memory.at_offset<Acc>(at[7]), weighted = memory.at_offset<Acc>(at[8]);
-      bits = memory.at_offset<uint8_t>(at[9]), shifted = memory.at_offset<uint8_t>(at[10]);
+      queries = memory.at_offset<G>(at[0]), weights = memory.at_offset<G>(at[1]), this->rows = memory.at_offset<G>(at[2]);
+      keys = memory.at_offset<G>(at[3]), values = memory.at_offset<G>(at[4]), logits = memory.at_offset<Acc>(at[5]);
+      out = memory.at_offset<Acc>(at[6]), most = memory.at_offset<Acc>(at[7]), total = memory.at_offset<Acc>(at[8]);
+      weighted = memory.at_offset<Acc>(at[9]), bits = memory.at_offset<uint8_t>(at[10]);
+      shifted = memory.at_offset<uint8_t>(at[11]);
       if constexpr (std::is_same_v<G, Acc>) weights = logits;
     }
+    ~Scratch() { store_fence(); }  // of the thread's streamed results
   };
 
   // Towards the second-level cache, all at once: lists and rows of a few lines defeat the processor's own guesses.
@@ -150,6 +159,7 @@ class Forward {
 
   void reserve(int64_t places) {
     places_ = places;
+    if (!shared_) return;
     key_memory_ = operands(places * blocks_ * shape_.k_block * depth_);
     keys_ = static_cast<G*>(key_memory_.mutable_data_ptr());
     if (values_as_they_are_) return;
@@ -163,12 +173,17 @@ class Forward {
       const int64_t k = block * shape_.k_block, n = keys_in(block);
       fetch_rows(in_.key, b, h, k, n, shape_.size);
       if (!values_as_they_are_) fetch_rows(in_.value, b, h, k, n, shape_.value_size);
-      pack_transposed<T, G>(in_.key.at(b, h, k), in_.key.token, n, shape_.size, shape_.k_block, scratch.keys,
-                            keys_of(head, block));
-      if (!values_as_they_are_)
-        pack_rows<T, G>(in_.value.at(b, h, k), in_.value.token, n, shape_.value_size, values_,
-                        packed_values_ + place_of(head, block) * values_);
+      pack_keys(head, block, scratch, keys_of(head, block));
+      if (!values_as_they_are_) pack_values(head, block, packed_values_ + place_of(head, block) * values_);
     }
+  }
+  void pack_keys(int64_t head, int64_t block, const Scratch& scratch, G* out) const {
+    const T* rows = in_.key.at(head / shape_.kv_heads, head % shape_.kv_heads, block * shape_.k_block);
+    pack_transposed<T, G>(rows, in_.key.token, keys_in(block), shape_.size, shape_.k_block, scratch.rows, out);
+  }
+  void pack_values(int64_t head, int64_t block, G* out) const {
+    const T* rows = in_.value.at(head / shape_.kv_heads, head % shape_.kv_heads, block * shape_.k_block);
+    pack_rows<T, G>(rows, in_.value.token, keys_in(block), shape_.value_size, values_, out);
   }
 
   // A copy: rows read one after another come from memory faster than as the GEMM takes them.
@@ -237,7 +252,6 @@ class Forward {
       if (i + together < blocks) add_tile(task.head, listed, i + together, scratch.ahead);
       else if (block + 1 < own.last) add_queries(b, h, block + 1, scratch);
       else scratch.fetched = add_task(number + at::get_num_threads(), scratch);
-      add_share(task, i, std::min(i + together, blocks), blocks, block - own.first, own.last - own.first, scratch.ahead);
       const int64_t count = std::min(together, blocks - i);
       const Tile tile{listed.data() + i, count, (count - 1) * shape_.k_block + keys_in(listed[i + count - 1])};
       step(b, h, q, rows, tile, seen, i == 0, scratch);
@@ -261,8 +275,12 @@ class Forward {
     const int64_t last = std::min<int64_t>(first + kLogitKeys / shape_.k_block, listed.size());
     for (int64_t i = first; i < last; ++i) {
       if (i > 0 && listed[i] == listed[i - 1] + 1) continue;
-      add(keys_of(head, listed[i]), shape_.k_block * depth_, ahead);
-      add(values_of(head, listed[i]), keys_in(listed[i]) * values_, ahead);
+      const int64_t b = head / shape_.kv_heads, h = head % shape_.kv_heads, k = listed[i] * shape_.k_block;
+      const int64_t keys = keys_in(listed[i]);
+      if (shared_) add(keys_of(head, listed[i]), shape_.k_block * depth_, ahead);
+      else add_rows(in_.key, b, h, k, keys, shape_.size, ahead);
+      if (shared_ && !values_as_they_are_) add(values_of(head, listed[i]), keys * values_, ahead);
+      else add_rows(in_.value, b, h, k, keys, shape_.value_size, ahead);
     }
   }
 
@@ -284,25 +302,15 @@ class Forward {
     return number;
   }
 
-  // Of the keys and values that are packed next but one, what falls to tile `i` .. `next` of `blocks` of a task.
-  void add_share(const Task& task, int64_t i, int64_t next, int64_t blocks, int64_t part, int64_t parts,
-                 std::vector<Lines>& ahead) const {
-    const int64_t head = task.head + 2;
-    if (head >= shape_.batch * shape_.kv_heads) return;
-    const int64_t b = head / shape_.kv_heads, h = head % shape_.kv_heads, shares = attends_ * parts * blocks;
-    const int64_t own = (task.part * parts + part) * blocks;
-    const int64_t first = shape_.keys * (own + i) / shares, last = shape_.keys * (own + next) / shares;
-    if (first == last) return;
-    add_rows(in_.key, b, h, first, last - first, shape_.size, ahead);
-    add_rows(in_.value, b, h, first, last - first, shape_.value_size, ahead);
-  }
-
   void step(int64_t b, int64_t h, int64_t q, int64_t rows, const Tile& tile, const Reach& seen, bool first,
             const Scratch& scratch) const {
     const int64_t head = kv_head(b, h);
-    for (int64_t i = 0; i < tile.count; ++i)
-      multiply(rows, shape_.k_block, depth_, scratch.queries, depth_, keys_of(head, tile.listed[i]), shape_.k_block,
+    for (int64_t i = 0; i < tile.count; ++i) {
+      G* const keys = shared_ ? keys_of(head, tile.listed[i]) : scratch.keys;
+      if (!shared_) pack_keys(head, tile.listed[i], scratch, keys);
+      multiply(rows, shape_.k_block, depth_, scratch.queries, depth_, keys, shape_.k_block,
                scratch.logits + i * shape_.k_block, kLogitKeys, false);
+    }
     for (int64_t i = 0; i < tile.count; ++i) logits(b, h, q, rows, tile.listed[i], i * shape_.k_block, seen, scratch);
     if (in_.threshold > 0)
       for (int64_t i = 0; i < tile.count; ++i) drop(b, h, q, rows, tile.listed[i], i * shape_.k_block, scratch);
@@ -325,18 +333,26 @@ class Forward {
         .ahead = scratch.ahead.data(),
         .aheads = static_cast<int64_t>(scratch.ahead.size()),
     });
-    const G* values = values_of_tile(head, tile, scratch);
-    multiply(rows, values_, round_up(tile.keys, pairing<G>), scratch.weights, kLogitKeys, values, values_, scratch.out,
-             values_, !first);
-  }
-
-  // The values of a tile's keys one after another.
-  const G* values_of_tile(int64_t head, const Tile& tile, const Scratch& scratch) const {
-    if (tile.listed[tile.count - 1] - tile.listed[0] == tile.count - 1) return values_of(head, tile.listed[0]);
-    for (int64_t i = 0; i < tile.count; ++i)
-      std::memcpy(scratch.values + i * shape_.k_block * values_, values_of(head, tile.listed[i]),
-                  round_up(keys_in(tile.listed[i]), pairing<G>) * values_ * sizeof(G));
-    return scratch.values;
+    const auto weigh = [&](int64_t column, int64_t keys, const G* values) {
+      multiply(rows, values_, round_up(keys, pairing<G>), scratch.weights + column, kLogitKeys, values, values_,
+               scratch.out, values_, !first || column > 0);
+    };
+    const bool packed = shared_ || values_as_they_are_;
+    if (packed && tile.listed[tile.count - 1] - tile.listed[0] == tile.count - 1) {  // values that follow each other
+      weigh(0, tile.keys, values_of(head, tile.listed[0]));
+    } else if (packed && shape_.k_block >= kApart) {
+      for (int64_t i = 0; i < tile.count; ++i)
+        weigh(i * shape_.k_block, keys_in(tile.listed[i]), values_of(head, tile.listed[i]));
+    } else {
+      for (int64_t i = 0; i < tile.count; ++i) {
+        G* const to = scratch.values + i * shape_.k_block * values_;
+        if (!packed) pack_values(head, tile.listed[i], to);
+        else
+          std::memcpy(to, values_of(head, tile.listed[i]),
+                      round_up(keys_in(tile.listed[i]), pairing<G>) * values_ * sizeof(G));
+      }
+      weigh(0, tile.keys, scratch.values);
+    }
   }
 
   // Products of a block at `column` of the tile to its logits, but for a scale that the softmax takes with it.
@@ -359,28 +375,38 @@ class Forward {
   void finish(int64_t b, int64_t h, int64_t q, int64_t rows, bool empty, const Scratch& scratch) const {
     if (empty) std::fill_n(scratch.out, rows * values_, Acc(0));
     const auto store = element_kernels<T>().store;
+    T* const staged = reinterpret_cast<T*>(scratch.out);  // in place: elements are not wider than sums
     const Acc kept = in_.threshold > 0 ? keep_scale<Acc>(in_.threshold) : Acc(1);
     const int64_t at = (b * shape_.heads + h) * shape_.queries + q;
     T* out = out_.out + b * out_.batch + h * out_.head + q * out_.token;
     for (int64_t r = 0; r < rows; ++r) {
       const Acc total = scratch.total[r];
       const bool nothing = total == 0;
-      store(scratch.out + r * values_, shape_.value_size, nothing ? Acc(0) : kept / total, out + r * out_.token);
+      store(scratch.out + r * values_, shape_.value_size, nothing ? Acc(0) : kept / total,
+            out_.streamed ? staged + r * shape_.value_size : out + r * out_.token);
       out_.lse[at + r] = nothing ? -std::numeric_limits<Acc>::infinity()
                                  : scratch.most[r] * std::numbers::ln2_v<Acc> + std::log(total);
       if (out_.entropy)
         out_.entropy[at + r] =
             nothing ? Acc(0) : std::log(total) - std::numbers::ln2_v<Acc> * (scratch.weighted[r] / total);
     }
+    if (!out_.streamed) return;
+    const int64_t run = out_.token == shape_.value_size ? rows : 1;  // rows that follow each other
+    for (int64_t r = 0; r < rows; r += run)
+      byte_kernels().copy_stream(reinterpret_cast<uint8_t*>(out + r * out_.token),
+                                 reinterpret_cast<const uint8_t*>(staged + r * shape_.value_size),
+                                 run * shape_.value_size * sizeof(T));
   }
 
   const AttentionProblem<T>& in_;
   const AttentionResults<T>& out_;
   const AttentionShape shape_;
-  const int64_t depth_, values_;  // of a head of keys and of values, padded
-  const int64_t blocks_;          // of keys
-  const int64_t together_, packs_, attends_;  // blocks of queries of a task, and tasks of a head of keys
-  const bool folded_;  // logits are products times a scale that goes into the softmax's base
+  const int64_t depth_, values_;   // of a head of keys and of values, padded
+  const int64_t blocks_;           // of keys
+  const int64_t together_;         // blocks of queries of a task
+  const bool shared_;              // keys and values are packed once
+  const int64_t packs_, attends_;  // tasks of a head of keys
+  const bool folded_;              // logits are products times a scale that goes into the softmax's base
   const bool values_as_they_are_;
   int64_t places_ = 0;  // heads whose packed operands are kept
   at::Tensor key_memory_, value_memory_;
@@ -410,7 +436,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> block_sparse_attention(
     const auto problem = attention_problem<T>(query, key, value, lists, logits, seed, threshold, kept);
     const AttentionResults<T> results{static_cast<T*>(out.mutable_data_ptr()), out.stride(0), out.stride(1), out.stride(2),
                                       static_cast<Acc*>(lse.mutable_data_ptr()),
-                                      want_entropy ? static_cast<Acc*>(entropy.mutable_data_ptr()) : nullptr};
+                                      want_entropy ? static_cast<Acc*>(entropy.mutable_data_ptr()) : nullptr,
+                                      is_streamed(query.nbytes() + key.nbytes() + value.nbytes() + out.nbytes())};
     dispatch_operand<T>(query.scalar_type(),
                         [&](auto operand) { Forward<T, decltype(operand)>(problem, results).run(); });
   });

@@ -28,8 +28,9 @@ inline void use_huge_pages(const at::Tensor& fresh) {
 #endif
 }
 
-// Whether a result in memory that is there already goes past the caches, which it would not fit in anyway.
-inline bool is_streamed(const at::Tensor& result) { return result.nbytes() >= 16 << 20; }
+// Whether a result goes past the caches, where what an op reads and writes has so many bytes that it would not fit in
+// anyway.
+inline bool is_streamed(size_t bytes) { return bytes >= 16 << 20; }
 
 // After the last store past the caches.
 inline void store_fence() {
