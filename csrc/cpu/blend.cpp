@@ -12,7 +12,7 @@
 namespace pyrx::cpu {
 namespace {
 
-constexpr int64_t kRun = 4096;  // elements of a run: its alphas stay in the first-level cache
+constexpr int64_t kRun = 16384;  // bytes of a run: its alphas stay in the caches
 constexpr int64_t kTask = 32768;
 
 float widen(bfloat16 x) { return c10::detail::f32_from_bits(x.bits); }
@@ -56,10 +56,12 @@ const Acc* alphas_of(const at::Tensor& alpha, int64_t first, int64_t pixels, int
 }
 
 // f(row, first alpha, pixels, alphas, scratch) for runs of every row, over the threads; `scratch` is for as many elements.
-template <typename Acc, typename F>
+template <typename T, typename F>
 void for_runs(const BlendOperands& operands, F f) {
   const BlendLayout& layout = operands.layout;
-  const int64_t pixels = std::min(layout.pixels, std::max<int64_t>(1, kRun / layout.group));
+  using Acc = accumulate_t<T>;
+  constexpr int64_t kElements = kRun / sizeof(T);
+  const int64_t pixels = std::min(layout.pixels, std::max<int64_t>(1, kElements / layout.group));
   const int64_t runs = (layout.pixels + pixels - 1) / pixels;
   const int64_t elements = pixels * layout.group, grain = std::max<int64_t>(1, kTask / (elements * layout.repeat));
   at::parallel_for(0, layout.rows() * runs, grain, [&](int64_t begin, int64_t end) {
@@ -95,7 +97,7 @@ void blend_into(const BlendOperands& operands, const at::Tensor& out) {
     T* to = static_cast<T*>(out.mutable_data_ptr());
     const auto& kernels = blend_kernels<T>();
     using Acc = accumulate_t<T>;
-    for_runs<Acc>(operands, [&](int64_t, const BlendRow& row, int64_t first, int64_t n, const Acc* alphas, Acc*) {
+    for_runs<T>(operands, [&](int64_t, const BlendRow& row, int64_t first, int64_t n, const Acc* alphas, Acc*) {
       for (int64_t k = 0; k < layout.repeat; ++k) {
         const int64_t inside = row.inside + k * layout.plane() + first * layout.group;
         kernels.blend(x + row.sample * layout.x_sample + inside, y + partner[row.sample] * layout.y_sample + inside, alphas,
@@ -155,7 +157,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> blend_backward(const at::Tensor& 
     Acc* grad_alpha = needs[2] ? static_cast<Acc*>(found[2].mutable_data_ptr()) : nullptr;
     const int64_t x_sample = needs[2] ? own.stride(0) : 0;
     const auto& kernels = blend_kernels<T>();
-    for_runs<Acc>(operands, [&](int64_t index, const BlendRow& row, int64_t first, int64_t n, const Acc* alphas, Acc* scratch) {
+    for_runs<T>(operands, [&](int64_t index, const BlendRow& row, int64_t first, int64_t n, const Acc* alphas, Acc* scratch) {
       Acc* sums = grad_alpha ? grad_alpha + index * layout.pixels + first : nullptr;
       Acc* terms = sums && layout.group > 1 ? scratch : sums;
       for (int64_t k = 0; k < layout.repeat; ++k) {

@@ -4,7 +4,11 @@ template <typename T>
 inline Vec<accumulate_t<T>> storable(const Vec<accumulate_t<T>>& x) {
   if constexpr (std::is_same_v<T, uint8_t>) {  // in [0, 255], NaN 0
     const Vec<float> zero = Vec<float>::fill(0);
+#if PYRX_ISA == 512
+    return Vec<float>::max(x, zero);  // store saturates above
+#else
     return zero - Vec<float>::max(zero - Vec<float>::max(x, zero), Vec<float>::fill(-255));
+#endif
   } else {
     return x;
   }
@@ -17,6 +21,10 @@ void blend(const T* x, const T* y, const accumulate_t<T>* alpha, int64_t n, T* o
   blocks(n, [&](int64_t i, auto count) {
     const V own = load(x + i, count), other = load(y + i, count);
     const V weight = load(alpha + i, count), rest = one - weight;
+    if constexpr (sizeof(T) == 1) {  // whole numbers times 1 and 0: what is copied comes out as it is
+      store(out + i, storable<T>(weight * own + rest * other), count);
+      return;
+    }
     const uint32_t all = (1u << int(count)) - 1, whole = all & ~rest.nonzero(), none = all & ~weight.nonzero();
     const V copied = V::choose(whole, own, other), mixed = storable<T>(weight * own + rest * other);
     store(out + i, V::choose(whole | none, copied, mixed), count);

@@ -23,6 +23,9 @@ struct Turns {
 template <typename K, int kM>
 constexpr Turns<K, kM> kTurns(kM);
 
+// So many keys of a group that finding the last that is kept beats comparing each pair.
+constexpr int kSelectedKeys = 48;
+
 // Groups that are not wider than a vector: each lane is compared with the others of its group. kM is m or, where it is
 // known at run time alone, 0.
 template <int kM, typename K, int kMost>
@@ -125,38 +128,73 @@ inline uint32_t lowest_bits(uint32_t bits, int n) {
 #endif
 }
 
-// Groups wider than a vector: the key of the last that is kept is found bit by bit.
+// A group wider than a vector: the key of the last that is kept is found bit by bit.
 template <typename K>
-void rank_selected(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule, uint8_t* bits) {
+inline void select_group(const K* scores, const K* end, const NM& nm, const KeyRule<K>& rule, BitWriter& writer) {
   using V = Keys<K>;
   constexpr int kWidth = V::kWidth;
   const int vectors = (nm.m + kWidth - 1) / kWidth, last = nm.m - (vectors - 1) * kWidth;
+  V keys[kMostGroup / kWidth];
+  for (int i = 0; i < vectors; ++i)
+    keys[i] = load_within(scores + i * kWidth, i == vectors - 1 ? last : kWidth, end).ranked(rule);
+  // what is beyond the group is below all else
+  keys[vectors - 1] = V::fill(std::numeric_limits<K>::min()).choose(~low_bits(last), keys[vectors - 1]);
+  const K threshold = threshold_of<K>(nm.n, rule.magnitude, [&](K key) {
+    const V least = V::fill(key);
+    int reached = 0;
+    for (int i = 0; i < vectors; ++i) reached += kWidth - keys[i].count_below(least);
+    return reached;
+  });
+  const V least = V::fill(threshold);
+  uint32_t equal[kMostGroup / kWidth], kept[kMostGroup / kWidth];
+  int open = nm.n;
+  for (int i = 0; i < vectors; ++i) {
+    equal[i] = keys[i].equal(least);
+    kept[i] = ~(keys[i].below(least) | equal[i]) & low_bits(kWidth);
+    open -= std::popcount(kept[i]);
+  }
+  for (int i = 0; i < vectors; ++i) {
+    const uint32_t first = lowest_bits(equal[i], open);
+    open -= std::popcount(first);
+    writer.put(kept[i] | first, i == vectors - 1 ? last : kWidth);
+  }
+}
+
+template <typename K>
+void rank_selected(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule, uint8_t* bits) {
+  const K* end = scores + groups * nm.m;
+  BitWriter writer(bits);
+  for (; scores < end; scores += nm.m) select_group(scores, end, nm, rule, writer);
+}
+
+// Groups of two vectors: how many keys are higher, of every key at once, without a branch or a wait. Only where keys
+// about the last that is kept are equal does that not tell which are.
+template <typename K>
+void rank_wide(const K* scores, int64_t groups, const NM& nm, const KeyRule<K>& rule, uint8_t* bits) {
+  using V = Keys<K>;
+  constexpr int kWidth = V::kWidth;
+  const int last = nm.m - kWidth;
+  const V kept = V::fill(static_cast<K>(nm.n));
   const K* end = scores + groups * nm.m;
   BitWriter writer(bits);
   for (; scores < end; scores += nm.m) {
-    V keys[kMostGroup / kWidth];
-    for (int i = 0; i < vectors; ++i)
-      keys[i] = load_within(scores + i * kWidth, i == vectors - 1 ? last : kWidth, end).ranked(rule);
-    // what is beyond the group is below all else
-    keys[vectors - 1] = V::fill(std::numeric_limits<K>::min()).choose(~low_bits(last), keys[vectors - 1]);
-    const K threshold = threshold_of<K>(nm.n, rule.magnitude, [&](K key) {
-      const V least = V::fill(key);
-      int reached = 0;
-      for (int i = 0; i < vectors; ++i) reached += kWidth - keys[i].count_below(least);
-      return reached;
-    });
-    const V least = V::fill(threshold);
-    uint32_t equal[kMostGroup / kWidth], kept[kMostGroup / kWidth];
-    int open = nm.n;
-    for (int i = 0; i < vectors; ++i) {
-      equal[i] = keys[i].equal(least);
-      kept[i] = ~(keys[i].below(least) | equal[i]) & low_bits(kWidth);
-      open -= std::popcount(kept[i]);
+    const V low = V::load(scores).ranked(rule), high = load_within(scores + kWidth, last, end).ranked(rule);
+    alignas(64) K keys[2 * kWidth];
+    low.store(keys);
+    high.store(keys + kWidth);
+    V above_low = V::fill(0), above_high = above_low;
+#pragma GCC unroll 4
+    for (int i = 0; i < nm.m; ++i) {
+      const V key = V::fill(keys[i]);
+      above_low = above_low.count_greater(key, low);
+      above_high = above_high.count_greater(key, high);
     }
-    for (int i = 0; i < vectors; ++i) {
-      const uint32_t first = lowest_bits(equal[i], open);
-      open -= std::popcount(first);
-      writer.put(kept[i] | first, i == vectors - 1 ? last : kWidth);
+    const uint32_t first = above_low.below(kept) & low_bits(kWidth), second = above_high.below(kept) & low_bits(last);
+    if (std::popcount(first) + std::popcount(second) == nm.n) {
+      writer.put(first, kWidth);
+      writer.put(second, last);
+    } else {
+      select_group(scores, end, nm, rule, writer);
     }
   }
 }
@@ -168,8 +206,9 @@ void rank_groups(const T* scores, int64_t groups, const NM& nm, uint8_t* bits) {
   const K* from = reinterpret_cast<const K*>(scores);
   constexpr int kWidth = Keys<K>::kWidth, k16 = std::min(16, kWidth), k32 = std::min(32, kWidth);
   if (nm.m > kWidth) {
-    const bool few = 8 * nm.n <= nm.m;
-    return few ? rank_few(from, groups, nm, rule, bits) : rank_selected(from, groups, nm, rule, bits);
+    const bool wide = nm.m <= 2 * kWidth && nm.m < kSelectedKeys, few = (wide ? 12 : 8) * nm.n <= nm.m;
+    if (few) return rank_few(from, groups, nm, rule, bits);
+    return wide ? rank_wide(from, groups, nm, rule, bits) : rank_selected(from, groups, nm, rule, bits);
   }
   switch (nm.m) {
     case 2: return rank_narrow<2>(kTurns<K, 2>, from, groups, nm, rule, bits);
@@ -180,9 +219,6 @@ void rank_groups(const T* scores, int64_t groups, const NM& nm, uint8_t* bits) {
     default: return rank_narrow<0>(Turns<K, kWidth>(nm.m), from, groups, nm, rule, bits);
   }
 }
-
-// So many rows that finding the key of the last that is kept beats comparing each pair.
-constexpr int kSelectedRows = 48;
 
 // Of each lane the greatest key that at least n of its keys reach, bit by bit.
 template <typename K>
@@ -229,7 +265,7 @@ inline void rank_lanes(const K* scores, int64_t stride, int rows, Count count, c
     return;
   }
   const V zero = V::fill(0), one = V::fill(1), kept = V::fill(static_cast<K>(nm.n));
-  if (rows >= kSelectedRows) {
+  if (rows >= kSelectedKeys) {
     const V threshold = thresholds_of<K>(keys, rows, nm.n, rule.magnitude);
     V open = kept;
     for (int i = 0; i < rows; ++i) open = open.minus(one.choose(threshold.below(keys[i]), zero));

@@ -290,7 +290,7 @@ inline void store(T* p, const Vec<accumulate_t<T>>& x) {
 #if PYRX_ISA == 512
     __m256i out;
     if constexpr (sizeof(T) == 1) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x.v)));
       return;
     } else if constexpr (std::is_same_v<T, float16>) {
       out = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT);
