@@ -120,6 +120,53 @@ struct LookupRow {
   Acc* input_gradient;  // (features,), set; or null
 };
 
+// Both gradients in bfloat16 from the same sums s(b, d, c), rounded to it once. A register of sixteen features looks the
+// sums of four masks up by its codes, in pairs that one dot product multiplies by x or by the weight and adds: for the
+// weight gradient those of one class and two rows, for the input gradient those of one row and two classes.
+struct PairTables {
+  const float* rows[2];  // two input rows' (masks + base, classes) G_m
+  int64_t stride, masks;
+  bool base;                    // the last row is in every sum
+  bool pair;                    // whether there is a second row
+  int64_t first_group, groups;  // of four masks
+  int64_t classes;
+};
+constexpr int64_t kPairClasses = 8;  // most of one WeightPairs
+struct WeightPairs {
+  int64_t pairs, groups;  // of rows, of masks
+  const uint32_t* index;  // (vectors, pairs, ceil(groups / 2), 16), vectors index_stride apart
+  int64_t index_stride;
+  const uint32_t* x;  // (vectors, pairs, 16), vectors x_stride apart
+  int64_t x_stride;
+  const uint32_t* tables;  // (pairs, groups, classes, 16)
+  int64_t vectors;         // 2 by eight classes, or 4 by four
+  int64_t classes, features;  // of them that there are
+  float* sum;                 // (classes, features); null where there is nothing to add and `out` takes it all
+  int64_t sum_stride;
+  bool add;       // to the sum
+  bfloat16* out;  // (classes, features), or null: into the sum
+  int64_t out_stride;
+};
+struct InputPairs {
+  int64_t groups;         // 1, of 4 vectors of features, or 2, of 2 vectors
+  const uint32_t* index;  // (vectors, 16)
+  int64_t index_stride;
+  int64_t class_pairs;
+  const uint32_t* tables;  // (class pairs, 2 rows, groups, 16)
+  const uint32_t* weight;  // (class pairs, features)
+  int64_t weight_stride;
+  float* input_gradient[2];  // (features,) of each row, added to; null where there is no second one
+};
+struct SumKernels {
+  // tables (groups, classes, 16) of pairs of rows or, `of_classes`, (class pairs, 2 rows, groups, 16) of pairs of classes
+  void (*tables)(const PairTables& of, bool of_classes, uint32_t* out);
+  // sixteen features' codes of two rows, and their values, `step` apart in `out`
+  void (*index)(const uint8_t* first, const uint8_t* second, int64_t n, uint32_t* out, int64_t step);
+  void (*features)(const bfloat16* first, const bfloat16* second, int64_t n, uint32_t* out, int64_t step);
+  void (*weight)(const WeightPairs& block);
+  void (*input)(const InputPairs& block);
+};
+
 // Kernels of the head: features T, GEMM operands G, accumulators accumulate_t<T>.
 template <typename T, typename G>
 struct HeadKernels {
@@ -266,6 +313,7 @@ template <typename T>
 const ElementKernels<T>& element_kernels();
 template <typename Acc>
 const AccumulatorKernels<Acc>& accumulator_kernels();
+const SumKernels& sum_kernels();  // where the processor has dot products of bfloat16
 template <typename T, typename G>
 const HeadKernels<T, G>& head_kernels();
 template <typename T, typename O>

@@ -5,6 +5,7 @@
 #include "cpu/blend.inl"
 #include "cpu/noise.inl"
 #include "cpu/subset.inl"
+#include "cpu/pair_sums.inl"
 
 template <typename T, typename G>
 void select(const T* x, const uint8_t* bits, int64_t n, G* out) {
