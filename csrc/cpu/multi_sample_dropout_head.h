@@ -50,7 +50,7 @@ class Head {
                              round_up(std::max<int64_t>(in_.rows, 1), tile_rows_))),
         tiles_((chunk_rows_ + tile_rows_ - 1) / tile_rows_),
         padded_tile_(round_up(tile_rows_ * gemm_rows_, kRowRound)),
-        logits_stride_(round_up(in_.classes, kRound) + kSkew),
+        logits_stride_((in_.classes / kRound + 1 | 1) * kRound),
         bits_stride_(round_up(in_.features, 64) / 8),
         gradient_stride_(round_up(chunk_rows_ * gemm_rows_, kRound) + kSkew),
         padded_features_(round_up(in_.features, kRound)),
@@ -115,8 +115,10 @@ class Head {
         memory_.reserve<Acc>(panels && out_.grad_weight ? Panels<Acc>::elements(features, classes) : 0);
     const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ && !panels && !(pairs_ && chunk_rows_ >= in_.rows) ? classes * padded_features_ : 0);
     const int64_t bias_offset = memory_.reserve<Acc>(out_.grad_bias ? (tiles_ + 1) * logits_stride_ : 0);
+    int64_t pair_offsets[2] = {};
+    if (pairs_) pair_sums(chunk_rows_).reserve(memory_, pair_offsets);
     const bool convert = !std::is_same_v<G, Acc>;
-    int64_t offsets[17] = {};
+    int64_t offsets[15] = {};
     const auto cut = [&](Workspace& part) {
       offsets[0] = part.template reserve<G>(std::max(padded_tile_, kPanel) * packed_depth());
       offsets[1] = part.template reserve<Acc>(padded_tile_ * logits_stride_);
@@ -131,13 +133,13 @@ class Head {
       offsets[10] = part.template reserve<Acc>(subset_ && !pairs_ ? (lookup_ ? 1 : chunk_rows_) * kSubsetFeatures : 0);
       offsets[11] = part.template reserve<Acc>(lookup_ ? kLookupClasses * kSubsetFeatures : 0);
       if constexpr (kPairs)
-        if (pairs_) pair_sums(chunk_rows_).reserve(part, pair_range(), offsets + 12);
+        if (pairs_) pair_sums(chunk_rows_).reserve_scratch(part, offsets + 12);
     };
     std::vector<Scratch> scratch(threads_);
-    std::vector<std::array<int64_t, 17>> cuts(threads_);
+    std::vector<std::array<int64_t, 15>> cuts(threads_);
     for (auto& each : cuts) {
       cut(memory_);
-      std::copy(offsets, offsets + 17, each.begin());
+      std::copy(offsets, offsets + 15, each.begin());
     }
     memory_.allocate();
     use_huge_pages(memory_.memory());
@@ -158,6 +160,8 @@ class Head {
     rows_ = memory_.at_offset<Acc>(rows_offset);
     codes_ = memory_.at_offset<uint8_t>(codes_offset);
     panel_sum_ = memory_.at_offset<Acc>(panel_sum_offset);
+    pair_index_ = memory_.at_offset<uint32_t>(pair_offsets[0]);
+    pair_x_ = memory_.at_offset<uint32_t>(pair_offsets[1]);
     if (subset_)  // padding classes have no gradient
       for (int64_t r = 0; r < chunk_rows_ * gemm_rows_; ++r)
         std::fill(rows_ + r * logits_stride_ + classes, rows_ + (r + 1) * logits_stride_, Acc(0));
@@ -503,34 +507,33 @@ class Head {
             .gemm_rows = gemm_rows_,
             .masks = masks_,
             .classes = in_.classes,
-            .gradients = rows_,
+            .features = in_.features,
+            .gradients = reinterpret_cast<const float*>(rows_),
             .stride = logits_stride_,
             .codes = codes_,
             .codes_stride = padded_features_,
-            .weight = transposed_panels()};
+            .weight = {reinterpret_cast<bfloat16*>(transposed_), in_.classes, in_.features},
+            .index = pair_index_,
+            .x = pair_x_};
   }
-  int64_t pair_range() const { return std::min(kPairFeatures, round_up((in_.features + threads_ - 1) / threads_, kPanel)); }
 
   void pair_gradients(int64_t begin, int64_t end, bool add) {
     if constexpr (kPairs) {
       const PairGradients sums = pair_sums(end - begin);
-      const int64_t features = in_.features, range = pair_range();
-      parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
-        const int64_t from = task * range, n = std::min(range, features - from);
-        const PairGradients::Scratch& own = scratch.pair_sums;
-        sums.prepare(from, n, range, [&](int64_t row, G* out) { ever_kept(begin, row, from, n, scratch, out); }, own);
-        if (out_.grad_weight)
-          sums.weight_gradient(n, own,
-                               {.sum = chunk_rows_ < in_.rows ? sum_ + from : nullptr,
-                                .sum_stride = padded_features_,
-                                .add = add,
-                                .last = end == in_.rows,
-                                .out = out_.grad_weight + from,
-                                .out_stride = features});
-        if (!out_.grad_input) return;
-        sums.input_gradient(from, n, range, own);
-        for (int64_t r = 0; r < end - begin; ++r)
-          element_.store(own.input + r * range, n, result_factor_, out_.grad_input + (begin + r) * features + from);
+      parallel(sums.pairs(), [&](int64_t pair, const Scratch& scratch) {
+        sums.prepare(pair, [&](int64_t row, G* out) { ever_kept(begin, row, 0, in_.features, scratch, out); }, scratch.pair_sums);
+      });
+      const PairGradients::Result result{.sum = chunk_rows_ < in_.rows ? sum_ : nullptr,
+                                         .sum_stride = padded_features_,
+                                         .add = add,
+                                         .last = end == in_.rows,
+                                         .out = out_.grad_weight};
+      const int64_t inputs = out_.grad_input ? sums.input_tasks(threads_) : 0;
+      parallel(inputs + (out_.grad_weight ? sums.weight_tasks() : 0), [&](int64_t task, const Scratch& scratch) {
+        if (task >= inputs) return sums.weight_gradient(task - inputs, scratch.pair_sums, result);
+        sums.input_gradient(task, threads_, [&](int64_t row, int64_t from, int64_t n, const float* gradient) {
+          element_.store(gradient, n, result_factor_, out_.grad_input + (begin + row) * in_.features + from);
+        }, scratch.pair_sums);
       });
     }
   }
@@ -625,6 +628,7 @@ class Head {
   G *weight_, *transposed_, *gradients_;
   uint8_t *bits_, *codes_;
   Acc *levels_, *rows_, *panel_sum_, *sum_, *bias_;
+  uint32_t *pair_index_, *pair_x_;
 };
 
 }  // namespace pyrx::cpu
