@@ -22,7 +22,8 @@ namespace pyrx::cpu {
 
 constexpr int64_t kTileRows = 128;        // GEMM rows whose logits one thread holds
 constexpr int64_t kRowRound = 8;          // GEMM rows are padded to this: few sizes of kernels
-constexpr int64_t kChunkRows = 1024;      // GEMM rows between two updates of the weight gradient
+constexpr int64_t kChunkRows = 1024;      // most GEMM rows between two updates of the weight gradient
+constexpr int64_t kSumRows = 512;         // likewise where partial sums keep the rows in accumulators: tiles of four threads
 constexpr int64_t kFoldPanels = 8;        // feature panels of the input gradient between two folds
 constexpr int64_t kWeightPanels = 4;      // feature panels of the weight gradient a task packs at a time
 constexpr int64_t kWeightRows = 64;       // classes of one multiplication into the weight gradient
@@ -44,9 +45,10 @@ class Head {
         // float16 operands keep gradients near one and take the factor at the end
         operand_factor_(std::is_same_v<G, float16> ? Acc(1) : results.factor),
         result_factor_(std::is_same_v<G, float16> ? results.factor : Acc(1)),
+        threads_(std::max(1, at::get_num_threads())),
         gemm_rows_(in_.plan.gemm_rows),
         tile_rows_(even_share(in_.rows, std::max<int64_t>(1, kTileRows / gemm_rows_))),
-        chunk_rows_(std::min(tile_rows_ * std::max<int64_t>(1, kChunkRows / (tile_rows_ * gemm_rows_)),
+        chunk_rows_(std::min(tile_rows_ * std::max<int64_t>(1, most_gemm_rows() / (tile_rows_ * gemm_rows_)),
                              round_up(std::max<int64_t>(in_.rows, 1), tile_rows_))),
         tiles_((chunk_rows_ + tile_rows_ - 1) / tile_rows_),
         padded_tile_(round_up(tile_rows_ * gemm_rows_, kRowRound)),
@@ -61,8 +63,7 @@ class Head {
                 (out_.grad_input || out_.grad_weight)),
         lookup_(subset_ && accumulator_.lookup_gradients && in_.classes <= kLookupClasses && groups_ <= 2),
         pairs_(kPairs && subset_ && !lookup_),
-        direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0),
-        threads_(std::max(1, at::get_num_threads())) {}
+        direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0) {}
 
   void run() {
     reserve();
@@ -81,6 +82,11 @@ class Head {
   }
 
  private:
+  // Of a chunk: many samples are to ask for no more memory than one.
+  int64_t most_gemm_rows() const {
+    const bool sums = std::is_same_v<G, Acc> && gemm_rows_ >= kSubsetLeast;
+    return sums ? std::clamp(threads_ * kTileRows, kSumRows, kChunkRows) : kChunkRows;
+  }
   bool wants_gradient() const { return out_.grad_input || out_.grad_weight || out_.grad_bias; }
   int64_t packed_depth() const { return kDepth + kSkew; }
 
@@ -464,7 +470,7 @@ class Head {
           for (int64_t b = 0; b < count; ++b)
             subset_tables(rows_ + (r + b) * gemm_rows_ * logits_stride_ + p * kPanel, width,
                           scratch.tables + b * groups_ * kSubsetEntries * width);
-          head_.subset_gradients({
+          accumulator_.subset_gradients({
               .rows = count,
               .features = n,
               .width = width,
@@ -474,7 +480,7 @@ class Head {
               .codes_stride = padded_features_ * code_rows(),
               .x = scratch.x + r * range,
               .x_stride = range,
-              .weight = weight.panel(p) + from * width,
+              .weight = reinterpret_cast<const Acc*>(weight.panel(p) + from * width),  // G is Acc
               .weight_gradient = sum,
               .input_gradient = out_.grad_input ? scratch.input + r * range : nullptr,
               .input_stride = range,
@@ -619,10 +625,9 @@ class Head {
   const ElementKernels<O>& element_ = element_kernels<O>();
   const AccumulatorKernels<Acc>& accumulator_ = accumulator_kernels<Acc>();
   const Acc operand_factor_, result_factor_;
-  const int64_t gemm_rows_, tile_rows_, chunk_rows_, tiles_, padded_tile_, logits_stride_, bits_stride_, gradient_stride_,
+  const int64_t threads_, gemm_rows_, tile_rows_, chunk_rows_, tiles_, padded_tile_, logits_stride_, bits_stride_, gradient_stride_,
       padded_features_, masks_, groups_;
   const bool subset_, lookup_, pairs_, direct_;
-  const int64_t threads_;
   Workspace memory_;
   std::vector<Scratch> scratch_;
   G *weight_, *transposed_, *gradients_;

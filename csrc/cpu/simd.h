@@ -88,7 +88,7 @@ constexpr int64_t kSubsetRows = 8;                 // most rows of one SubsetBlo
 // Both gradients of a block of rows b, features d and classes c from s(b, d) = sum over m of kept_m(b, d) G_m(b, c):
 // weight_gradient(d, c) += x(b, d) s(b, d, c), input_gradient(b, d) += sum over c of s(b, d, c) weight(d, c).
 // s is one table entry for every four masks ("four Russians"), not M multiply-adds.
-template <typename Acc, typename G>
+template <typename Acc>
 struct SubsetBlock {
   int64_t rows, features, width, groups;  // width classes, a multiple of 16 up to 64
   const Acc* tables;                      // (rows, groups, 16, width)
@@ -96,7 +96,7 @@ struct SubsetBlock {
   int64_t codes_stride;                   // of rows
   const Acc* x;  // (rows, features)
   int64_t x_stride;
-  const G* weight;       // (features, width), or pairs of features (features / 2, width, 2) where G is bfloat16
+  const Acc* weight;     // (features, width)
   Acc* weight_gradient;  // (features, width) or null
   Acc* input_gradient;   // (rows, features) or null
   int64_t input_stride;
@@ -181,7 +181,6 @@ struct HeadKernels {
   void (*convert)(const Acc* x, int64_t n, G* out);
   // out[c][r] = G(in[r][c])
   void (*transpose)(const Acc* in, int64_t in_stride, int64_t rows, int64_t columns, G* out, int64_t out_stride);
-  void (*subset_gradients)(const SubsetBlock<Acc, G>& block);  // null where G is float16
 };
 
 template <typename Acc>
@@ -194,6 +193,7 @@ struct AccumulatorKernels {
   void (*axpy)(Acc a, const Acc* x, int64_t n, Acc* y);
   // table[e] = base + the sum of rows i whose bit is in e, each (width,); base may be null, absent rows are zero
   void (*subset_table)(const Acc* base, const Acc* rows, int64_t stride, int64_t count, int64_t width, Acc* table);
+  void (*subset_gradients)(const SubsetBlock<Acc>& block);
   void (*lookup_gradients)(const LookupRow<Acc>& row);  // null where a register holds no table
 };
 
