@@ -45,7 +45,7 @@ masks, the others by their values or their statistics. `make bench-compare BASE=
 - *best peer*: the fastest of the PyTorch forms (eager and compiled) and other libraries.
 - *times as fast*: best peer's time over pyrx's, with the quartiles of that ratio within one round.
 - *floor*: what no op could avoid, measured in the same rounds: the bare matrix products of the same size by the fastest
-  library, or a copy of the bytes that must move. The float32 head on the CPU makes its gradients without two of its
+  library, or a copy of the bytes that must move. The head on the CPU makes its gradients without two of its
   three products, so it can be below its floor.
 - *limit*: best peer over floor: as many times as fast as an op that does nothing else would be.
 """

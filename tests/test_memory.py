@@ -2,7 +2,9 @@
 
 import ctypes
 import gc
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +92,17 @@ def test_a_leak_is_seen():
     malloc.restype = ctypes.c_void_p
     with pytest.raises(AssertionError, match="expected no growth"):
         assert_constant(lambda: lent.append(malloc(100)) or lent.clear(), 200)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("mode", ["independent", "antithetic"])
+def test_many_samples_take_no_more_than_one(cpu, mode):
+    """The peak that a step of the fused head adds, 32 samples against 1, each in a process of its own."""
+    script = Path(__file__).parents[1] / "bench" / "bench_multi_sample_dropout.py"
+    peaks = []
+    for samples in (1, 32):
+        command = [sys.executable, str(script), "--memory", f"pyrx {mode}", "--samples", str(samples)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(done.stdout.splitlines()[-1]))
+    assert peaks[1] <= 1.1 * peaks[0], f"expected at most 1.1 times {peaks[0]} bytes, got {peaks[1]}"

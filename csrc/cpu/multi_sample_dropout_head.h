@@ -12,6 +12,8 @@
 
 #include "cpu/elements.h"
 #include "cpu/gemm.h"
+#include "cpu/multi_sample_dropout_call.h"
+#include "cpu/multi_sample_dropout_pairs.h"
 #include "cpu/pages.h"
 #include "cpu/simd.h"
 #include "cpu/workspace.h"
@@ -20,7 +22,8 @@ namespace pyrx::cpu {
 
 constexpr int64_t kTileRows = 128;        // GEMM rows whose logits one thread holds
 constexpr int64_t kRowRound = 8;          // GEMM rows are padded to this: few sizes of kernels
-constexpr int64_t kChunkRows = 1024;      // GEMM rows between two updates of the weight gradient
+constexpr int64_t kChunkRows = 1024;      // most GEMM rows between two updates of the weight gradient
+constexpr int64_t kSumRows = 512;         // likewise where partial sums keep the rows in accumulators: tiles of four threads
 constexpr int64_t kFoldPanels = 8;        // feature panels of the input gradient between two folds
 constexpr int64_t kWeightPanels = 4;      // feature panels of the weight gradient a task packs at a time
 constexpr int64_t kWeightRows = 64;       // classes of one multiplication into the weight gradient
@@ -29,50 +32,11 @@ constexpr int64_t kSubsetLeast = 3;       // GEMM rows from which partial sums b
 constexpr int64_t kSubsetTables = 8;      // tables of 64 classes at a time: 32 KiB of float32
 constexpr int64_t kSubsetFeatures = 256;  // features of a task
 
-template <typename T>
-struct HeadArguments {
-  using Acc = accumulate_t<T>;
-  int64_t rows, features, classes;  // B, D, C
-  const T* input;                   // (B, D), rows input_stride apart
-  int64_t input_stride;
-  const T* linear_weight;  // (C, D), rows weight_stride apart
-  int64_t weight_stride;
-  const Acc* bias;            // (C,) or null
-  const Acc* class_weight;    // (C,) or null
-  const int64_t* target_a;    // (B,) or null: probabilities
-  const int64_t* target_b;    // (B,), target_a where there is one class
-  const Acc* lam;             // (B,) or null: one class
-  const Acc* probabilities;   // (B, C) or null
-  const Acc* grad_loss;       // (B,) or null: ones
-  Acc class_weight_sum, label_smoothing;
-  int64_t ignore_index;
-  uint64_t seed;
-  const int64_t* thresholds;  // (M,)
-  bool antithetic;
-  SamplePlan plan;
-
-  ClassTarget<Acc> target(int64_t row) const {
-    return class_target<Acc>(target_a[row], target_b[row], lam ? lam[row] : Acc(1), class_weight, class_weight_sum, classes,
-                             ignore_index, label_smoothing);
-  }
-  SampleMask mask(int64_t sample) const { return sample_mask(sample, thresholds[sample], antithetic); }
-};
-
-// Where the results go; a null gradient is not computed. O is T, or float32 for float16 that waits for the loss scale.
-template <typename T, typename O>
-struct HeadResults {
-  using Acc = accumulate_t<T>;
-  Acc* row_loss;  // (B,) mean over the samples
-  O* grad_input;  // (B, D)
-  O* grad_weight;  // (C, D)
-  O* grad_bias;    // (C,)
-  Acc factor;      // of every gradient
-};
-
 template <typename T, typename G, typename O>
 class Head {
   using Acc = accumulate_t<T>;
-  static constexpr bool kSums = !std::is_same_v<G, float16>;  // whether subset_gradients reads a weight of G
+  static constexpr bool kSums = !std::is_same_v<G, float16>;  // whether there are partial sums beside a weight of G
+  static constexpr bool kPairs = std::is_same_v<G, bfloat16>;
 
  public:
   Head(const HeadArguments<T>& arguments, const HeadResults<T, O>& results)
@@ -81,13 +45,14 @@ class Head {
         // float16 operands keep gradients near one and take the factor at the end
         operand_factor_(std::is_same_v<G, float16> ? Acc(1) : results.factor),
         result_factor_(std::is_same_v<G, float16> ? results.factor : Acc(1)),
+        threads_(std::max(1, at::get_num_threads())),
         gemm_rows_(in_.plan.gemm_rows),
         tile_rows_(even_share(in_.rows, std::max<int64_t>(1, kTileRows / gemm_rows_))),
-        chunk_rows_(std::min(tile_rows_ * std::max<int64_t>(1, kChunkRows / (tile_rows_ * gemm_rows_)),
+        chunk_rows_(std::min(tile_rows_ * std::max<int64_t>(1, most_gemm_rows() / (tile_rows_ * gemm_rows_)),
                              round_up(std::max<int64_t>(in_.rows, 1), tile_rows_))),
         tiles_((chunk_rows_ + tile_rows_ - 1) / tile_rows_),
         padded_tile_(round_up(tile_rows_ * gemm_rows_, kRowRound)),
-        logits_stride_(round_up(in_.classes, kRound) + kSkew),
+        logits_stride_((in_.classes / kRound + 1 | 1) * kRound),
         bits_stride_(round_up(in_.features, 64) / 8),
         gradient_stride_(round_up(chunk_rows_ * gemm_rows_, kRound) + kSkew),
         padded_features_(round_up(in_.features, kRound)),
@@ -97,8 +62,8 @@ class Head {
         subset_(kSums && !(sizeof(G) == 2 && native_half(at::kBFloat16)) && !in_.plan.averaged && gemm_rows_ >= kSubsetLeast &&
                 (out_.grad_input || out_.grad_weight)),
         lookup_(subset_ && accumulator_.lookup_gradients && in_.classes <= kLookupClasses && groups_ <= 2),
-        direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0),
-        threads_(std::max(1, at::get_num_threads())) {}
+        pairs_(kPairs && subset_ && !lookup_),
+        direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0) {}
 
   void run() {
     reserve();
@@ -108,6 +73,7 @@ class Head {
       const int64_t end = std::min(row + chunk_rows_, in_.rows);
       rows_chunk(row, end);
       if (lookup_) lookup_gradients(row, end, !first);
+      else if (pairs_) pair_gradients(row, end, !first);
       else if (subset_) subset_gradients(row, end, !first);
       if (out_.grad_weight && !subset_) weight_gradient(row, end, !first);
       first = false;
@@ -116,6 +82,11 @@ class Head {
   }
 
  private:
+  // Of a chunk: many samples are to ask for no more memory than one.
+  int64_t most_gemm_rows() const {
+    const bool sums = std::is_same_v<G, Acc> && gemm_rows_ >= kSubsetLeast;
+    return sums ? std::clamp(threads_ * kTileRows, kSumRows, kChunkRows) : kChunkRows;
+  }
   bool wants_gradient() const { return out_.grad_input || out_.grad_weight || out_.grad_bias; }
   int64_t packed_depth() const { return kDepth + kSkew; }
 
@@ -132,25 +103,28 @@ class Head {
     Acc* x;         // (chunk_rows, kSubsetFeatures)
     Acc* input;     // the same of the input gradient
     Acc* weight;    // (kLookupClasses, kSubsetFeatures)
+    PairGradients::Scratch pair_sums;
   };
 
   void reserve() {
     const int64_t classes = in_.classes, features = in_.features;
     const bool averaged = in_.plan.averaged;
     const int64_t weight_offset = memory_.reserve<G>(Panels<G>::elements(features, classes));
-    const int64_t transposed_offset = memory_.reserve<G>(out_.grad_input && !subset_ ? Panels<G>::elements(classes, features) : 0);
+    const int64_t transposed_offset = memory_.reserve<G>(out_.grad_input && (!subset_ || pairs_) ? Panels<G>::elements(classes, features) + 2 * kPanel : 0);
     const int64_t bits_offset = memory_.reserve<uint8_t>(averaged ? 0 : chunk_rows_ * gemm_rows_ * bits_stride_ + 8);
     const int64_t levels_offset = memory_.reserve<Acc>(averaged ? chunk_rows_ * padded_features_ : 0);
     const int64_t gradients_offset = memory_.reserve<G>(out_.grad_weight && !subset_ ? classes * gradient_stride_ : 0);
     const int64_t rows_offset = memory_.reserve<Acc>(subset_ ? chunk_rows_ * gemm_rows_ * logits_stride_ : 0);
     const int64_t codes_offset = memory_.reserve<uint8_t>(subset_ ? chunk_rows_ * code_rows() * padded_features_ : 0);
-    const bool panels = subset_ && !lookup_;  // the weight gradient comes from panel_sum_
+    const bool panels = sums_by_panels();  // the weight gradient comes from panel_sum_
     const int64_t panel_sum_offset =
         memory_.reserve<Acc>(panels && out_.grad_weight ? Panels<Acc>::elements(features, classes) : 0);
-    const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ && !panels ? classes * padded_features_ : 0);
+    const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ && !panels && !(pairs_ && chunk_rows_ >= in_.rows) ? classes * padded_features_ : 0);
     const int64_t bias_offset = memory_.reserve<Acc>(out_.grad_bias ? (tiles_ + 1) * logits_stride_ : 0);
+    int64_t pair_offsets[2] = {};
+    if (pairs_) pair_sums(chunk_rows_).reserve(memory_, pair_offsets);
     const bool convert = !std::is_same_v<G, Acc>;
-    int64_t offsets[12];
+    int64_t offsets[15] = {};
     const auto cut = [&](Workspace& part) {
       offsets[0] = part.template reserve<G>(std::max(padded_tile_, kPanel) * packed_depth());
       offsets[1] = part.template reserve<Acc>(padded_tile_ * logits_stride_);
@@ -160,16 +134,18 @@ class Head {
       offsets[5] = part.template reserve<uint8_t>(2 * (bits_stride_ + 10));
       offsets[6] = part.template reserve<G>(out_.grad_weight && !subset_ ? kDepth * kWeightPanels * kPanel : 0);
       offsets[7] = part.template reserve<G>(2 * kPanel);
-      offsets[8] = part.template reserve<Acc>(subset_ && !lookup_ ? subset_rows() * groups_ * kSubsetEntries * kPanel : 0);
-      offsets[9] = part.template reserve<Acc>(subset_ ? (lookup_ ? 1 : chunk_rows_) * kSubsetFeatures : 0);
-      offsets[10] = part.template reserve<Acc>(subset_ ? (lookup_ ? 1 : chunk_rows_) * kSubsetFeatures : 0);
+      offsets[8] = part.template reserve<Acc>(panels ? subset_rows() * groups_ * kSubsetEntries * kPanel : 0);
+      offsets[9] = part.template reserve<Acc>(subset_ && !pairs_ ? (lookup_ ? 1 : chunk_rows_) * kSubsetFeatures : 0);
+      offsets[10] = part.template reserve<Acc>(subset_ && !pairs_ ? (lookup_ ? 1 : chunk_rows_) * kSubsetFeatures : 0);
       offsets[11] = part.template reserve<Acc>(lookup_ ? kLookupClasses * kSubsetFeatures : 0);
+      if constexpr (kPairs)
+        if (pairs_) pair_sums(chunk_rows_).reserve_scratch(part, offsets + 12);
     };
     std::vector<Scratch> scratch(threads_);
-    std::vector<std::array<int64_t, 12>> cuts(threads_);
+    std::vector<std::array<int64_t, 15>> cuts(threads_);
     for (auto& each : cuts) {
       cut(memory_);
-      std::copy(offsets, offsets + 12, each.begin());
+      std::copy(offsets, offsets + 15, each.begin());
     }
     memory_.allocate();
     use_huge_pages(memory_.memory());
@@ -178,7 +154,8 @@ class Head {
       scratch[t] = {memory_.at_offset<G>(o[0]),   memory_.at_offset<Acc>(o[1]),     memory_.at_offset<G>(o[2]),
                     memory_.at_offset<Acc>(o[3]), memory_.at_offset<Acc>(o[4]),     memory_.at_offset<uint8_t>(o[5]),
                     memory_.at_offset<G>(o[6]),   memory_.at_offset<G>(o[7]),       memory_.at_offset<Acc>(o[8]),
-                    memory_.at_offset<Acc>(o[9]), memory_.at_offset<Acc>(o[10]), memory_.at_offset<Acc>(o[11])};
+                    memory_.at_offset<Acc>(o[9]), memory_.at_offset<Acc>(o[10]), memory_.at_offset<Acc>(o[11]),
+                    PairGradients::cut(memory_, o.data() + 12)};
     }
     scratch_ = std::move(scratch);
     weight_ = memory_.at_offset<G>(weight_offset);
@@ -189,6 +166,8 @@ class Head {
     rows_ = memory_.at_offset<Acc>(rows_offset);
     codes_ = memory_.at_offset<uint8_t>(codes_offset);
     panel_sum_ = memory_.at_offset<Acc>(panel_sum_offset);
+    pair_index_ = memory_.at_offset<uint32_t>(pair_offsets[0]);
+    pair_x_ = memory_.at_offset<uint32_t>(pair_offsets[1]);
     if (subset_)  // padding classes have no gradient
       for (int64_t r = 0; r < chunk_rows_ * gemm_rows_; ++r)
         std::fill(rows_ + r * logits_stride_ + classes, rows_ + (r + 1) * logits_stride_, Acc(0));
@@ -231,7 +210,7 @@ class Head {
         mask_kernels().transpose32(reinterpret_cast<const uint32_t*>(scratch.features), packed_depth() / pairing<G>,
                                    width, padded / pairing<G>, reinterpret_cast<uint32_t*>(out), width);
     });
-    if (!out_.grad_input || subset_) return;
+    if (!out_.grad_input || (subset_ && !pairs_)) return;
     const Panels<G> transposed = transposed_panels();
     const int64_t class_blocks = (in_.classes + kDepth - 1) / kDepth;
     parallel(transposed.count() * class_blocks, [&](int64_t task, const Scratch&) {
@@ -337,7 +316,8 @@ class Head {
       if (subset_)
         for (int64_t q = 0; q < code_rows(); ++q)
           subset_codes(bits_ + (i * gemm_rows_ + 8 * q) * bits_stride_, bits_stride_, std::min<int64_t>(8, masks_ - 8 * q),
-                       features, codes_ + i * code_rows() * padded_features_ + q, code_rows());
+                       features, codes_ + i * code_rows() * padded_features_ + q * (pairs_ ? padded_features_ : 1),
+                       pairs_ ? 1 : code_rows());
     }
   }
 
@@ -469,6 +449,7 @@ class Head {
     const int64_t share = round_up((in_.features + threads_ - 1) / threads_, kPanel);
     return std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
   }
+  bool sums_by_panels() const { return subset_ && !lookup_ && !pairs_; }
   int64_t subset_rows() const { return std::clamp<int64_t>(kSubsetTables / groups_, 1, kSubsetRows); }
 
   // Both gradients from partial sums of the gradient rows (SubsetBlock): a task has features of its own, so that every
@@ -489,7 +470,7 @@ class Head {
           for (int64_t b = 0; b < count; ++b)
             subset_tables(rows_ + (r + b) * gemm_rows_ * logits_stride_ + p * kPanel, width,
                           scratch.tables + b * groups_ * kSubsetEntries * width);
-          head_.subset_gradients({
+          accumulator_.subset_gradients({
               .rows = count,
               .features = n,
               .width = width,
@@ -499,7 +480,7 @@ class Head {
               .codes_stride = padded_features_ * code_rows(),
               .x = scratch.x + r * range,
               .x_stride = range,
-              .weight = weight.panel(p) + from * width,
+              .weight = reinterpret_cast<const Acc*>(weight.panel(p) + from * width),  // G is Acc
               .weight_gradient = sum,
               .input_gradient = out_.grad_input ? scratch.input + r * range : nullptr,
               .input_stride = range,
@@ -513,7 +494,8 @@ class Head {
   }
 
   // Features from .. from + n of the chunk's row r: those that every sample drops are 0, whatever they are.
-  void ever_kept(int64_t begin, int64_t r, int64_t from, int64_t n, const Scratch& scratch, Acc* out) const {
+  template <typename X>
+  void ever_kept(int64_t begin, int64_t r, int64_t from, int64_t n, const Scratch& scratch, X* out) const {
     for (int64_t i = 0; i < n; i += 64) {  // a row of bits has whole words
       uint64_t kept = 0;
       for (int64_t k = 0; k < gemm_rows_; ++k) {
@@ -523,7 +505,43 @@ class Head {
       }
       std::memcpy(scratch.bits + i / 8, &kept, 8);
     }
-    wide_.select(in_.input + (begin + r) * in_.input_stride + from, scratch.bits, n, out);
+    head_kernels<T, X>().select(in_.input + (begin + r) * in_.input_stride + from, scratch.bits, n, out);
+  }
+
+  PairGradients pair_sums(int64_t rows) const {
+    return {.rows = rows,
+            .gemm_rows = gemm_rows_,
+            .masks = masks_,
+            .classes = in_.classes,
+            .features = in_.features,
+            .gradients = reinterpret_cast<const float*>(rows_),
+            .stride = logits_stride_,
+            .codes = codes_,
+            .codes_stride = padded_features_,
+            .weight = {reinterpret_cast<bfloat16*>(transposed_), in_.classes, in_.features},
+            .index = pair_index_,
+            .x = pair_x_};
+  }
+
+  void pair_gradients(int64_t begin, int64_t end, bool add) {
+    if constexpr (kPairs) {
+      const PairGradients sums = pair_sums(end - begin);
+      parallel(sums.pairs(), [&](int64_t pair, const Scratch& scratch) {
+        sums.prepare(pair, [&](int64_t row, G* out) { ever_kept(begin, row, 0, in_.features, scratch, out); }, scratch.pair_sums);
+      });
+      const PairGradients::Result result{.sum = chunk_rows_ < in_.rows ? sum_ : nullptr,
+                                         .sum_stride = padded_features_,
+                                         .add = add,
+                                         .last = end == in_.rows,
+                                         .out = out_.grad_weight};
+      const int64_t inputs = out_.grad_input ? sums.input_tasks(threads_) : 0;
+      parallel(inputs + (out_.grad_weight ? sums.weight_tasks() : 0), [&](int64_t task, const Scratch& scratch) {
+        if (task >= inputs) return sums.weight_gradient(task - inputs, scratch.pair_sums, result);
+        sums.input_gradient(task, threads_, [&](int64_t row, int64_t from, int64_t n, const float* gradient) {
+          element_.store(gradient, n, result_factor_, out_.grad_input + (begin + row) * in_.features + from);
+        }, scratch.pair_sums);
+      });
+    }
   }
 
   // Both gradients of few classes, by lookups in registers (LookupRow); tasks as in subset_gradients.
@@ -588,7 +606,8 @@ class Head {
       element_.store(total, in_.classes, result_factor_, out_.grad_bias);
     }
     if (!out_.grad_weight) return;
-    if (subset_ && !lookup_ && !empty) return turn_panels();
+    if (sums_by_panels() && !empty) return turn_panels();
+    if (pairs_ && !empty) return;
     if (empty) {
       std::fill_n(out_.grad_weight, in_.classes * in_.features, O{});
     } else if (!direct_ || result_factor_ != 1) {
@@ -606,15 +625,15 @@ class Head {
   const ElementKernels<O>& element_ = element_kernels<O>();
   const AccumulatorKernels<Acc>& accumulator_ = accumulator_kernels<Acc>();
   const Acc operand_factor_, result_factor_;
-  const int64_t gemm_rows_, tile_rows_, chunk_rows_, tiles_, padded_tile_, logits_stride_, bits_stride_, gradient_stride_,
+  const int64_t threads_, gemm_rows_, tile_rows_, chunk_rows_, tiles_, padded_tile_, logits_stride_, bits_stride_, gradient_stride_,
       padded_features_, masks_, groups_;
-  const bool subset_, lookup_, direct_;
-  const int64_t threads_;
+  const bool subset_, lookup_, pairs_, direct_;
   Workspace memory_;
   std::vector<Scratch> scratch_;
   G *weight_, *transposed_, *gradients_;
   uint8_t *bits_, *codes_;
   Acc *levels_, *rows_, *panel_sum_, *sum_, *bias_;
+  uint32_t *pair_index_, *pair_x_;
 };
 
 }  // namespace pyrx::cpu

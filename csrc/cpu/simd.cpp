@@ -17,6 +17,7 @@ const char* capability() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa
 
 const MaskKernels& mask_kernels() { PYRX_PICK(mask_table()) }
 const ByteKernels& byte_kernels() { PYRX_PICK(byte_table()) }
+const SumKernels& sum_kernels() { PYRX_PICK(sum_table()) }
 const NormalKernels& normal_kernels() { PYRX_PICK(normal_table()) }
 
 template <typename T>

@@ -88,7 +88,7 @@ constexpr int64_t kSubsetRows = 8;                 // most rows of one SubsetBlo
 // Both gradients of a block of rows b, features d and classes c from s(b, d) = sum over m of kept_m(b, d) G_m(b, c):
 // weight_gradient(d, c) += x(b, d) s(b, d, c), input_gradient(b, d) += sum over c of s(b, d, c) weight(d, c).
 // s is one table entry for every four masks ("four Russians"), not M multiply-adds.
-template <typename Acc, typename G>
+template <typename Acc>
 struct SubsetBlock {
   int64_t rows, features, width, groups;  // width classes, a multiple of 16 up to 64
   const Acc* tables;                      // (rows, groups, 16, width)
@@ -96,7 +96,7 @@ struct SubsetBlock {
   int64_t codes_stride;                   // of rows
   const Acc* x;  // (rows, features)
   int64_t x_stride;
-  const G* weight;       // (features, width), or pairs of features (features / 2, width, 2) where G is bfloat16
+  const Acc* weight;     // (features, width)
   Acc* weight_gradient;  // (features, width) or null
   Acc* input_gradient;   // (rows, features) or null
   int64_t input_stride;
@@ -120,6 +120,53 @@ struct LookupRow {
   Acc* input_gradient;  // (features,), set; or null
 };
 
+// Both gradients in bfloat16 from the same sums s(b, d, c), rounded to it once. A register of sixteen features looks the
+// sums of four masks up by its codes, in pairs that one dot product multiplies by x or by the weight and adds: for the
+// weight gradient those of one class and two rows, for the input gradient those of one row and two classes.
+struct PairTables {
+  const float* rows[2];  // two input rows' (masks + base, classes) G_m
+  int64_t stride, masks;
+  bool base;                    // the last row is in every sum
+  bool pair;                    // whether there is a second row
+  int64_t first_group, groups;  // of four masks
+  int64_t classes;
+};
+constexpr int64_t kPairClasses = 8;  // most of one WeightPairs
+struct WeightPairs {
+  int64_t pairs, groups;  // of rows, of masks
+  const uint32_t* index;  // (vectors, pairs, ceil(groups / 2), 16), vectors index_stride apart
+  int64_t index_stride;
+  const uint32_t* x;  // (vectors, pairs, 16), vectors x_stride apart
+  int64_t x_stride;
+  const uint32_t* tables;  // (pairs, groups, classes, 16)
+  int64_t vectors;         // 2 by eight classes, or 4 by four
+  int64_t classes, features;  // of them that there are
+  float* sum;                 // (classes, features); null where there is nothing to add and `out` takes it all
+  int64_t sum_stride;
+  bool add;       // to the sum
+  bfloat16* out;  // (classes, features), or null: into the sum
+  int64_t out_stride;
+};
+struct InputPairs {
+  int64_t groups;         // 1, of 4 vectors of features, or 2, of 2 vectors
+  const uint32_t* index;  // (vectors, 16)
+  int64_t index_stride;
+  int64_t class_pairs;
+  const uint32_t* tables;  // (class pairs, 2 rows, groups, 16)
+  const uint32_t* weight;  // (class pairs, features)
+  int64_t weight_stride;
+  float* input_gradient[2];  // (features,) of each row, added to; null where there is no second one
+};
+struct SumKernels {
+  // tables (groups, classes, 16) of pairs of rows or, `of_classes`, (class pairs, 2 rows, groups, 16) of pairs of classes
+  void (*tables)(const PairTables& of, bool of_classes, uint32_t* out);
+  // sixteen features' codes of two rows, and their values, `step` apart in `out`
+  void (*index)(const uint8_t* first, const uint8_t* second, int64_t n, uint32_t* out, int64_t step);
+  void (*features)(const bfloat16* first, const bfloat16* second, int64_t n, uint32_t* out, int64_t step);
+  void (*weight)(const WeightPairs& block);
+  void (*input)(const InputPairs& block);
+};
+
 // Kernels of the head: features T, GEMM operands G, accumulators accumulate_t<T>.
 template <typename T, typename G>
 struct HeadKernels {
@@ -134,7 +181,6 @@ struct HeadKernels {
   void (*convert)(const Acc* x, int64_t n, G* out);
   // out[c][r] = G(in[r][c])
   void (*transpose)(const Acc* in, int64_t in_stride, int64_t rows, int64_t columns, G* out, int64_t out_stride);
-  void (*subset_gradients)(const SubsetBlock<Acc, G>& block);  // null where G is float16
 };
 
 template <typename Acc>
@@ -147,6 +193,7 @@ struct AccumulatorKernels {
   void (*axpy)(Acc a, const Acc* x, int64_t n, Acc* y);
   // table[e] = base + the sum of rows i whose bit is in e, each (width,); base may be null, absent rows are zero
   void (*subset_table)(const Acc* base, const Acc* rows, int64_t stride, int64_t count, int64_t width, Acc* table);
+  void (*subset_gradients)(const SubsetBlock<Acc>& block);
   void (*lookup_gradients)(const LookupRow<Acc>& row);  // null where a register holds no table
 };
 
@@ -266,6 +313,7 @@ template <typename T>
 const ElementKernels<T>& element_kernels();
 template <typename Acc>
 const AccumulatorKernels<Acc>& accumulator_kernels();
+const SumKernels& sum_kernels();  // where the processor has dot products of bfloat16
 template <typename T, typename G>
 const HeadKernels<T, G>& head_kernels();
 template <typename T, typename O>

@@ -5,6 +5,7 @@
 #include "cpu/blend.inl"
 #include "cpu/noise.inl"
 #include "cpu/subset.inl"
+#include "cpu/pair_sums.inl"
 
 template <typename T, typename G>
 void select(const T* x, const uint8_t* bits, int64_t n, G* out) {
@@ -447,7 +448,7 @@ constexpr ElementKernels<T> element_table() {
 template <typename Acc>
 constexpr AccumulatorKernels<Acc> accumulator_table() {
   AccumulatorKernels<Acc> table{&add_level<Acc>, &cross_entropy<Acc>, &axpy<Acc>, &subset_table<Acc>,
-                                nullptr};
+                                &subset_gradients<Acc>, nullptr};
 #if PYRX_ISA == 512
   if constexpr (std::is_same_v<Acc, float>) table.lookup_gradients = &lookup_gradients;
 #endif
@@ -462,8 +463,7 @@ constexpr LossKernels<T, O> loss_table() {
 template <typename T, typename G>
 constexpr HeadKernels<T, G> head_table() {
   HeadKernels<T, G> table{&select<T, G>, nullptr, &multiply<T, G>, &convert<T, G>,
-                          &transpose<accumulate_t<T>, G>, nullptr};
+                          &transpose<accumulate_t<T>, G>};
   if constexpr (sizeof(G) == 2) table.select_pair = &select_pair<T, G>;  // 16-bit operands alone are packed in pairs
-  if constexpr (!std::is_same_v<G, float16>) table.subset_gradients = &subset_gradients<accumulate_t<T>, G>;
   return table;
 }

@@ -41,8 +41,8 @@ inline void add_sums(const Acc* rows, int64_t n, Acc* out) {
 }
 
 // kGroups is 0 where the number of tables is known at run time only.
-template <typename Acc, typename G, int kVectors, int kGroups, bool kWeight, bool kInput>
-void subset_block(const SubsetBlock<Acc, G>& block) {
+template <typename Acc, int kVectors, int kGroups, bool kWeight, bool kInput>
+void subset_block(const SubsetBlock<Acc>& block) {
   using V = Vec<Acc>;
   constexpr int64_t width = kVectors * kLanes, table = kSubsetEntries * width;
   const int64_t groups = kGroups ? kGroups : block.groups, code_bytes = (groups + 1) / 2;
@@ -53,9 +53,7 @@ void subset_block(const SubsetBlock<Acc, G>& block) {
       const int64_t d = first + j;
       V weight[kVectors], gradient[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        if constexpr (kInput && sizeof(G) == 2)
-          weight[v] = load_of_pair(block.weight + (d & ~int64_t(1)) * width + 2 * v * kLanes, d & 1);
-        else if (kInput) weight[v] = load(block.weight + d * width + v * kLanes);
+        if (kInput) weight[v] = load(block.weight + d * width + v * kLanes);
         if (kWeight) gradient[v] = load(block.weight_gradient + d * width + v * kLanes);
       }
       for (int64_t b = 0; b < block.rows; ++b) {
@@ -90,29 +88,29 @@ void subset_block(const SubsetBlock<Acc, G>& block) {
   }
 }
 
-template <typename Acc, typename G, int kVectors, int kGroups>
-void subset_wanted(const SubsetBlock<Acc, G>& block) {
-  if (!block.input_gradient) subset_block<Acc, G, kVectors, kGroups, true, false>(block);
-  else if (!block.weight_gradient) subset_block<Acc, G, kVectors, kGroups, false, true>(block);
-  else subset_block<Acc, G, kVectors, kGroups, true, true>(block);
+template <typename Acc, int kVectors, int kGroups>
+void subset_wanted(const SubsetBlock<Acc>& block) {
+  if (!block.input_gradient) subset_block<Acc, kVectors, kGroups, true, false>(block);
+  else if (!block.weight_gradient) subset_block<Acc, kVectors, kGroups, false, true>(block);
+  else subset_block<Acc, kVectors, kGroups, true, true>(block);
 }
 
-template <typename Acc, typename G, int kVectors>
-void subset_vectors(const SubsetBlock<Acc, G>& block) {
-  if (block.groups == 1) subset_wanted<Acc, G, kVectors, 1>(block);
-  else if (block.groups == 2) subset_wanted<Acc, G, kVectors, 2>(block);
-  else if (kVectors == 4 && block.groups == 4) subset_wanted<Acc, G, 4, 4>(block);
-  else if (kVectors == 4 && block.groups == 8) subset_wanted<Acc, G, 4, 8>(block);
-  else subset_wanted<Acc, G, kVectors, 0>(block);
+template <typename Acc, int kVectors>
+void subset_vectors(const SubsetBlock<Acc>& block) {
+  if (block.groups == 1) subset_wanted<Acc, kVectors, 1>(block);
+  else if (block.groups == 2) subset_wanted<Acc, kVectors, 2>(block);
+  else if (kVectors == 4 && block.groups == 4) subset_wanted<Acc, 4, 4>(block);
+  else if (kVectors == 4 && block.groups == 8) subset_wanted<Acc, 4, 8>(block);
+  else subset_wanted<Acc, kVectors, 0>(block);
 }
 
-template <typename Acc, typename G>
-void subset_gradients(const SubsetBlock<Acc, G>& block) {
+template <typename Acc>
+void subset_gradients(const SubsetBlock<Acc>& block) {
   switch (block.width / kLanes) {
-    case 1: return subset_vectors<Acc, G, 1>(block);
-    case 2: return subset_vectors<Acc, G, 2>(block);
-    case 3: return subset_vectors<Acc, G, 3>(block);
-    default: return subset_vectors<Acc, G, 4>(block);
+    case 1: return subset_vectors<Acc, 1>(block);
+    case 2: return subset_vectors<Acc, 2>(block);
+    case 3: return subset_vectors<Acc, 3>(block);
+    default: return subset_vectors<Acc, 4>(block);
   }
 }
 

@@ -270,18 +270,6 @@ inline Vec<accumulate_t<T>> load(const T* p) {
   }
 }
 
-// Sixteen elements of the first or the second row of a pair (16, 2).
-inline Vec<float> load_of_pair(const bfloat16* p, bool second) {
-#if PYRX_ISA == 512
-  const __m512i pairs = _mm512_loadu_si512(p);
-  return {_mm512_castsi512_ps(second ? _mm512_and_si512(pairs, _mm512_set1_epi32(-65536)) : _mm512_slli_epi32(pairs, 16))};
-#else
-  float v[kLanes];
-  for (int i = 0; i < kLanes; ++i) v[i] = widen(p[2 * i + second]);
-  return Vec<float>::get(v);
-#endif
-}
-
 template <typename T>
 inline void store(T* p, const Vec<accumulate_t<T>>& x) {
   if constexpr (std::is_same_v<T, accumulate_t<T>>) {

@@ -295,24 +295,15 @@ void test_accumulators(const char* set, const AccumulatorKernels<Acc>& kernels, 
 }
 
 // Gradients by partial sums against the two sums they stand for.
-template <typename T, typename G, typename Acc = accumulate_t<T>>
-void test_subset(const char* set, const AccumulatorKernels<accumulate_t<T>>& kernels, const HeadKernels<T, G>& head, double tolerance) {
+template <typename Acc>
+void test_subset(const char* set, const AccumulatorKernels<Acc>& kernels, double tolerance) {
   for (const int64_t width : {16, 32, 48, 64})
     for (const int64_t masks : {1, 3, 4, 5, 8, 11, 16, 30, 32})
       for (const int64_t n : {1, 15, 16, 37})
         for (int wanted = 1; wanted < 4; ++wanted) {
           const int64_t rows = 3, groups = (masks + 3) / 4, code_rows = (masks + 7) / 8, padded = (n + 7) / 8 * 8;
           const bool base = masks == 4;
-          Buffer<Acc> weight = features<Acc>(n * width, 6);
-          const Buffer<Acc> gradients = features<Acc>(rows * (masks + 1) * width, 5), x = features<Acc>(rows * n, 7), start_weight = features<Acc>(n * width, 8), start_input = features<Acc>(rows * n, 9);
-          const int64_t pair = sizeof(G) == 2 ? 2 : 1, depth = (n + pair - 1) / pair * pair;
-          Buffer<G> operand(depth * width);  // the weight as GEMMs take it
-          for (int64_t d = 0; d < depth; ++d)
-            for (int64_t c = 0; c < width; ++c) {
-              const G w = plain::narrow<G>(d < n ? weight[d * width + c] : Acc(0));
-              operand[d / pair * pair * width + c * pair + d % pair] = w;
-              if (d < n) weight[d * width + c] = plain::widen(w);
-            }
+          const Buffer<Acc> gradients = features<Acc>(rows * (masks + 1) * width, 5), weight = features<Acc>(n * width, 6), x = features<Acc>(rows * n, 7), start_weight = features<Acc>(n * width, 8), start_input = features<Acc>(rows * n, 9);
           Buffer<uint8_t> bits(rows * masks * (padded / 8)), codes(rows * code_rows * padded);
           Buffer<Acc> tables(rows * groups * 16 * width), weight_gradient(n * width), input_gradient(rows * n);
           for (int64_t i = 0; i < n * width; ++i) weight_gradient[i] = start_weight[i];
@@ -327,9 +318,9 @@ void test_subset(const char* set, const AccumulatorKernels<accumulate_t<T>>& ker
               kernels.subset_table(base && g == 0 ? own_rows + masks * width : nullptr, own_rows + 4 * g * width, width,
                                    std::min<int64_t>(4, masks - 4 * g), width, &tables[(b * groups + g) * 16 * width]);
           }
-          head.subset_gradients({.rows = rows, .features = n, .width = width, .groups = groups, .tables = tables.data(),
+          kernels.subset_gradients({.rows = rows, .features = n, .width = width, .groups = groups, .tables = tables.data(),
                                  .codes = codes.data(), .codes_stride = code_rows * padded, .x = x.data(), .x_stride = n,
-                                 .weight = operand.data(), .weight_gradient = wanted & 1 ? weight_gradient.data() : nullptr,
+                                 .weight = weight.data(), .weight_gradient = wanted & 1 ? weight_gradient.data() : nullptr,
                                  .input_gradient = wanted & 2 ? input_gradient.data() : nullptr, .input_stride = n});
           for (int64_t d = 0; d < n; ++d) {
             std::vector<double> expected_input(rows, 0.0);
@@ -388,6 +379,106 @@ void test_lookup(const char* set, const AccumulatorKernels<Acc>& kernels, double
         }
 }
 
+// Both gradients of two rows by pairs of sums, to what rounding the sums and the result to bfloat16 leaves.
+void test_pair_sums(const char* set, const SumKernels& kernels) {
+  if (!kernels.tables || !__builtin_cpu_supports("avx512bf16")) return;
+  constexpr double kRounded = 1.0 / 128;
+  for (const int64_t masks : {3, 4, 6, 8, 11})
+    for (const int64_t classes : {1, 10, 21})
+      for (const int64_t n : {1, 16, 37, 64, 130})
+        for (const int64_t rows : {1, 2})
+          for (const bool base : {false, true}) {
+            const int64_t gemm_rows = masks + base, groups = (masks + 3) / 4, code_rows = (groups + 1) / 2, stride = (classes + 15) / 16 * 16;
+            const int64_t padded = (n + 63) / 64 * 64, vectors = padded / 16, class_pairs = (classes + 1) / 2;
+            Buffer<float> gradients = features<float>(rows * gemm_rows * stride, 5);
+            for (int64_t r = 0; r < rows * gemm_rows; ++r)
+              for (int64_t c = classes; c < stride; ++c) gradients[r * stride + c] = 0;
+            const Buffer<bfloat16> weight = features<bfloat16>(2 * class_pairs * padded, 6), x = features<bfloat16>(2 * padded, 7);
+            const Buffer<bfloat16> zeros(padded);
+            std::fill_n(zeros.data(), padded, bfloat16{});
+            Buffer<uint8_t> bits(rows * masks * (padded / 8)), codes(rows * code_rows * padded);
+            Buffer<uint32_t> index(vectors * code_rows * 16), values(vectors * 16), panel(class_pairs * padded), tables(16 * (classes + 8) * 4 * groups);
+            for (int64_t r = 0; r < rows; ++r) {
+              uint8_t* own = &bits[r * masks * (padded / 8)];
+              for (int64_t m = 0; m < masks; ++m) row_bits(3, sample_mask(r * masks + m, 32768, false), 0, padded, nullptr, own + m * (padded / 8));
+              for (int64_t q = 0; q < code_rows; ++q)
+                subset_codes(own + 8 * q * (padded / 8), padded / 8, std::min<int64_t>(8, masks - 8 * q), padded, &codes[(r * code_rows + q) * padded]);
+            }
+            const bool second = rows == 2;
+            kernels.features(x.data(), second ? &x[padded] : zeros.data(), n, values.data(), 16);
+            for (int64_t q = 0; q < code_rows; ++q)
+              kernels.index(&codes[q * padded], &codes[((second ? code_rows : 0) + q) * padded], n, &index[q * 16], code_rows * 16);
+            std::fill_n(panel.data(), panel.size(), 0u);
+            for (int64_t c = 0; c < classes; ++c)
+              for (int64_t d = 0; d < padded; ++d) {
+                const uint32_t bits16 = weight[c * padded + d].bits;
+                panel[c / 2 * padded + d] |= bits16 << 16 * (c % 2);
+              }
+            const float* first = gradients.data();
+            const auto tables_of = [&](int64_t group, int64_t count, int64_t from, int64_t number) {
+              return PairTables{{first + from, first + (second ? gemm_rows * stride : 0) + from}, stride, masks, base, second, group, count, number};
+            };
+            const auto sum = [&](int64_t r, int64_t d, int64_t c, double* magnitude) {
+              const float* own = first + r * gemm_rows * stride + c;
+              double total = base ? own[masks * stride] : 0;
+              for (int64_t m = 0; m < masks; ++m) total += bit(&bits[(r * masks + m) * (padded / 8)], d) ? own[m * stride] : 0;
+              for (int64_t m = 0; m < gemm_rows; ++m) *magnitude += std::fabs(own[m * stride]);
+              return total;
+            };
+            for (const int64_t each : {2, 4}) {
+              const int64_t width = 16 / each;
+              for (const bool add : {false, true}) {
+                Buffer<float> sums = features<float>(classes * padded, 8);
+                const Buffer<float> before = features<float>(classes * padded, 8);
+                Buffer<bfloat16> out(classes * n);
+                for (int64_t c = 0; c < classes; c += width) {
+                  Buffer<float> padded_rows(rows * gemm_rows * stride + 16);  // the last classes are past the row's end
+                  std::copy(first, first + rows * gemm_rows * stride, padded_rows.data());
+                  PairTables of = tables_of(0, groups, 0, width);
+                  for (int r = 0; r < 2; ++r) of.rows[r] = padded_rows.data() + (of.rows[r] - first) + c;
+                  kernels.tables(of, false, tables.data());
+                  for (int64_t d = 0; d < n; d += 16 * each)
+                    kernels.weight({.pairs = 1, .groups = groups, .index = &index[d * code_rows], .index_stride = code_rows * 16, .x = &values[d],
+                                    .x_stride = 16, .tables = tables.data(), .vectors = each, .classes = classes - c, .features = n - d,
+                                    .sum = add ? &sums[c * padded + d] : nullptr, .sum_stride = padded, .add = add, .out = &out[c * n + d], .out_stride = n});
+                }
+                for (int64_t c = 0; c < classes; ++c)
+                  for (int64_t d = 0; d < n; ++d) {
+                    double expected = add ? before[c * padded + d] : 0, magnitude = std::fabs(expected);
+                    for (int64_t r = 0; r < rows; ++r) {
+                      double own = 0;
+                      expected += value(x[r * padded + d]) * sum(r, d, c, &own);
+                      magnitude += std::fabs(value(x[r * padded + d])) * own;
+                    }
+                    CHECK(std::fabs(value(out[c * n + d]) - expected) <= kRounded * magnitude, "%s: pair weight %ld, %ld of %ld masks: %g, not %g", set, d, c,
+                          masks, value(out[c * n + d]), expected);
+                  }
+              }
+            }
+            Buffer<float> input = features<float>(rows * padded, 9);
+            const Buffer<float> before = features<float>(rows * padded, 9);
+            for (int64_t g = 0; g < groups; g += 2) {
+              const int64_t count = std::min<int64_t>(2, groups - g);
+              kernels.tables(tables_of(g, count, 0, 2 * class_pairs), true, tables.data());
+              for (int64_t d = 0; d < n; d += count == 2 ? 32 : 64)
+                kernels.input({.groups = count, .index = &index[d * code_rows + g / 2 * 16], .index_stride = code_rows * 16, .class_pairs = class_pairs,
+                               .tables = tables.data(), .weight = &panel[d], .weight_stride = padded,
+                               .input_gradient = {&input[d], second ? &input[padded + d] : nullptr}});
+            }
+            for (int64_t r = 0; r < rows; ++r)
+              for (int64_t d = 0; d < n; ++d) {
+                double expected = before[r * padded + d], magnitude = std::fabs(expected);
+                for (int64_t c = 0; c < classes; ++c) {
+                  double own = 0;
+                  expected += value(weight[c * padded + d]) * sum(r, d, c, &own);
+                  magnitude += std::fabs(value(weight[c * padded + d])) * own;
+                }
+                CHECK(std::fabs(input[r * padded + d] - expected) <= kRounded * magnitude, "%s: pair input %ld of %ld masks: %g, not %g", set, d, masks,
+                      double(input[r * padded + d]), expected);
+              }
+          }
+}
+
 #define TEST_SET(name)                                                                      \
   test_masks(#name, name::mask_table());                                                    \
   test_normals(#name, name::normal_table());                                                  \
@@ -407,9 +498,9 @@ void test_lookup(const char* set, const AccumulatorKernels<Acc>& kernels, double
   test_head<float16, float>(#name, name::head_table<float16, float>(), 1e-6);               \
   test_accumulators<float>(#name, name::accumulator_table<float>(), 2e-6);                  \
   test_accumulators<double>(#name, name::accumulator_table<double>(), 1e-13);               \
-  test_subset(#name, name::accumulator_table<float>(), name::head_table<float, float>(), 1e-5);       \
-  test_subset(#name, name::accumulator_table<float>(), name::head_table<bfloat16, bfloat16>(), 1e-5); \
-  test_subset(#name, name::accumulator_table<double>(), name::head_table<double, double>(), 1e-13);   \
+  test_subset<float>(#name, name::accumulator_table<float>(), 1e-5);                        \
+  test_subset<double>(#name, name::accumulator_table<double>(), 1e-13);                     \
+  test_pair_sums(#name, name::sum_table());                                                 \
   test_lookup<float>(#name, name::accumulator_table<float>(), 1e-5);                        \
   TEST_PIXELS(name)
 
