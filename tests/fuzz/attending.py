@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pyrx
 from fuzz.calls import Call
-from fuzz.strategies import Draws, fuzzes
+from fuzz.strategies import Draws, drop_scale, fuzzes
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -87,7 +87,8 @@ GRADIENTS = ("query", "key", "value", "u", "query_scale", "bias", "x")
 def attention_call(draws: Draws, function: Any, arguments: dict[str, Any], exact: bool = False) -> Call:
     floats = tuple(name for name in GRADIENTS if arguments.get(name) is not None)
     needs = draws.needs(**{name: arguments[name] for name in floats})
-    return Call(function, arguments, needs, exact=exact, floats=floats, floor=4.0, hides=True)
+    floor = 4.0 * drop_scale([arguments.get(name, 0.0) for name in ("dropout_p", "head_dropout_p")])
+    return Call(function, arguments, needs, exact=exact, floats=floats, floor=floor, hides=True)
 
 
 def _results(draws: Draws) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from helpers import COMBINES, REDUCTIONS, SAMPLINGS, TARGETS
 
 import pyrx
 from fuzz.calls import Call
-from fuzz.strategies import FLOATS, Draws, fuzzes
+from fuzz.strategies import FLOATS, Draws, drop_scale, fuzzes
 
 
 @fuzzes("dropout")
@@ -90,7 +90,8 @@ def head(draws: Draws) -> Call:
     }
     floats = ("input", "linear_weight", "linear_bias", "target", "weight")
     needs = draws.pick(floats[:2], draws.needs(**{name: arguments[name] for name in floats[:3]}))
-    return Call(pyrx.multi_sample_dropout_cross_entropy, arguments, needs, exact=False, floats=floats, floor=4.0)
+    floor = 4.0 * drop_scale(arguments["p"])
+    return Call(pyrx.multi_sample_dropout_cross_entropy, arguments, needs, exact=False, floats=floats, floor=floor)
 
 
 @fuzzes("mixed_cross_entropy")

@@ -12,7 +12,7 @@ import pyrx
 from fuzz.calls import Call
 from fuzz.dropouts import samples, target_of
 from fuzz.sparsity import ESTIMATORS, ratio
-from fuzz.strategies import Draws, fuzzes
+from fuzz.strategies import Draws, drop_scale, fuzzes
 
 
 @fuzzes("nn.MultiSampleDropoutClassifier")
@@ -48,7 +48,8 @@ def classifier(draws: Draws) -> Call:
 
     needs = draws.needs(input=arguments["input"])
     fixed = ("in_features", "num_classes")
-    return Call(MultiSampleDropoutClassifier, arguments, needs, exact=False, floor=4.0, fixed=fixed)
+    floor = 4.0 * drop_scale(arguments["p"])
+    return Call(MultiSampleDropoutClassifier, arguments, needs, exact=False, floor=floor, fixed=fixed)
 
 
 @fuzzes("nn.MultiSampleDropout")
@@ -62,7 +63,8 @@ def wrapper(draws: Draws) -> Call:
         return pyrx.nn.MultiSampleDropout(head, num_samples, p, sampling=sampling)(input, target)
 
     needs = draws.needs(input=arguments["input"])
-    return Call(MultiSampleDropout, arguments, needs, exact=False, floor=4.0, fixed=("input", "target"))
+    floor = 4.0 * drop_scale(arguments["p"])
+    return Call(MultiSampleDropout, arguments, needs, exact=False, floor=floor, fixed=("input", "target"))
 
 
 def _options(draws: Draws) -> dict[str, Any]:

@@ -164,6 +164,12 @@ def _values(
     return values.to(dtype)
 
 
+def drop_scale(p: float | Sequence[float]) -> float:
+    """What dropout at `p` multiplies by, at most: the terms of sums are as much larger."""
+    most = max(p, default=0.0) if isinstance(p, Sequence) else p
+    return 65536 / max(1, 65536 - round(65536 * most))
+
+
 def laid_out(values: Tensor, layout: str, generator: torch.Generator) -> Tensor:
     """The values in a storage with other ones before, between and after them."""
     dims = values.dim()
