@@ -137,9 +137,11 @@ def _mass_kernel(
                 own, keys_of, key, logits, factor, steps, step, b, h, q, first, last, keys, size, SIZE, PLAIN,
                 PRECISION, whole == 1, K_TILE,
             )  # fmt: skip
+            # not at most 1: the lse is the caller's
             if PLAIN:
-                score *= factor
-            weight = tl.exp2(exponents(score, offset, PLAIN))
+                weight = tl.exp2(score * factor - offset)
+            else:
+                weight = tl.exp2((score - offset) * LOG2E)
             if COLUMNS == 1:
                 sums = tl.sum(weight, 1)[:, None]
             else:
