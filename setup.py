@@ -175,6 +175,7 @@ def decide_flags(
         "-ffp-contract=off",
         "-fvisibility=hidden",
         "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
     ]
     if debug:
         cxx.append("-UNDEBUG")

@@ -52,7 +52,7 @@ class Head {
                              round_up(std::max<int64_t>(in_.rows, 1), tile_rows_))),
         tiles_((chunk_rows_ + tile_rows_ - 1) / tile_rows_),
         padded_tile_(round_up(tile_rows_ * gemm_rows_, kRowRound)),
-        logits_stride_((in_.classes / kRound + 1 | 1) * kRound),
+        logits_stride_(((in_.classes / kRound + 1) | 1) * kRound),
         bits_stride_(round_up(in_.features, 64) / 8),
         gradient_stride_(round_up(chunk_rows_ * gemm_rows_, kRound) + kSkew),
         padded_features_(round_up(in_.features, kRound)),
@@ -110,7 +110,9 @@ class Head {
     const int64_t classes = in_.classes, features = in_.features;
     const bool averaged = in_.plan.averaged;
     const int64_t weight_offset = memory_.reserve<G>(Panels<G>::elements(features, classes));
-    const int64_t transposed_offset = memory_.reserve<G>(out_.grad_input && (!subset_ || pairs_) ? Panels<G>::elements(classes, features) + 2 * kPanel : 0);
+    const bool transposed = out_.grad_input && (!subset_ || pairs_);
+    const int64_t transposed_offset =
+        memory_.reserve<G>(transposed ? Panels<G>::elements(classes, features) + 2 * kPanel : 0);
     const int64_t bits_offset = memory_.reserve<uint8_t>(averaged ? 0 : chunk_rows_ * gemm_rows_ * bits_stride_ + 8);
     const int64_t levels_offset = memory_.reserve<Acc>(averaged ? chunk_rows_ * padded_features_ : 0);
     const int64_t gradients_offset = memory_.reserve<G>(out_.grad_weight && !subset_ ? classes * gradient_stride_ : 0);
@@ -119,7 +121,9 @@ class Head {
     const bool panels = sums_by_panels();  // the weight gradient comes from panel_sum_
     const int64_t panel_sum_offset =
         memory_.reserve<Acc>(panels && out_.grad_weight ? Panels<Acc>::elements(features, classes) : 0);
-    const int64_t sum_offset = memory_.reserve<Acc>(out_.grad_weight && !direct_ && !panels && !(pairs_ && chunk_rows_ >= in_.rows) ? classes * padded_features_ : 0);
+    const bool at_once = pairs_ && chunk_rows_ >= in_.rows;  // one chunk writes the weight gradient itself
+    const bool sums = out_.grad_weight && !direct_ && !panels && !at_once;
+    const int64_t sum_offset = memory_.reserve<Acc>(sums ? classes * padded_features_ : 0);
     const int64_t bias_offset = memory_.reserve<Acc>(out_.grad_bias ? (tiles_ + 1) * logits_stride_ : 0);
     int64_t pair_offsets[2] = {};
     if (pairs_) pair_sums(chunk_rows_).reserve(memory_, pair_offsets);
@@ -527,7 +531,8 @@ class Head {
     if constexpr (kPairs) {
       const PairGradients sums = pair_sums(end - begin);
       parallel(sums.pairs(), [&](int64_t pair, const Scratch& scratch) {
-        sums.prepare(pair, [&](int64_t row, G* out) { ever_kept(begin, row, 0, in_.features, scratch, out); }, scratch.pair_sums);
+        const auto kept = [&](int64_t row, G* out) { ever_kept(begin, row, 0, in_.features, scratch, out); };
+        sums.prepare(pair, kept, scratch.pair_sums);
       });
       const PairGradients::Result result{.sum = chunk_rows_ < in_.rows ? sum_ : nullptr,
                                          .sum_stride = padded_features_,
@@ -625,8 +630,9 @@ class Head {
   const ElementKernels<O>& element_ = element_kernels<O>();
   const AccumulatorKernels<Acc>& accumulator_ = accumulator_kernels<Acc>();
   const Acc operand_factor_, result_factor_;
-  const int64_t threads_, gemm_rows_, tile_rows_, chunk_rows_, tiles_, padded_tile_, logits_stride_, bits_stride_, gradient_stride_,
-      padded_features_, masks_, groups_;
+  const int64_t threads_, gemm_rows_, tile_rows_, chunk_rows_, tiles_, padded_tile_;
+  const int64_t logits_stride_;  // an odd number of cache lines, so that rows do not meet in the same sets of a cache
+  const int64_t bits_stride_, gradient_stride_, padded_features_, masks_, groups_;
   const bool subset_, lookup_, pairs_, direct_;
   Workspace memory_;
   std::vector<Scratch> scratch_;

@@ -2,8 +2,12 @@
 // InputPairs. Included by simd.inl.
 
 #if PYRX_ISA == 512
-#pragma GCC push_options
-#pragma GCC target("avx512bf16")
+// Beside the target of the namespace, which clang replaces and gcc adds to.
+#ifdef __clang__
+#define PYRX_BF16 __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#else
+#define PYRX_BF16 __attribute__((target("avx512bf16")))
+#endif
 
 // The sixteen sums of up to four masks of class c, in float32.
 inline __m512 mask_sums(const float* base, const float* rows, int64_t stride, int64_t count, int64_t c) {
@@ -15,7 +19,7 @@ inline __m512 mask_sums(const float* base, const float* rows, int64_t stride, in
 }
 
 template <int kCount>
-inline void tables_of(const PairTables& of, int64_t group, bool of_classes, uint32_t* out, int64_t step) {
+PYRX_BF16 inline void tables_of(const PairTables& of, int64_t group, bool of_classes, uint32_t* out, int64_t step) {
   const float* base[2];
   const float* rows[2];
   for (int b = 0; b < 2; ++b) {
@@ -62,8 +66,10 @@ inline void pair_index(const uint8_t* first, const uint8_t* second, int64_t n, u
     const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     return _mm512_or_si512(_mm512_and_si512(code, low), _mm512_slli_epi32(_mm512_and_si512(code, high), 4));
   };
-  for (int64_t i = 0; i < n; i += kLanes, out += step)
-    _mm512_storeu_si512(out, _mm512_or_si512(_mm512_or_si512(spread(first + i), row), _mm512_slli_epi32(spread(second + i), 16)));
+  for (int64_t i = 0; i < n; i += kLanes, out += step) {
+    const __m512i both = _mm512_or_si512(spread(first + i), _mm512_slli_epi32(spread(second + i), 16));
+    _mm512_storeu_si512(out, _mm512_or_si512(both, row));
+  }
 }
 
 inline void pair_features(const bfloat16* first, const bfloat16* second, int64_t n, uint32_t* out, int64_t step) {
@@ -75,7 +81,7 @@ inline void pair_features(const bfloat16* first, const bfloat16* second, int64_t
 }
 
 template <int kVectors, int kClasses>
-void weight_pairs(const WeightPairs& block) {
+PYRX_BF16 void weight_pairs(const WeightPairs& block) {
   __m512 sums[kVectors][kClasses];
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v)
@@ -127,7 +133,7 @@ inline void weight_pairs(const WeightPairs& block) {
 }
 
 template <int kVectors, int kGroups>
-void input_pairs(const InputPairs& block) {
+PYRX_BF16 void input_pairs(const InputPairs& block) {
   __m512i index[2][kGroups][kVectors];
   __m512 sums[2][kGroups][kVectors];
 #pragma GCC unroll 16
@@ -173,7 +179,7 @@ inline void input_pairs(const InputPairs& block) {
   if (block.groups == 2) input_pairs<2, 2>(block);
   else input_pairs<4, 1>(block);
 }
-#pragma GCC pop_options
+#undef PYRX_BF16
 #endif
 
 constexpr SumKernels sum_table() {
