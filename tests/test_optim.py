@@ -534,7 +534,7 @@ def test_bad_options(ours, options, error, text):
         assert len(optimizer.param_groups) == 1
 
 
-def test_shards_have_no_masks():
+def test_shards_hold_whole_groups():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -542,10 +542,11 @@ def test_shards_have_no_masks():
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         mesh = init_device_mesh("cpu", (2,))
-        weight = nn.Parameter(distribute_tensor(torch.randn(8, 16), mesh, [Shard(0)]))
-        with pytest.raises(RuntimeError, match=r"expected params\[0\] to be whole or have no mask, got DTensor"):
-            MaskedAdamW([weight], n=2, m=4)
-        MaskedAdamW([weight])
+        rows, columns = (nn.Parameter(distribute_tensor(torch.randn(8, 12), mesh, [Shard(dim)])) for dim in (0, 1))
+        with pytest.raises(RuntimeError, match=r"expected params\[0\] in shards of whole groups of m = 4, got 6 of 12"):
+            MaskedAdamW([columns], n=2, m=4)
+        MaskedAdamW([columns])
+        MaskedAdamW([rows], n=2, m=4)
     finally:
         torch.distributed.destroy_process_group()
 
