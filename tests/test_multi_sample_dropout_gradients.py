@@ -376,3 +376,24 @@ def test_few_classes_over_chunks_and_tasks(cpu, threads, sampling):
         assert_head_within_budget(head, cpu, seed=2, num_samples=8, sampling=sampling)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_threads_change_no_bits(cpu, sampling, dtype):
+    """More rows than a chunk, whose size follows from the threads."""
+    before = torch.get_num_threads()
+    leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((400, 70), (50, 70), (50,))]
+    target, found = torch.randint(0, 50, (400,)), []
+    try:
+        for threads in (1, 3, 5, 8):
+            torch.set_num_threads(threads)
+            loss = pyrx.multi_sample_dropout_cross_entropy(
+                *leaves[:2], target, linear_bias=leaves[2], num_samples=4, sampling=sampling, seed=1, backend=cpu
+            )
+            found.append([loss, *torch.autograd.grad(loss, leaves)])
+    finally:
+        torch.set_num_threads(before)
+    for each in found[1:]:
+        for one, other in zip(found[0], each, strict=True):
+            assert_same_bits(one, other)

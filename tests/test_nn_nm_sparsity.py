@@ -268,6 +268,15 @@ def test_distributed_checkpoints(tmp_path):
     assert_same_bits(loaded.weight, module.weight)
 
 
+def test_a_state_dict_whose_mask_is_missing_is_told():
+    module, sparsity = layer()
+    sparsity.freeze(W)
+    held = module.state_dict()
+    del held["parametrizations.weight.0.bits"]
+    with pytest.raises(RuntimeError, match="Missing key.*parametrizations.weight.0.bits"):
+        layer()[0].load_state_dict(held)
+
+
 def test_state_dicts_without_sparsity_leave_the_state():
     module, sparsity = layer()
     sparsity.freeze(W)

@@ -77,6 +77,20 @@ def test_padding_on_the_left(backend, name):
     assert not found[:, :, :3].any() and not found[..., :3].any()
 
 
+def test_causal_padding_sees_no_keys():
+    """Without a key_mask too: no place goes to keys that queries of padding alone would see."""
+    query, key = inputs(queries=512, keys=512)
+    mask = masked([272, 144], 512)
+    for options in ({"topk": 8}, {"topk": 2, "local": 0, "initial": 0}):
+        options |= {"block_size": (128, 16), "is_causal": True}
+        found = search.topk_blocks(query, key, query_mask=mask, **options).to_dense()
+        for b, length in enumerate((272, 144)):
+            x, y = query[b : b + 1, :, :length], key[b : b + 1, :, :length]
+            alone = search.topk_blocks(x, y, **options).to_dense()[0]
+            assert torch.equal(found[b, :, : alone.shape[1], : alone.shape[2]], alone)
+            assert found[b].sum() == alone.sum()
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_nothing_hidden_is_no_mask(backend, name):
     query, key = inputs(queries=150, keys=330)

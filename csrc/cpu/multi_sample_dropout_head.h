@@ -50,7 +50,8 @@ class Head {
         tile_rows_(even_share(in_.rows, std::max<int64_t>(1, kTileRows / gemm_rows_))),
         chunk_rows_(std::min(tile_rows_ * std::max<int64_t>(1, most_gemm_rows() / (tile_rows_ * gemm_rows_)),
                              round_up(std::max<int64_t>(in_.rows, 1), tile_rows_))),
-        tiles_((chunk_rows_ + tile_rows_ - 1) / tile_rows_),
+        bias_sums_(std::min(std::max<int64_t>(1, kChunkRows / (tile_rows_ * gemm_rows_)),
+                            (std::max<int64_t>(in_.rows, 1) + tile_rows_ - 1) / tile_rows_)),
         padded_tile_(round_up(tile_rows_ * gemm_rows_, kRowRound)),
         logits_stride_(((in_.classes / kRound + 1) | 1) * kRound),
         bits_stride_(round_up(in_.features, 64) / 8),
@@ -124,7 +125,7 @@ class Head {
     const bool at_once = pairs_ && chunk_rows_ >= in_.rows;  // one chunk writes the weight gradient itself
     const bool sums = out_.grad_weight && !direct_ && !panels && !at_once;
     const int64_t sum_offset = memory_.reserve<Acc>(sums ? classes * padded_features_ : 0);
-    const int64_t bias_offset = memory_.reserve<Acc>(out_.grad_bias ? (tiles_ + 1) * logits_stride_ : 0);
+    const int64_t bias_offset = memory_.reserve<Acc>(out_.grad_bias ? (bias_sums_ + 1) * logits_stride_ : 0);
     int64_t pair_offsets[2] = {};
     if (pairs_) pair_sums(chunk_rows_).reserve(memory_, pair_offsets);
     const bool convert = !std::is_same_v<G, Acc>;
@@ -177,7 +178,7 @@ class Head {
         std::fill(rows_ + r * logits_stride_ + classes, rows_ + (r + 1) * logits_stride_, Acc(0));
     sum_ = direct_ ? reinterpret_cast<Acc*>(out_.grad_weight) : memory_.at_offset<Acc>(sum_offset);
     bias_ = memory_.at_offset<Acc>(bias_offset);
-    if (out_.grad_bias) std::fill_n(bias_, (tiles_ + 1) * logits_stride_, Acc(0));
+    if (out_.grad_bias) std::fill_n(bias_, (bias_sums_ + 1) * logits_stride_, Acc(0));
   }
 
   // f(index, scratch) for index < count on all threads, each with a scratch of its own; who is free takes the next.
@@ -283,7 +284,7 @@ class Head {
       const int64_t rows = count * gemm_rows_, padded = round_up(rows, kRowRound);
       draw_masks(begin, first, count, scratch);
       logits(begin, first * gemm_rows_, rows, padded, scratch);
-      Acc* bias = out_.grad_bias ? bias_ + tile * logits_stride_ : nullptr;
+      Acc* bias = out_.grad_bias ? bias_ + (begin / tile_rows_ + tile) % bias_sums_ * logits_stride_ : nullptr;
       for (int64_t i = 0; i < count; ++i) {
         Acc* logits = scratch.logits + i * gemm_rows_ * logits_stride_;
         Acc* gradients = subset_ ? rows_ + (first + i) * gemm_rows_ * logits_stride_ : logits;
@@ -606,8 +607,8 @@ class Head {
 
   void finish(bool empty) {
     if (out_.grad_bias) {
-      Acc* total = bias_ + tiles_ * logits_stride_;
-      for (int64_t t = 0; t < tiles_; ++t) accumulator_.axpy(Acc(1), bias_ + t * logits_stride_, in_.classes, total);
+      Acc* total = bias_ + bias_sums_ * logits_stride_;
+      for (int64_t t = 0; t < bias_sums_; ++t) accumulator_.axpy(Acc(1), bias_ + t * logits_stride_, in_.classes, total);
       element_.store(total, in_.classes, result_factor_, out_.grad_bias);
     }
     if (!out_.grad_weight) return;
@@ -630,7 +631,9 @@ class Head {
   const ElementKernels<O>& element_ = element_kernels<O>();
   const AccumulatorKernels<Acc>& accumulator_ = accumulator_kernels<Acc>();
   const Acc operand_factor_, result_factor_;
-  const int64_t threads_, gemm_rows_, tile_rows_, chunk_rows_, tiles_, padded_tile_;
+  const int64_t threads_, gemm_rows_, tile_rows_, chunk_rows_;
+  const int64_t bias_sums_;  // one a tile of a chunk, as many whatever the threads: each adds the same rows in the same order
+  const int64_t padded_tile_;
   const int64_t logits_stride_;  // an odd number of cache lines, so that rows do not meet in the same sets of a cache
   const int64_t bits_stride_, gradient_stride_, padded_features_, masks_, groups_;
   const bool subset_, lookup_, pairs_, direct_;

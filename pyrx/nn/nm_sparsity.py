@@ -55,9 +55,11 @@ class NMSparsity(nn.Module):
     All but `backend` is in the state dict, as tensors (for safetensors, distributed checkpoints, averages), and comes
     back exactly. As torch has it, a parametrized layer can be copied and has a state dict, but cannot be pickled.
 
-    `torch.optim.swa_utils.AveragedModel` and timm's ModelEma average weights and `decay`; n, m, enabled and frozen of
-    the copy stay as they are, unless a schedule of its own steps it. DistributedDataParallel writes buffers at each
-    forward: two forwards before their backward need `broadcast_buffers=False`, as with batch normalization.
+    `torch.optim.swa_utils.AveragedModel` and timm's ModelEmaV3 average weights and `decay`; n, m, enabled and frozen of
+    the copy stay as they are, unless a schedule of its own steps it. What averages integer buffers too (moving averages
+    with `use_buffers=True`, ModelEmaV2) rounds the bits of a frozen copy: its mask is not N:M then.
+    DistributedDataParallel writes buffers at each forward: two forwards before their backward need
+    `broadcast_buffers=False`, as with batch normalization.
 
     Cost: of `pyrx.nm_sparsify`, at every reading of `layer.weight`; under `parametrize.cached()` once. (torch's cache
     takes a layer and its deep copy for the same: do not run both under one.)
@@ -214,9 +216,7 @@ class NMSparsity(nn.Module):
                 if found is not None:
                     state_dict[name] = found
             found = state_dict.get(name)
-            if found is None:
-                self.bits = None
-            else:
+            if found is not None:  # else it is missing, which torch tells
                 stays = self.bits is not None and self.bits.shape == found.shape
                 # what is no mask is not written to an owner's
                 if not stays or (self.shared and not (fields["frozen"] or fields["shared"])):

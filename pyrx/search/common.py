@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyrx import _block_patterns as patterns
 from pyrx._attention import Logits, check_logits, check_query_key, logits_of
@@ -35,6 +36,20 @@ def check_query_mask(op: str, query: Tensor, query_mask: Tensor | None) -> None:
         check_device(op, "query_mask", query_mask, query.device)
 
 
+def visible_ends(x: Tensor, block: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B or 1, N): the first visible token of every block of x (B, H, S, D) and the one after the last; S and 0 where
+    none is."""
+    tokens = x.shape[2]
+    position, count = torch.arange(tokens, device=x.device)[None], -(-tokens // block)
+    first = position if mask is None else torch.where(mask, position, tokens)
+    stop = position + 1 if mask is None else torch.where(mask, position + 1, 0)
+    padding = (0, count * block - tokens)
+    return (
+        pad(first, padding, value=tokens).unflatten(-1, (count, block)).amin(-1),
+        pad(stop, padding).unflatten(-1, (count, block)).amax(-1),
+    )
+
+
 def reach(
     query: Tensor,
     key: Tensor,
@@ -47,14 +62,24 @@ def reach(
     """(reachable, diagonal), bool (B or 1, 1, NQ, NK): where some query sees some key, and where queries lie at their
     own keys (nowhere where no window limits what is seen)."""
     lengths, device = (query.shape[2], key.shape[2]), query.device
-    reachable = patterns.window_blocks(lengths, size, left, right, device)[None, None]
-    if key_mask is not None:
-        reachable = reachable & patterns.touched_blocks(key_mask, size[1])[:, None, None]
-    if query_mask is not None:
-        reachable = reachable & patterns.touched_blocks(query_mask, size[0])[:, None, :, None]
+
+    def within(left: int, right: int) -> Tensor:
+        blocks = patterns.window_blocks(lengths, size, left, right, device)[None]
+        if key_mask is not None:
+            blocks = blocks & patterns.touched_blocks(key_mask, size[1])[:, None]
+        if query_mask is not None:
+            # padding sees nothing: a block reaches as far as its visible tokens
+            q_first, q_stop = (each[..., None] for each in visible_ends(query, size[0], query_mask))
+            k_first, k_stop = (each[:, None] for each in visible_ends(key, size[1], key_mask))
+            blocks = blocks & (q_stop > 0)
+            blocks = blocks & (k_first < q_stop + right) if right >= 0 else blocks
+            blocks = blocks & (k_stop > q_first - left) if left >= 0 else blocks
+        return blocks[:, None]
+
+    reachable = within(left, right)
     if left < 0 and right < 0:
         return reachable, torch.zeros_like(reachable)
-    return reachable, reachable & patterns.window_blocks(lengths, size, 0, 0, device)
+    return reachable, reachable & within(0, 0)
 
 
 def mask_of(blocks: Tensor, query: Tensor, key: Tensor, size: tuple[int, int], backend: str | None) -> BlockMask:

@@ -22,6 +22,7 @@ from pyrx.search.common import (
     mask_of,
     products,
     reach,
+    visible_ends,
 )
 
 # of MInference: how many of the first keys and of the nearest diagonals take part whatever their scores
@@ -117,20 +118,6 @@ def pooled(
     kept = torch.where(q_alike & k_alike, diagonal, reachable)
     blocks = select_blocks(scores, count, mass, kept, backend_of("block_mask", backend))
     return mask_of(blocks, query, key, size, backend)
-
-
-def _visible_ends(x: Tensor, block: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B or 1, N): the first visible token of every block of x (B, H, S, D) and the one after the last; S and 0 where
-    none is."""
-    tokens = x.shape[2]
-    position, count = torch.arange(tokens, device=x.device)[None], -(-tokens // block)
-    first = position if mask is None else torch.where(mask, position, tokens)
-    stop = position + 1 if mask is None else torch.where(mask, position + 1, 0)
-    padding = (0, count * block - tokens)
-    return (
-        pad(first, padding, value=tokens).unflatten(-1, (count, block)).amin(-1),
-        pad(stop, padding).unflatten(-1, (count, block)).amax(-1),
-    )
 
 
 def _last_probabilities(
@@ -242,8 +229,8 @@ def vertical_slash(
     diagonals = torch.where(near > 0, near + last, _diagonal_sums(probabilities))
     diagonals = diagonals.masked_fill(_diagonal_sums(visible.float())[:, None] == 0, -torch.inf)
     before = pad(_largest(diagonals, slash).cumsum(-1), (1, 0))
-    q_first, q_stop = _visible_ends(query, size[0], query_mask)
-    k_first, k_stop = _visible_ends(key, size[1], key_mask)
+    q_first, q_stop = visible_ends(query, size[0], query_mask)
+    k_first, k_stop = visible_ends(key, size[1], key_mask)
     low = q_first[..., None] - k_stop[:, None] + 1 - nearest[..., None]
     high = q_stop[..., None] - k_first[:, None] - nearest[..., None]
 
@@ -310,7 +297,7 @@ def topk_blocks(
     means, _ = _pooled(key, size[1], key_mask, backend)
     q_first, k_first = patterns.first_tokens((queries, keys), size, device)
     means, groups = means.to(query.dtype), by_group(query, heads)
-    stop = _visible_ends(key, size[1], key_mask)[1]
+    stop = visible_ends(key, size[1], key_mask)[1]
     visible = (stop > 0)[:, None]
     if is_causal:
         visible = visible & (stop[:, None] <= torch.arange(1, queries + 1, device=device)[:, None])

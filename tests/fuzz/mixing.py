@@ -204,4 +204,4 @@ def mixup_module(draws: Draws) -> Call:
 
     writes = ("images",) if arguments["inplace"] else ()
     needs = () if writes else draws.needs(images=images)
-    return Call(Mixup, arguments, needs, writes, floats=("images",), fixed=("num_classes",))
+    return Call(Mixup, arguments, needs, writes, floats=("images",), fixed=("inplace", "num_classes"))
