@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,6 +40,7 @@ ABSENT = {
     ("block_sparse_attention", "cuda"): "its GPU kernels are Triton's",
 }
 BACKENDS = ("reference", "cpu", "cuda", "triton")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Triton's interpreter runs its kernels on CPU tensors; the variable must be set before triton is imported.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,14 +67,19 @@ def _has_kernel(row: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyrx::{_OP_OF_ROW.get(row, row)}", key)
 
 
+def constant_in_compile(function: _Function) -> _Function:
+    """torch.compile runs it once instead of tracing it.
+
+    What torch.compiler.assume_constant_result sets: that imports torch._dynamo, which takes as long as torch itself.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_compile
 def reasons(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Why `backend` cannot serve `op` on this device and dtype; an empty list says that it can."""
     return _reasons(op, backend, device_type, dtype)
-
-
-# torch.compile asks once instead of tracing what is found. What torch.compiler.assume_constant_result sets: that
-# imports torch._dynamo, which takes as long as torch itself.
-reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -131,7 +131,6 @@ struct PairTables {
   int64_t first_group, groups;  // of four masks
   int64_t classes;
 };
-constexpr int64_t kPairClasses = 8;  // most of one WeightPairs
 struct WeightPairs {
   int64_t pairs, groups;  // of rows, of masks
   const uint32_t* index;  // (vectors, pairs, ceil(groups / 2), 16), vectors index_stride apart

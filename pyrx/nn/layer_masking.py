@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pyrx._backends import constant_in_compile
 from pyrx._checks import accumulation_dtype, check_choice, check_device, check_float, check_shape, check_tensor, fail
 from pyrx.ops.neighbor_fill import neighbor_fill
 
@@ -313,13 +314,11 @@ class LayerMasking(nn.Module):
     def _modes(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self.model.modules())
 
+    @constant_in_compile
     def _trace(self, modes: tuple[bool, ...]) -> None:
         """Finds the steps in these modes, if they are new: in a trace `training` is a constant."""
         if modes not in self._traces:
             self._traces[modes] = _steps(self.model)
-
-    # torch.compile runs it instead of tracing it, as of torch.compiler.assume_constant_result (see pyrx/_backends.py)
-    _trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def forward(self, images: Tensor, mask: Tensor) -> Any:
         check_float(NAME, "images", images)
