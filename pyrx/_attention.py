@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,13 @@ from pyrx._checks import (
     fail,
 )
 
+if TYPE_CHECKING:
+    from pyrx.ops.block_mask import BlockMask
+
 BLOCK_SIZES = (16, 32, 64, 128)
 MOST_HEAD_SIZE = 256
 UNLIMITED = -1
+NO_WINDOW = (UNLIMITED, UNLIMITED)
 
 LOGITS_SCHEMA = (
     "int left, int right, Tensor? key_range, Tensor? key_mask, Tensor? query_scale, Tensor? row_bias, "
@@ -140,21 +144,31 @@ def window_of(op: str, window: object, is_causal: bool) -> tuple[int, int]:
     return left, 0 if is_causal else right
 
 
+def meet(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
+    """The window (left, right) of what two of them let a query see."""
+    left, right = (b if a < 0 else a if b < 0 else min(a, b) for a, b in zip(first, second, strict=True))
+    return left, right
+
+
 def logits_of(
     op: str,
     query: Tensor,
     *,
     is_causal: bool = False,
     window: int | tuple[int, int] | None = None,
-    key_range: Tensor | None = None,
+    mask: BlockMask | None = None,
     key_mask: Tensor | None = None,
     query_scale: Tensor | None = None,
     bias: Tensor | tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Logits:
-    """Logits of a public function's arguments; the ops check what is in them."""
+    """Logits of a public function's arguments, under a mask's rule of elements; the ops check what is in them."""
     left, right = window_of(op, window, is_causal)
+    key_range = None
+    if mask is not None:
+        key_range = mask.key_range
+        left, right = meet((left, right), mask.window)
     row_bias, column_bias = None, None
     if isinstance(bias, tuple):
         if len(bias) != 2:

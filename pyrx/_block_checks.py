@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from pyrx._attention import BLOCK_SIZES
-from pyrx._checks import check_dtype, check_integer, fail, is_read
+from pyrx._checks import check_device, check_dtype, check_integer, check_shape, check_tensor, fail, is_read
 
 MOST_TOKENS = 2**31 - 1
 MOST_SHOWN = 64  # values in an error
@@ -72,3 +74,57 @@ def check_key_range(op: str, key_range: Tensor, queries: int) -> None:
     shape = list(key_range.shape)
     if len(shape) != 3 or shape[1:] != [queries, 2]:
         fail(op, "key_range", f"of shape [B or 1, Sq, 2] = [B or 1, {queries}, 2]", shape)
+
+
+def check_block_lists(blocks: Tensor, kv_width: int, q_width: int) -> None:
+    op = "block_lists"
+    check_dtype(op, "blocks", blocks, torch.bool)
+    if blocks.dim() != 4:
+        fail(op, "blocks", "of shape [B or 1, H or 1, NQ, NK]", list(blocks.shape))
+    check_integer(op, "kv_width", kv_width, 0, blocks.shape[3])
+    check_integer(op, "q_width", q_width, 0, blocks.shape[2])
+
+
+def check_select(scores: Tensor, count: Tensor | None, mass: float, always: Tensor | None) -> None:
+    op = "select_blocks"
+    check_dtype(op, "scores", scores, torch.float32)
+    if scores.dim() != 4:
+        fail(op, "scores", "of shape [B, H, NQ, NK]", list(scores.shape))
+    if count is not None:
+        check_dtype(op, "count", count, torch.int32)
+        shape = list(count.shape)
+        if len(shape) != 3 or any(shape[i] not in (1, scores.shape[i]) for i in range(3)):
+            fail(op, "count", f"of shape [B or 1, H or 1, NQ or 1] of scores of {list(scores.shape)}", shape)
+        check_device(op, "count", count, scores.device)
+    elif not 0 <= mass <= 1:
+        fail(op, "mass", "in [0, 1]", mass)
+    if always is not None:
+        check_dtype(op, "always", always, torch.bool)
+        shape = list(always.shape)
+        if len(shape) != 4 or any(shape[i] not in (1, scores.shape[i]) for i in range(4)):
+            fail(op, "always", f"of a shape that broadcasts to the scores' {list(scores.shape)}", shape)
+        check_device(op, "always", always, scores.device)
+
+
+def check_lists(op: str, lists: Iterable[Tensor], q_block: int, k_block: int, query: Tensor, key: Tensor) -> None:
+    """Of the lists of a mask: shapes and dtypes; the kernels pass over indices that are out of range."""
+    q_blocks, k_blocks = -(-query.shape[2] // q_block), -(-key.shape[2] // k_block)
+    kv_counts, kv_indices, q_counts, q_indices = lists
+    for side, counts, indices, rows in (
+        ("kv", kv_counts, kv_indices, q_blocks),
+        ("q", q_counts, q_indices, k_blocks),
+    ):
+        for name, each in ((f"{side}_counts", counts), (f"{side}_indices", indices)):
+            check_tensor(op, name, each)
+            check_dtype(op, name, each, torch.int32)
+            check_device(op, name, each, query.device)
+        shape = list(counts.shape)
+        if len(shape) != 3 or any(shape[i] not in (1, query.shape[i]) for i in (0, 1)) or shape[2] != rows:
+            fail(op, f"{side}_counts", f"of shape [B or 1, H or 1, {rows}] for a query of {list(query.shape)}", shape)
+        if indices.dim() != 4:
+            fail(op, f"{side}_indices", f"of shape {[*shape, 'W']}", list(indices.shape))
+        check_shape(op, f"{side}_indices", indices, "[..., W]", [*shape, indices.shape[3]])
+    if list(kv_counts.shape[:2]) != list(q_counts.shape[:2]):
+        fail(
+            op, "q_counts", f"of the leading dimensions of kv_counts {list(kv_counts.shape[:2])}", list(q_counts.shape)
+        )

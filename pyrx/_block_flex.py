@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
+from pyrx._block_patterns import inner_blocks
 from pyrx._checks import check_choice, fail
 from pyrx.reference.block_mask import block_lists, dense_blocks
+
+if TYPE_CHECKING:
+    from pyrx.ops.block_mask import BlockMask
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -29,32 +34,33 @@ def blocks_of_flex(op: str, mask: object, partial: object) -> Tensor:
     return blocks
 
 
-def _mask_mod(blocks: Tensor, block_size: tuple[int, int], key_range: Tensor | None) -> MaskMod:
+def _mask_mod(mask: BlockMask, blocks: Tensor) -> MaskMod:
     """The rule of elements, blocks included: FlexAttention in eager mode reads no lists."""
+    (rows, columns), (left, right), key_range = mask.block_size, mask.window, mask.key_range
     each_batch, each_head = (int(size > 1) for size in blocks.shape[:2])
     each_range = 0 if key_range is None else int(key_range.shape[0] > 1)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        listed = blocks[batch * each_batch, head * each_head, query // block_size[0], key // block_size[1]]
-        if key_range is None:
-            return listed
-        own = key_range[batch * each_range, query]
-        return listed & (key >= own[..., 0]) & (key < own[..., 1])
+        seen = blocks[batch * each_batch, head * each_head, query // rows, key // columns]
+        # differences: an end of a wide window might not fit 32 bits
+        if left >= 0:
+            seen = seen & (query - key <= left)
+        if right >= 0:
+            seen = seen & (key - query <= right)
+        if key_range is not None:
+            own = key_range[batch * each_range, query]
+            seen = seen & (key >= own[..., 0]) & (key < own[..., 1])
+        return seen
 
     return visible
 
 
-def flex_of_blocks(
-    blocks: Tensor, block_size: tuple[int, int], lengths: tuple[int, int], key_range: Tensor | None
-) -> flex.BlockMask:
-    """Blocks that lie inside and have no rule of elements are full ones."""
+def flex_of_mask(mask: BlockMask) -> flex.BlockMask:
+    """Blocks that lie inside of the lengths and the window are full ones, where there is no key_range."""
+    blocks = mask.to_dense()
     rows, columns = blocks.shape[2:]
-    inside = torch.ones(rows, columns, dtype=torch.bool, device=blocks.device)
-    if lengths[0] % block_size[0] != 0:
-        inside[-1] = False
-    if lengths[1] % block_size[1] != 0:
-        inside[:, -1] = False
-    full = blocks & inside if key_range is None else torch.zeros_like(blocks)
+    inner = inner_blocks(mask.seq_lengths, mask.block_size, *mask.window, blocks.device)
+    full = blocks & inner if mask.key_range is None else torch.zeros_like(blocks)
     (counts, indices, *_), (full_counts, full_indices, *_) = (
         block_lists(each, columns, rows) for each in (blocks & ~full, full)
     )
@@ -63,7 +69,7 @@ def flex_of_blocks(
         indices,
         full_counts,
         full_indices,
-        BLOCK_SIZE=block_size,
-        mask_mod=_mask_mod(blocks, block_size, key_range),
-        seq_lengths=lengths,
+        BLOCK_SIZE=mask.block_size,
+        mask_mod=_mask_mod(mask, blocks),
+        seq_lengths=mask.seq_lengths,
     )

@@ -31,6 +31,17 @@ def window_blocks(lengths: Pair, size: Pair, left: int, right: int, device: torc
     return blocks
 
 
+def inner_blocks(lengths: Pair, size: Pair, left: int, right: int, device: torch.device | str | None) -> Tensor:
+    """(NQ, NK): blocks that lie inside, of queries q that all see all their keys k, q - left <= k <= q + right."""
+    query, key = first_tokens(lengths, size, device)
+    blocks = (query + size[0] <= lengths[0]) & (key + size[1] <= lengths[1])
+    if left >= 0:
+        blocks &= key >= query + size[0] - 1 - left
+    if right >= 0:
+        blocks &= key + size[1] - 1 <= query + right
+    return blocks
+
+
 def strided_blocks(
     lengths: Pair, size: Pair, stride: int, local: int, summary: int, device: torch.device | str | None
 ) -> Tensor:

@@ -22,7 +22,7 @@ def covered(elements, size):
 def elements_of(mask):
     """bool (B or 1, H or 1, Sq, Sk): which pairs the mask lets see each other."""
     blocks = expand_blocks(mask.to_dense(), *mask.block_size, *mask.seq_lengths)
-    return blocks & visible_keys(*mask.seq_lengths, -1, -1, mask.key_range, None, mask.device)
+    return blocks & visible_keys(*mask.seq_lengths, *mask.window, mask.key_range, None, mask.device)
 
 
 def assert_lists(mask):
@@ -40,6 +40,6 @@ def random_blocks(*shape, density=0.4):
 
 
 def same_mask(a, b):
-    assert (a.block_size, a.seq_lengths) == (b.block_size, b.seq_lengths)
+    assert (a.block_size, a.seq_lengths, a.window) == (b.block_size, b.seq_lengths, b.window)
     for mine, its in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
         assert mine is None and its is None or torch.equal(mine, its)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._attention import MOST_HEAD_SIZE, check_logits
+from pyrx._block_checks import check_lists
 from pyrx._checks import (
     accumulation_dtype,
     check_device,
@@ -23,7 +24,7 @@ from pyrx._checks import (
 )
 from pyrx._linear import autocast, is_autocast, without_autocast
 from pyrx._random import LEVELS, seed_tensor, threshold
-from pyrx.ops.block_mask import BlockMask, check_lists
+from pyrx.ops.block_mask import BlockMask
 from pyrx.ops.block_sparse_attention import NEEDS, _like, block_sparse_attention, default_mask, prepare
 from pyrx.ops.dropout import dropout_mask
 from pyrx.reference import attention_edits as reference

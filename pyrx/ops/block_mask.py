@@ -11,18 +11,20 @@ from torch.utils import _pytree as pytree
 
 from pyrx import _block_patterns as patterns
 from pyrx import _library
-from pyrx._attention import UNLIMITED, window_of
+from pyrx._attention import NO_WINDOW, UNLIMITED, meet, window_of
 from pyrx._backends import select
 from pyrx._block_checks import (
     MOST_TOKENS,
+    check_block_lists,
     check_block_size,
     check_documents,
     check_key_range,
     check_lengths,
+    check_select,
     check_tokens,
     check_values,
 )
-from pyrx._checks import check_device, check_dtype, check_integer, check_shape, check_tensor, fail, is_read
+from pyrx._checks import check_device, check_dtype, check_integer, check_shape, fail, is_read
 from pyrx.reference import block_mask as reference
 
 if TYPE_CHECKING:
@@ -30,19 +32,11 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 ROW = "block_mask"
-
-
-def _check_block_lists(blocks: Tensor, kv_width: int, q_width: int) -> None:
-    op = "block_lists"
-    check_dtype(op, "blocks", blocks, torch.bool)
-    if blocks.dim() != 4:
-        fail(op, "blocks", "of shape [B or 1, H or 1, NQ, NK]", list(blocks.shape))
-    check_integer(op, "kv_width", kv_width, 0, blocks.shape[3])
-    check_integer(op, "q_width", q_width, 0, blocks.shape[2])
+_OR_WHOLE = "mask.whole() drops the rule of elements"
 
 
 def _block_lists_fake(blocks: Tensor, kv_width: int, q_width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_block_lists(blocks, kv_width, q_width)
+    check_block_lists(blocks, kv_width, q_width)
     batch, heads, queries, keys = blocks.shape
 
     def empty(*shape: int) -> Tensor:
@@ -51,29 +45,8 @@ def _block_lists_fake(blocks: Tensor, kv_width: int, q_width: int) -> tuple[Tens
     return empty(queries), empty(queries, kv_width), empty(keys), empty(keys, q_width)
 
 
-def _check_select(scores: Tensor, count: Tensor | None, mass: float, always: Tensor | None) -> None:
-    op = "select_blocks"
-    check_dtype(op, "scores", scores, torch.float32)
-    if scores.dim() != 4:
-        fail(op, "scores", "of shape [B, H, NQ, NK]", list(scores.shape))
-    if count is not None:
-        check_dtype(op, "count", count, torch.int32)
-        shape = list(count.shape)
-        if len(shape) != 3 or any(shape[i] not in (1, scores.shape[i]) for i in range(3)):
-            fail(op, "count", f"of shape [B or 1, H or 1, NQ or 1] of scores of {list(scores.shape)}", shape)
-        check_device(op, "count", count, scores.device)
-    elif not 0 <= mass <= 1:
-        fail(op, "mass", "in [0, 1]", mass)
-    if always is not None:
-        check_dtype(op, "always", always, torch.bool)
-        shape = list(always.shape)
-        if len(shape) != 4 or any(shape[i] not in (1, scores.shape[i]) for i in range(4)):
-            fail(op, "always", f"of a shape that broadcasts to the scores' {list(scores.shape)}", shape)
-        check_device(op, "always", always, scores.device)
-
-
 def _select_fake(scores: Tensor, count: Tensor | None, mass: float, always: Tensor | None) -> Tensor:
-    _check_select(scores, count, mass, always)
+    check_select(scores, count, mass, always)
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
@@ -95,7 +68,7 @@ def block_lists(
     and `q_width` of a column are listed, the first ones, in ascending order, then zeros."""
     chosen = select(ROW, blocks.device.type, torch.float32, backend)
     if chosen == "reference":
-        _check_block_lists(blocks, kv_width, q_width)
+        check_block_lists(blocks, kv_width, q_width)
         return reference.block_lists(blocks, kv_width, q_width)
     return _library.namespace(chosen).block_lists(blocks, kv_width, q_width)
 
@@ -115,7 +88,7 @@ def select_blocks(
     """
     chosen = select(ROW, scores.device.type, torch.float32, backend)
     if chosen == "reference":
-        _check_select(scores, count, mass, always)
+        check_select(scores, count, mass, always)
         return reference.select_blocks(scores, count, mass, always)
     return _library.namespace(chosen).select_blocks(scores, count, float(mass), always)
 
@@ -131,15 +104,21 @@ class BlockMask:
         block_size: (queries, keys) of a block, each 16, 32, 64 or 128.
         seq_lengths: (Sq, Sk); the last blocks may be partly outside.
         key_range: int32 (B or 1, Sq, 2) or None: the first key that a query may see and the one after the last.
+        window: (left, right): how many keys before its own position a query may see, and after; -1 without limit.
 
     Its static methods build it on the device, without a tensor of (Sq, Sk) and without waiting for a GPU. They take
     `seq_lengths` as (Sq, Sk), or an int for both, and `block_size` as (queries, keys), or an int for both, default
-    128. Where blocks cover a rule of elements they are those with a pair of positions that it allows: the attention
-    gets the rule itself by is_causal=, window= or key_mask=, but for key_range, which the mask brings.
+    128.
 
-    Masks combine by &, | and ~, of the same seq_lengths and block_size, broadcast over batch and heads: & meets
-    key_ranges, | and ~ take none. They are pytrees, and go through torch.compile (which needs ~mask spelled
-    mask.__invert__()), pickle, deepcopy and torch.save.
+    key_range and window are the mask's rule of elements: attention keeps to it within the blocks, as to is_causal= and
+    window= of its own, and counts positions alike. `causal`, `sliding_window`, `document` and `from_key_range` bring
+    theirs and are exact; the other patterns are of whole blocks, those with a pair of positions that they allow.
+
+    Masks combine by &, | and ~, of the same seq_lengths and block_size, broadcast over batch and heads, and what they
+    give is exact or an error: & meets both rules; | takes masks of one and the same window, ~ those without one, and
+    neither a key_range. `whole()` drops the rule: `sliding_window(...).whole() | global_tokens(...)` is of whole
+    blocks, and `(...) & causal(...)` causal again. Masks are pytrees, and go through torch.compile (which needs ~mask
+    spelled mask.__invert__()), pickle, deepcopy and torch.save.
 
     Raises:
         ValueError: from every method, shapes, block sizes, values out of range. TypeError: types and dtypes.
@@ -153,6 +132,7 @@ class BlockMask:
     block_size: tuple[int, int]
     seq_lengths: tuple[int, int]
     key_range: Tensor | None
+    window: tuple[int, int]
 
     def __init__(
         self,
@@ -163,10 +143,12 @@ class BlockMask:
         block_size: tuple[int, int],
         seq_lengths: tuple[int, int],
         key_range: Tensor | None = None,
+        window: tuple[int, int] = NO_WINDOW,
     ) -> None:
         self.kv_counts, self.kv_indices = kv_counts, kv_indices
         self.q_counts, self.q_indices = q_counts, q_indices
-        self.block_size, self.seq_lengths, self.key_range = block_size, seq_lengths, key_range
+        self.block_size, self.seq_lengths = block_size, seq_lengths
+        self.key_range, self.window = key_range, window
 
     @property
     def lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,10 +166,11 @@ class BlockMask:
         return batch, heads, rows, self.q_counts.shape[-1]
 
     def __repr__(self) -> str:
-        ranges = "" if self.key_range is None else ", key_range"
+        rule = "" if self.window == NO_WINDOW else f", window={self.window}"
+        rule += "" if self.key_range is None else ", key_range"
         return (
             f"BlockMask({list(self.shape)} blocks of {self.block_size[0]} x {self.block_size[1]}, "
-            f"seq_lengths={self.seq_lengths}{ranges}, device={self.device})"
+            f"seq_lengths={self.seq_lengths}{rule}, device={self.device})"
         )
 
     @staticmethod
@@ -220,7 +203,7 @@ class BlockMask:
             check_device(op, "key_range", key_range, blocks.device)
             if 1 not in (key_range.shape[0], blocks.shape[0]):
                 check_shape(op, "key_range", key_range, "[B or 1, Sq, 2]", [blocks.shape[0], lengths[0], 2])
-        return _of(blocks, lengths, size, key_range, backend)
+        return _of(blocks, lengths, size, key_range, backend=backend)
 
     @staticmethod
     def from_lists(
@@ -273,7 +256,7 @@ class BlockMask:
         op = "BlockMask.from_key_range"
         size, lengths = check_block_size(op, block_size), check_lengths(op, seq_lengths)
         check_key_range(op, key_range, lengths[0])
-        return _of(patterns.range_blocks(key_range, lengths, size), lengths, size, key_range, backend)
+        return _of(patterns.range_blocks(key_range, lengths, size), lengths, size, key_range, backend=backend)
 
     @staticmethod
     def causal(
@@ -283,12 +266,12 @@ class BlockMask:
         device: torch.device | str | None = None,
         backend: str | None = None,
     ) -> BlockMask:
-        """The blocks with a key at or before a query: what is_causal=True reaches, which is to be passed as well.
+        """Of the keys at or before each query's position, counted from the first key as is_causal=True counts. Exact.
 
-        Without it attention is not causal: a query sees the later keys of its own block.
+        `causal(...).whole()` lets a query see the later keys of its own block.
         """
         size, lengths = check_block_size("BlockMask.causal", block_size), check_lengths("BlockMask.causal", seq_lengths)
-        return _of(patterns.window_blocks(lengths, size, UNLIMITED, 0, device), lengths, size, None, backend)
+        return _of_window(lengths, size, (UNLIMITED, 0), device, backend)
 
     @staticmethod
     def sliding_window(
@@ -300,15 +283,13 @@ class BlockMask:
         device: torch.device | str | None = None,
         backend: str | None = None,
     ) -> BlockMask:
-        """The blocks that the attention's window= (and is_causal=) reaches, which is to be passed as well: without it a
-        query sees its blocks whole.
+        """Of the keys near each query's position, as the attention's window= (and is_causal=) counts them. Exact.
 
         `window`: this many keys on each side of a query's position, or (left, right) of them, -1 without limit.
         """
         op = "BlockMask.sliding_window"
         size, lengths = check_block_size(op, block_size), check_lengths(op, seq_lengths)
-        left, right = window_of(op, window, is_causal)
-        return _of(patterns.window_blocks(lengths, size, left, right, device), lengths, size, None, backend)
+        return _of_window(lengths, size, window_of(op, window, is_causal), device, backend)
 
     @staticmethod
     def global_tokens(
@@ -334,11 +315,11 @@ class BlockMask:
             if lengths != (flags.shape[-1], flags.shape[-1]):
                 fail(op, "seq_lengths", f"of tokens of shape {list(tokens.shape)}, the same twice", list(lengths))
             rows, columns = (patterns.touched_blocks(flags, each) for each in size)
-            return _of((rows[:, :, None] | columns[:, None])[:, None], lengths, size, None, backend)
+            return _of((rows[:, :, None] | columns[:, None])[:, None], lengths, size, backend=backend)
         check_integer(op, "tokens", tokens, 0, MOST_TOKENS)
         lengths = check_lengths(op, seq_lengths)
         query, key = patterns.first_tokens(lengths, size, device)
-        return _of(((query < tokens) | (key < tokens))[None, None], lengths, size, None, backend)
+        return _of(((query < tokens) | (key < tokens))[None, None], lengths, size, backend=backend)
 
     @staticmethod
     def strided(
@@ -355,8 +336,8 @@ class BlockMask:
 
         A block of queries i attends to the blocks of keys j with `abs(i - j) < local`, and to those at every
         `stride`-th distance, (i - j) % stride == 0; or, with `summary` c > 0, to the last c of every `stride` blocks
-        of keys, j % stride >= stride - c ("fixed"). Both directions: causal models pass is_causal=True, and
-        `& causal` drops the blocks that it hides.
+        of keys, j % stride >= stride - c ("fixed"). Whole blocks in both directions: causal models take
+        `& BlockMask.causal(...)`.
 
         Source: Child et al., "Generating Long Sequences with Sparse Transformers" (2019).
         """
@@ -366,7 +347,7 @@ class BlockMask:
         check_integer(op, "local", local, 0, MOST_TOKENS)
         check_integer(op, "summary", summary, 0, stride)
         blocks = patterns.strided_blocks(lengths, size, stride, local, summary, device)
-        return _of(blocks, lengths, size, None, backend)
+        return _of(blocks, lengths, size, backend=backend)
 
     @staticmethod
     def document(
@@ -407,7 +388,7 @@ class BlockMask:
         if packed.shape[1] == 0:
             packed = keys = packed.new_zeros(packed.shape[0], 1)
         key_range = patterns.document_ranges(packed, keys, both[0])
-        return _of(patterns.range_blocks(key_range, both, size), both, size, key_range, backend)
+        return _of(patterns.range_blocks(key_range, both, size), both, size, key_range, backend=backend)
 
     @staticmethod
     def key_blocks(
@@ -430,15 +411,15 @@ class BlockMask:
             fail(op, "seq_lengths", f"of regions of {flags.shape[-1]} keys", list(lengths))
         rows, columns = patterns.blocks_of(lengths, size)
         blocks = patterns.touched_blocks(flags, size[1])[:, None, None].expand(flags.shape[0], 1, rows, columns)
-        return _of(blocks, lengths, size, None, backend)
+        return _of(blocks, lengths, size, backend=backend)
 
     @staticmethod
     def from_flex(mask: FlexBlockMask, *, partial: str | None = None, backend: str | None = None) -> BlockMask:
         """Of FlexAttention's, its partial and full blocks.
 
         What its mask_mod does inside partial blocks does not come along. A mask that has one other than noop_mask is
-        refused unless `partial="whole"`: its partial blocks then become whole ones, and is_causal=, window=,
-        key_mask= or `& BlockMask.from_key_range(...)` bring the rule back.
+        refused unless `partial="whole"`: its partial blocks then become whole ones, and `& BlockMask.causal(...)`,
+        `& BlockMask.from_key_range(...)` or key_mask= bring the rule back.
         """
         from pyrx import _block_flex  # here, as it loads FlexAttention
 
@@ -447,10 +428,10 @@ class BlockMask:
         return BlockMask.from_dense(blocks, lengths, size, backend=backend)  # type: ignore[arg-type]
 
     def to_flex(self) -> FlexBlockMask:
-        """FlexAttention's, with a mask_mod that knows blocks, key_range and lengths, in eager mode too."""
+        """FlexAttention's, with a mask_mod that knows blocks, window, key_range and lengths, in eager mode too."""
         from pyrx import _block_flex
 
-        return _block_flex.flex_of_blocks(self.to_dense(), self.block_size, self.seq_lengths, self.key_range)
+        return _block_flex.flex_of_mask(self)
 
     def plot(self, batch: int = 0, most_heads: int = 16) -> Figure:
         """A matplotlib Figure: a panel a head, dark where blocks are listed. Waits for the GPU."""
@@ -476,7 +457,7 @@ class BlockMask:
         return reference.dense_blocks(self.kv_counts, self.kv_indices, self.shape[3])
 
     def density(self) -> Tensor:
-        """The share of blocks that are listed, a float32 scalar on the device."""
+        """The share of blocks that are listed, a float32 scalar on the device; one that a rule cuts counts whole."""
         blocks = self.kv_counts.numel() * self.shape[3]
         return self.kv_counts.sum(dtype=torch.int64).float() / max(blocks, 1)
 
@@ -501,7 +482,11 @@ class BlockMask:
             return counts, indices.expand(*lead, *indices.shape[2:]).contiguous()
 
         kv, q = listed(self.kv_counts, self.kv_indices), listed(self.q_counts, self.q_indices)
-        return BlockMask(*kv, *q, self.block_size, self.seq_lengths, self.key_range)
+        return BlockMask(*kv, *q, self.block_size, self.seq_lengths, self.key_range, self.window)
+
+    def whole(self) -> BlockMask:
+        """Its blocks without a rule of elements: queries see all keys of the blocks listed."""
+        return BlockMask(*self.lists, self.block_size, self.seq_lengths)
 
     def __and__(self, other: BlockMask) -> BlockMask:
         if not isinstance(other, BlockMask):
@@ -512,19 +497,29 @@ class BlockMask:
         if first is not None and second is not None:
             first, second = torch.broadcast_tensors(first, second)
             both = torch.stack([torch.maximum(first, second)[..., 0], torch.minimum(first, second)[..., 1]], -1)
-        return _of(self.to_dense() & other.to_dense(), self.seq_lengths, self.block_size, both)
+        return _of(self.to_dense() & other.to_dense(), *self._geometry, both, meet(self.window, other.window))
 
     def __or__(self, other: BlockMask) -> BlockMask:
         if not isinstance(other, BlockMask):
             return NotImplemented
-        self._check_like("BlockMask |", other)
-        for each in (self, other):
-            each._check_no_range("BlockMask |")
-        return _of(self.to_dense() | other.to_dense(), self.seq_lengths, self.block_size)
+        op = "BlockMask |"
+        self._check_like(op, other)
+        self._check_no_range(op)
+        other._check_no_range(op)
+        if self.window != other.window:
+            fail(op, "other", f"of the same window {self.window} ({_OR_WHOLE})", other.window)
+        return _of(self.to_dense() | other.to_dense(), *self._geometry, window=self.window)
 
     def __invert__(self) -> BlockMask:
-        self._check_no_range("BlockMask ~")
-        return _of(~self.to_dense(), self.seq_lengths, self.block_size)
+        op = "BlockMask ~"
+        self._check_no_range(op)
+        if self.window != NO_WINDOW:
+            fail(op, "mask", f"without a window ({_OR_WHOLE})", self.window)
+        return _of(~self.to_dense(), *self._geometry)
+
+    @property
+    def _geometry(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return self.seq_lengths, self.block_size
 
     def _check_like(self, op: str, other: BlockMask) -> None:
         check_device(op, "other", other.kv_counts, self.device)
@@ -540,7 +535,7 @@ class BlockMask:
 
     def _check_no_range(self, op: str) -> None:
         if self.key_range is not None:
-            fail(op, "masks", "without a key_range, whose rule for elements it cannot keep", "one that has it")
+            fail(op, "masks", f"without a key_range ({_OR_WHOLE})", "one that has it")
 
 
 def _of(
@@ -548,11 +543,24 @@ def _of(
     lengths: tuple[int, int],
     size: tuple[int, int],
     key_range: Tensor | None = None,
+    window: tuple[int, int] = NO_WINDOW,
     backend: str | None = None,
 ) -> BlockMask:
     """Of checked bool blocks ([B or 1, H or 1,] NQ, NK)."""
     blocks = blocks[(None,) * (4 - blocks.dim())]
-    return BlockMask(*block_lists(blocks, blocks.shape[3], blocks.shape[2], backend), size, lengths, key_range)
+    lists = block_lists(blocks, blocks.shape[3], blocks.shape[2], backend)
+    return BlockMask(*lists, size, lengths, key_range, window)
+
+
+def _of_window(
+    lengths: tuple[int, int],
+    size: tuple[int, int],
+    window: tuple[int, int],
+    device: torch.device | str | None,
+    backend: str | None,
+) -> BlockMask:
+    blocks = patterns.window_blocks(lengths, size, *window, device)
+    return _of(blocks, lengths, size, window=window, backend=backend)
 
 
 _TENSORS = ("kv_counts", "kv_indices", "q_counts", "q_indices", "key_range")
@@ -560,7 +568,7 @@ _TENSORS = ("kv_counts", "kv_indices", "q_counts", "q_indices", "key_range")
 
 def _flatten(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
     ranges = [] if mask.key_range is None else [mask.key_range]
-    return [*mask.lists, *ranges], (mask.block_size, mask.seq_lengths)
+    return [*mask.lists, *ranges], (mask.block_size, mask.seq_lengths, mask.window)
 
 
 def _flatten_with_keys(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
@@ -571,7 +579,9 @@ def _flatten_with_keys(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
 def _unflatten(tensors: Iterable[Any], context: tuple[Any, ...]) -> BlockMask:
     # no checks: trees hold anything in a tensor's place
     kv_counts, kv_indices, q_counts, q_indices, *ranges = tensors
-    return BlockMask(kv_counts, kv_indices, q_counts, q_indices, *context, *ranges)
+    block_size, seq_lengths, window = context
+    key_range = ranges[0] if ranges else None
+    return BlockMask(kv_counts, kv_indices, q_counts, q_indices, block_size, seq_lengths, key_range, window)
 
 
 pytree.register_pytree_node(
@@ -584,27 +594,3 @@ pytree.register_pytree_node(
     from_dumpable_context=lambda context: tuple(map(tuple, context)),
 )
 torch.serialization.add_safe_globals([BlockMask])
-
-
-def check_lists(op: str, lists: Iterable[Tensor], q_block: int, k_block: int, query: Tensor, key: Tensor) -> None:
-    """Of the lists of a mask: shapes and dtypes; the kernels pass over indices that are out of range."""
-    q_blocks, k_blocks = -(-query.shape[2] // q_block), -(-key.shape[2] // k_block)
-    kv_counts, kv_indices, q_counts, q_indices = lists
-    for side, counts, indices, rows in (
-        ("kv", kv_counts, kv_indices, q_blocks),
-        ("q", q_counts, q_indices, k_blocks),
-    ):
-        for name, each in ((f"{side}_counts", counts), (f"{side}_indices", indices)):
-            check_tensor(op, name, each)
-            check_dtype(op, name, each, torch.int32)
-            check_device(op, name, each, query.device)
-        shape = list(counts.shape)
-        if len(shape) != 3 or any(shape[i] not in (1, query.shape[i]) for i in (0, 1)) or shape[2] != rows:
-            fail(op, f"{side}_counts", f"of shape [B or 1, H or 1, {rows}] for a query of {list(query.shape)}", shape)
-        if indices.dim() != 4:
-            fail(op, f"{side}_indices", f"of shape {[*shape, 'W']}", list(indices.shape))
-        check_shape(op, f"{side}_indices", indices, "[..., W]", [*shape, indices.shape[3]])
-    if list(kv_counts.shape[:2]) != list(q_counts.shape[:2]):
-        fail(
-            op, "q_counts", f"of the leading dimensions of kv_counts {list(kv_counts.shape[:2])}", list(q_counts.shape)
-        )

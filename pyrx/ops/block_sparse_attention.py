@@ -19,6 +19,7 @@ from pyrx._attention import (
     window_of,
 )
 from pyrx._backends import select
+from pyrx._block_checks import check_lists
 from pyrx._checks import (
     accumulation_dtype,
     check_bool,
@@ -31,7 +32,7 @@ from pyrx._checks import (
 )
 from pyrx._linear import autocast, is_autocast, without_autocast
 from pyrx._random import LEVELS, check_seed, seed_tensor, threshold
-from pyrx.ops.block_mask import BlockMask, check_lists
+from pyrx.ops.block_mask import BlockMask
 from pyrx.reference import block_sparse_attention as reference
 
 ROW = "block_sparse_attention"
@@ -236,7 +237,7 @@ def prepare(
         query,
         is_causal=is_causal,
         window=window,
-        key_range=mask.key_range,
+        mask=mask,
         key_mask=key_mask,
         query_scale=query_scale,
         bias=bias,

@@ -82,8 +82,13 @@ def reach(
     return reachable, reachable & within(0, 0)
 
 
-def mask_of(blocks: Tensor, query: Tensor, key: Tensor, size: tuple[int, int], backend: str | None) -> BlockMask:
-    return BlockMask.from_dense(blocks, (query.shape[2], key.shape[2]), size, backend=backend_of("block_mask", backend))
+def mask_of(
+    blocks: Tensor, query: Tensor, key: Tensor, size: tuple[int, int], logits: Logits, backend: str | None
+) -> BlockMask:
+    """The blocks that were found, with the window and key_range of the logits."""
+    lengths, lists = (query.shape[2], key.shape[2]), backend_of("block_mask", backend)
+    found = BlockMask.from_dense(blocks, lengths, size, key_range=logits.key_range, backend=lists)
+    return BlockMask(*found.lists, size, lengths, found.key_range, (logits.left, logits.right))
 
 
 def products(query: Tensor, key: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrx import _block_patterns as patterns
-from pyrx._attention import window_of
-from pyrx._block_checks import check_block_size
+from pyrx._attention import meet, window_of
+from pyrx._block_checks import check_block_size, check_lists
 from pyrx._checks import (
     accumulation_dtype,
     check_bool,
@@ -21,10 +21,20 @@ from pyrx._checks import (
     check_shape,
     fail,
 )
+from pyrx._linear import without_autocast
 from pyrx.ops.block_mask import BlockMask, select_blocks
 from pyrx.ops.block_mass import block_mass, block_recall
 from pyrx.ops.block_sparse_attention import block_sparse_attention, check_mask
-from pyrx.search.common import MOST_INT, backend_of, check_inputs, check_share, logits_for, mask_of, reach
+from pyrx.search.common import (
+    MOST_INT,
+    backend_of,
+    check_inputs,
+    check_query_mask,
+    check_share,
+    logits_for,
+    mask_of,
+    reach,
+)
 
 
 def _check_text(op: str, text_tokens: object) -> tuple[int, int]:
@@ -63,6 +73,17 @@ def _always_of(
     rows, columns = (patterns.touched_blocks((position >= start) & (position < stop), each) for each in size)
     text = rows[:, None] | columns
     return text[None, None] if always is None else always | text
+
+
+def _check_within(op: str, within: object, query: Tensor, key: Tensor, size: tuple[int, int]) -> None:
+    if not isinstance(within, BlockMask):
+        fail(op, "within", "to be a pyrx.BlockMask", type(within).__name__, TypeError)
+    lengths = (query.shape[2], key.shape[2])
+    if tuple(within.seq_lengths) != lengths:
+        fail(op, "within", f"for the lengths (Sq, Sk) = {list(lengths)}", list(within.seq_lengths))
+    if tuple(within.block_size) != size:
+        fail(op, "within", f"of block_size {list(size)}", list(within.block_size))
+    check_lists(op, within.lists, *size, query, key)
 
 
 def _share(mass: Tensor, blocks: Tensor) -> Tensor:
@@ -106,6 +127,7 @@ def lse_cached(
     bias: Tensor | tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    within: BlockMask | None = None,
     backend: str | None = None,
 ) -> BlockMask:
     """AdaSpa's search: every row of blocks keeps those with the most attention, measured with a log-sum-exp at hand.
@@ -126,10 +148,12 @@ def lse_cached(
         recall_threshold: as many heads as recall more than this share of their attention at the given sparsity, but at
             most half, are made sparser, (1 + s) / 2, as many of the lowest recall denser, (3 s - 1) / 2. Default 0.8.
         is_causal, window, key_mask, query_scale, bias, scale, softcap: as in `pyrx.block_sparse_attention`.
+        within: `pyrx.BlockMask` of this block_size for these lengths, such as `pyrx.BlockMask.document`: the search is
+            among its blocks and under its rule of elements, and so is to be the lse. Default: none.
         backend: "reference", "cpu", "cuda" or "triton", in the steps that have it. Default: the fastest that can serve.
 
     Returns:
-        `pyrx.BlockMask` (B, H). No gradient.
+        `pyrx.BlockMask` (B, H), with the rule of elements of is_causal, window and `within`. No gradient.
 
     Equivalent to, with head_adaptive=False, a `topk` in each row of blocks of the sums over each block of
     `torch.exp(scale * query @ key.mT - lse[..., None])`.
@@ -149,6 +173,10 @@ def lse_cached(
     arXiv 2502.21079.
     """
     op = "search.lse_cached"
+    size = check_block_size(op, block_size)
+    if within is not None:
+        check_inputs(op, query, key)
+        _check_within(op, within, query, key, size)
     logits = logits_for(
         op,
         query,
@@ -160,17 +188,22 @@ def lse_cached(
         bias=bias,
         scale=scale,
         softcap=softcap,
+        mask=within,
     )
     check_dtype(op, "lse", lse, accumulation_dtype(query.dtype))
     check_shape(op, "lse", lse, "[B, H, Sq]", query.shape[:3])
     check_device(op, "lse", lse, query.device)
-    size = check_block_size(op, block_size)
     check_share(op, "sparsity", sparsity)
     check_share(op, "recall_threshold", recall_threshold)
     check_bool(op, head_adaptive=head_adaptive)
     kept = _always_of(op, always, text_tokens, query, key, size)
     mass = block_mass(query, key, lse, size, logits, backend_of("block_mass", backend)).float()
     reachable, diagonal = reach(query, key, size, logits.left, logits.right, key_mask)
+    if within is not None:
+        listed = within.to_dense()
+        if within.key_range is not None:
+            listed = listed & patterns.range_blocks(within.key_range, within.seq_lengths, size)
+        reachable, diagonal = reachable & listed, diagonal & listed
     kept = diagonal if kept is None else (kept | diagonal) & reachable
     candidates = reachable & ~kept
     scores = mass.masked_fill(~candidates, -torch.inf)
@@ -183,7 +216,16 @@ def lse_cached(
     blocks = select(float(sparsity))
     if head_adaptive and query.shape[1] > 1:
         blocks = select(head_sparsities(_share(mass, blocks), sparsity, recall_threshold)[..., None])
-    return mask_of(blocks, query, key, size, backend)
+    return mask_of(blocks, query, key, size, logits, backend)
+
+
+def _visible_mean(shares: Tensor, query_mask: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+    """Of shares (B, H, Sq) over the visible queries; 1 where there is none."""
+    if query_mask is None:
+        return shares.mean(dims)
+    visible = query_mask[:, None].expand_as(shares)
+    count = visible.sum(dims)
+    return torch.where(count > 0, torch.where(visible, shares, 0).sum(dims) / count.clamp(min=1), 1)
 
 
 @torch.no_grad()
@@ -200,45 +242,71 @@ def recall(
     bias: Tensor | tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    query_mask: Tensor | None = None,
+    within: BlockMask | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The share of the attention that a mask keeps, exactly, in one pass over all the logits.
+    """The share of the attention that a mask keeps, exactly, by its blocks and its rule of elements.
 
     Args:
         query, key: as in `lse_cached`.
         block_mask: `pyrx.BlockMask` for these lengths.
         per: "all": one number, the mean over queries; "head": (B, H); "query": (B, H, Sq). Default "all".
-        is_causal, window, key_mask, query_scale, bias, scale, softcap: as in `pyrx.block_sparse_attention`.
+        is_causal, window, key_mask, query_scale, bias, scale, softcap: as in `pyrx.block_sparse_attention`; they say
+            what the whole attention is.
+        query_mask: bool (B, Sq), False where a query is padding, which means leave out. Default: none.
+        within: `pyrx.BlockMask` of the same block sizes that says it too, such as `pyrx.BlockMask.document`. Default:
+            every block.
         backend: as in `lse_cached`.
 
     Returns:
-        Shares in [0, 1], float32 (float64 for float64); of a query that sees no key, 1. No gradient.
+        Shares in [0, 1], float32 (float64 for float64); of a query that sees no key, or is padding, 1. No gradient.
 
-    Cost: 2 D operations and an exponential a pair of positions and head; O(Sq + NQ NK) memory.
+    Cost: 2 D operations and an exponential a pair of positions and head, and as many again a pair that the mask keeps
+    where its rule of elements is narrower than the arguments' or `within` is given; O(Sq + NQ NK) memory.
 
     Raises: as `lse_cached`.
 
-    Equivalent to summing softmax(logits) over the mask's blocks.
+    Equivalent to summing softmax(logits) over the pairs that the mask lets see each other.
     """
     op = "search.recall"
     check_choice(op, "per", per, ("all", "head", "query"))
     check_inputs(op, query, key)
     mask = check_mask(op, block_mask, query, key)
-    logits = logits_for(
-        op,
-        query,
-        key,
-        is_causal=is_causal,
-        window=window,
-        key_range=mask.key_range,
-        key_mask=key_mask,
-        query_scale=query_scale,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-    )
-    shares = block_recall(query, key, mask.to_dense(), mask.block_size, logits, backend_of("block_mass", backend))
-    return shares if per == "query" else shares.mean(-1) if per == "head" else shares.mean()
+    check_query_mask(op, query, query_mask)
+    arguments: dict[str, Any] = {
+        "is_causal": is_causal,
+        "window": window,
+        "key_mask": key_mask,
+        "query_scale": query_scale,
+        "bias": bias,
+        "scale": scale,
+        "softcap": softcap,
+    }
+    logits = logits_for(op, query, key, **arguments)
+    if within is not None:
+        _check_within(op, within, query, key, mask.block_size)
+    limits = (logits.left, logits.right)
+    if within is None and mask.key_range is None and meet(limits, mask.window) == limits:
+        shares = block_recall(query, key, mask.to_dense(), mask.block_size, logits, backend_of("block_mass", backend))
+    else:
+        chosen = backend_of("block_sparse_attention", backend)
+        value = key.new_zeros((*key.shape[:3], 1))
+
+        def lse_of(own: BlockMask | None) -> Tensor:
+            with without_autocast(query.device.type):
+                found = block_sparse_attention(
+                    query, key, value, own, return_lse=True, enable_gqa=True, backend=chosen, **arguments
+                )
+            return found[1]
+
+        whole = lse_of(within)
+        # minus infinity less itself is NaN
+        shares = (lse_of(mask if within is None else mask & within) - whole).exp().clamp(max=1)
+        shares = torch.where(whole == -torch.inf, 1, shares)
+    if per == "query":
+        return shares if query_mask is None else torch.where(query_mask[:, None], shares, 1)
+    return _visible_mean(shares, query_mask, (-1,) if per == "head" else (0, 1, 2))
 
 
 class AdaptiveSparseAttention(nn.Module):
@@ -334,8 +402,18 @@ class AdaptiveSparseAttention(nn.Module):
             f"{name}={value}" for name, value in self.search_options.items()
         )
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, step: int, *, key_mask: Tensor | None = None) -> Any:
-        """(B, H, Sq, Dv) of query, key and value as in `pyrx.block_sparse_attention`; `step` counts from 1."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        step: int,
+        *,
+        key_mask: Tensor | None = None,
+        within: BlockMask | None = None,
+    ) -> Any:
+        """(B, H, Sq, Dv) of query, key and value as in `pyrx.block_sparse_attention`; `step` counts from 1. `within` as
+        in `lse_cached`: what dense steps attend to as well."""
         op = "search.AdaptiveSparseAttention"
         check_integer(op, "step", step, 1, MOST_INT)
         check_inputs(op, query, key)
@@ -345,15 +423,17 @@ class AdaptiveSparseAttention(nn.Module):
         arguments = {**self.logits, "key_mask": key_mask}
         search = step in self.search_steps or (step > self.warmup and self.block_mask is None)
         if step <= self.warmup or self.block_mask is None:
-            found: Any = block_sparse_attention(query, key, value, enable_gqa=True, return_lse=search, **arguments)
+            found: Any = block_sparse_attention(
+                query, key, value, within, enable_gqa=True, return_lse=search, **arguments
+            )
             if not search:
                 return found
             out, lse = found
             self.lse = lse.detach()
-            self.block_mask = lse_cached(query, key, lse, **self.search_options, **arguments)
+            self.block_mask = lse_cached(query, key, lse, within=within, **self.search_options, **arguments)
             return out
         if search and self.lse is not None:
-            self.block_mask = lse_cached(query, key, self.lse, **self.search_options, **arguments)
+            self.block_mask = lse_cached(query, key, self.lse, within=within, **self.search_options, **arguments)
         return block_sparse_attention(query, key, value, self.block_mask, enable_gqa=True, **arguments)
 
     def _fits(self, query: Tensor, key: Tensor) -> bool:

@@ -77,7 +77,7 @@ def pooled(
         mass: a row keeps the longest run of its most probable blocks whose probabilities sum to at most this share, one
             at least. Default 0.98.
         topk: instead of `mass`, the share of the blocks in reach that a row keeps, one at least. Default: none.
-        is_causal: as in `pyrx.block_sparse_attention`, and to be passed to both. Default False.
+        is_causal: as in `pyrx.block_sparse_attention`; the mask brings it there. Default False.
         key_mask: bool (B, Sk), False where a key is hidden: it takes no part in means, scores or places, and blocks
             without another are dropped. To be passed to both. Default: none.
         query_mask: bool (B, Sq), False where a query is padding: the same, for queries. Default: none.
@@ -117,7 +117,7 @@ def pooled(
     count = None if topk is None else (topk * reachable.sum(-1)).round().clamp(min=1).to(torch.int32)
     kept = torch.where(q_alike & k_alike, diagonal, reachable)
     blocks = select_blocks(scores, count, mass, kept, backend_of("block_mask", backend))
-    return mask_of(blocks, query, key, size, backend)
+    return mask_of(blocks, query, key, size, logits, backend)
 
 
 def _last_probabilities(
@@ -186,7 +186,7 @@ def vertical_slash(
         vertical: how many keys are chosen, the first 30 among them. Default 1000.
         slash: how many distances from query to key are chosen, the nearest 100 among them. Default 6096. The defaults
             are MInference's, for sequences of 100 000 tokens; scattered keys cost a whole column of blocks each here.
-        is_causal: as in `pyrx.block_sparse_attention`, and to be passed to both. Default False.
+        is_causal: as in `pyrx.block_sparse_attention`; the mask brings it there. Default False.
         key_mask: bool (B, Sk), False where a key is hidden: it takes no part in means, scores or places, and blocks
             without another are dropped. To be passed to both. Default: none.
         query_mask: bool (B, Sq), False where a query is padding: the same, for queries. Default: none.
@@ -213,7 +213,7 @@ def vertical_slash(
     (queries, keys), device = (query.shape[2], key.shape[2]), query.device
     reachable, diagonal = reach(query, key, size, logits.left, logits.right, key_mask, query_mask)
     if queries == 0 or keys == 0:
-        return mask_of(reachable.expand(*query.shape[:2], -1, -1), query, key, size, backend)
+        return mask_of(reachable.expand(*query.shape[:2], -1, -1), query, key, size, logits, backend)
     last = min(last_queries, queries)
     probabilities, visible, first_query = _last_probabilities(query, key, last, logits, query_mask)
     # sums are at most `last`: the ones that always take part are above, the first and nearest most
@@ -240,7 +240,7 @@ def vertical_slash(
         return before.gather(-1, places).unflatten(-1, end.shape[1:])
 
     blocks = blocks | (chosen_before(high) > chosen_before(low))
-    return mask_of(blocks & reachable | diagonal, query, key, size, backend)
+    return mask_of(blocks & reachable | diagonal, query, key, size, logits, backend)
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ def topk_blocks(
         topk: how many blocks a row keeps, local and initial ones among them. Default 16.
         local: how many blocks up to the queries' own are always kept (not causal: on both sides). Default 1.
         initial: how many of the first blocks are always kept. Default 1.
-        is_causal: as in `pyrx.block_sparse_attention`, and to be passed to both. Default False.
+        is_causal: as in `pyrx.block_sparse_attention`; the mask brings it there. Default False.
         key_mask: bool (B, Sk), False where a key is hidden: it takes no part in means, scores or places, and blocks
             without another are dropped. To be passed to both. Default: none.
         query_mask: bool (B, Sq), False where a query is padding: the same, for queries. Default: none.
@@ -326,4 +326,4 @@ def topk_blocks(
     scores = scores.masked_fill(~reachable, -torch.inf).masked_fill(forced, torch.inf)
     count = torch.full((1, 1, 1), topk, dtype=torch.int32, device=device)
     blocks = select_blocks(scores, count, always=forced, backend=backend_of("block_mask", backend))
-    return mask_of(blocks.repeat_interleave(query.shape[1] // max(heads, 1), 1), query, key, size, backend)
+    return mask_of(blocks.repeat_interleave(query.shape[1] // max(heads, 1), 1), query, key, size, logits, backend)

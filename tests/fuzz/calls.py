@@ -122,7 +122,7 @@ class Outcome:
 
 def _mask_leaves(mask: pyrx.BlockMask) -> list[Any]:
     """Without what lies past the counts, which says nothing."""
-    leaves: list[Any] = [mask.block_size, mask.seq_lengths, mask.key_range]
+    leaves: list[Any] = [mask.block_size, mask.seq_lengths, mask.key_range, mask.window]
     for counts, indices in ((mask.kv_counts, mask.kv_indices), (mask.q_counts, mask.q_indices)):
         listed = torch.arange(indices.shape[-1]) < counts[..., None]
         leaves += [counts, torch.where(listed, indices, -1)]
