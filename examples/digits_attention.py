@@ -56,10 +56,9 @@ class Attention(nn.Module):
         query, key, value = self.qkv(tokens).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         if self.method.startswith("dense"):
             mixed = F.scaled_dot_product_attention(query, key, value)
-        elif self.method.startswith("sliding"):
-            mixed = pyrx.block_sparse_attention(query, key, value, self.block_mask, window=WINDOW)
         else:
-            self.block_mask = pyrx.search.topk_blocks(query, key, block_size=BLOCK, topk=KEPT)
+            if self.method.startswith("searched"):
+                self.block_mask = pyrx.search.topk_blocks(query, key, block_size=BLOCK, topk=KEPT)
             mixed = pyrx.block_sparse_attention(query, key, value, self.block_mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 

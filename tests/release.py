@@ -35,7 +35,7 @@ x, y = torch.ones(2, 8), torch.tensor([0, 2])
 loss: torch.Tensor = pyrx.multi_sample_dropout_cross_entropy(x, head.weight, y, num_samples=4, p=[0.1, 0.2, 0.3, 0.4])
 images, target = pyrx.cutmix(torch.ones(2, 3, 8, 8), torch.arange(2))
 mixed: pyrx.MixedTarget = target
-mask: pyrx.BlockMask = pyrx.BlockMask.causal(256) | pyrx.BlockMask.sliding_window(256, 64)
+mask: pyrx.BlockMask = pyrx.BlockMask.causal(256) & pyrx.BlockMask.sliding_window(256, 64)
 step = pyrx.optim.MaskedAdamW(head.parameters(), lr=1e-3)
 typing_extensions.assert_type(pyrx.dropout(x, 0.5), torch.Tensor)
 typing_extensions.assert_type(pyrx.nm_compress(x, 2, 4), pyrx.NMPacked)

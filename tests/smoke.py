@@ -96,7 +96,7 @@ def heads():
 
 
 def lists():
-    mask = pyrx.BlockMask.sliding_window(128, 40, 32, device=DEVICE) | pyrx.BlockMask.from_dense(
+    mask = pyrx.BlockMask.sliding_window(128, 40, 32, device=DEVICE).whole() | pyrx.BlockMask.from_dense(
         uniform(1, 2, 4, 4) > 0.5, 128, 32
     )
     return [mask.to_dense(), mask.density()]

@@ -23,6 +23,7 @@ def test_causal_and_windows(lengths, size):
     mask = BlockMask.causal(lengths, size)
     assert_lists(mask)
     assert torch.equal(mask.to_dense()[0, 0], covered(k <= q, size))
+    assert torch.equal(elements_of(mask)[0, 0], k <= q)
     for left, right in ((0, 0), (5, 0), (0, 7), (40, -1), (-1, 70), (-1, -1), (1000, 1000)):
         allowed = torch.ones(lengths, dtype=torch.bool)
         if left >= 0:
@@ -32,8 +33,10 @@ def test_causal_and_windows(lengths, size):
         mask = BlockMask.sliding_window(lengths, (left, right), size)
         assert_lists(mask)
         assert torch.equal(mask.to_dense()[0, 0], covered(allowed, size))
+        assert torch.equal(elements_of(mask)[0, 0], allowed)
         mask = BlockMask.sliding_window(lengths, (left, right), size, is_causal=True)
-        assert torch.equal(mask.to_dense()[0, 0], covered(allowed & (k <= q) if right != 0 else allowed, size))
+        assert torch.equal(mask.to_dense()[0, 0], covered(allowed & (k <= q), size))
+        assert torch.equal(elements_of(mask)[0, 0], allowed & (k <= q))
 
 
 @each_size

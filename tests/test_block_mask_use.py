@@ -24,6 +24,7 @@ def some_masks():
     yield "dense", BlockMask.from_dense(random_blocks(2, 3, 4, 5), (256, 320), 64)
     yield "ragged", BlockMask.from_dense(random_blocks(1, 3, 3, 2), (300, 200), 128)
     yield "causal", BlockMask.causal(256)
+    yield "window of documents", BlockMask.document([100, 57], 32) & BlockMask.sliding_window(157, (40, 3), 32)
     yield "documents", BlockMask.document([100, 57, 99], (64, 128))
     yield (
         "batch of documents",
@@ -159,7 +160,9 @@ def builders(lengths):
         "document": lambda x: BlockMask.document(x["documents"], 32, seq_lengths=lengths),
         "key_blocks": lambda x: BlockMask.key_blocks(x["tokens"], block_size=32),
         "and": lambda x: BlockMask.causal(lengths, 32) & BlockMask.from_key_range(x["key_range"], lengths, 32),
-        "or": lambda x: BlockMask.causal(lengths, 32).__invert__() | BlockMask.from_dense(x["blocks"], lengths, 32),
+        "or": lambda x: (
+            BlockMask.causal(lengths, 32).whole().__invert__() | BlockMask.from_dense(x["blocks"], lengths, 32)
+        ),
         "keep_heads": lambda x: BlockMask.from_dense(x["blocks"], lengths, 32).keep_heads(x["keep"]),
     }
 

@@ -93,7 +93,7 @@ def builders(device):
         "strided": lambda: BlockMask.strided(1250, 3, 64, device=device),
         "document": lambda: BlockMask.document(documents, 64, seq_lengths=1250),
         "key_blocks": lambda: BlockMask.key_blocks(tokens, block_size=64),
-        "combined": lambda: ~(BlockMask.from_dense(blocks, 1250, 64) & BlockMask.causal(1250, 64, device=device)),
+        "combined": lambda: ~BlockMask.from_dense(blocks, 1250, 64) & BlockMask.causal(1250, 64, device=device),
         "keep_heads": lambda: BlockMask.from_dense(blocks, 1250, 64).keep_heads(keep),
     }
 

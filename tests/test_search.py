@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from masks import elements_of
 from planted import by_blocks, dense_logits, inputs, lse_of, near_diagonal, planted, random_blocks, touched
 
 import pyrx
@@ -367,10 +368,123 @@ def test_recall_is_the_share_of_the_attention(backend, options):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_recall_minds_the_key_range():
+def shares_of(query, key, kept, whole, query_mask=None, **options):
+    """{per: recall} of what is kept of the whole attention, bool that broadcast to (B, H, Sq, Sk)."""
+    p = torch.softmax(dense_logits(query, key, **options).masked_fill(~whole, -math.inf), -1)
+    shares = torch.where(kept & whole, p, 0).sum(-1)
+    shares[p.isnan().any(-1)] = 1
+    visible = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool) if query_mask is None else query_mask
+    heads = torch.stack([each[:, seen].mean(-1) for each, seen in zip(shares, visible, strict=True)])
+    return {
+        "query": torch.where(visible[:, None], shares, 1).float(),
+        "head": heads.float(),
+        "all": shares[visible[:, None].expand_as(shares)].mean().float(),
+    }
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["causal", "window", "documents", "blocks under causal", "documents within", "within"])
+def test_recall_minds_the_rule_of_elements(backend, name, padded):
+    """Of the mask alone: what the whole attention is, arguments and `within` say."""
+    query, key = inputs(queries=150, keys=150)
+    size = (32, 16)
+    causal, window = pyrx.BlockMask.causal(150, size), pyrx.BlockMask.sliding_window(150, (20, 7), size)
+    documents = pyrx.BlockMask.document([40, 100, 10], size)
+    blocks = pyrx.BlockMask.from_dense(torch.rand(2, 4, 5, 10) < 0.5, 150, size)
+    few = pyrx.BlockMask.from_dense(torch.rand(2, 1, 5, 10) < 0.7, 150, size)
+    mask, options, within = {
+        "causal": (causal, {}, None),
+        "window": (window, {"is_causal": True}, None),
+        "documents": (documents, {}, None),
+        "blocks under causal": (blocks & causal, {"is_causal": True}, None),
+        "documents within": (window, {"scale": 0.5}, documents),
+        "within": (blocks, {}, few & causal),
+    }[name]
+    query_mask = None
+    if padded:
+        query_mask = torch.rand(2, 150) < 0.7
+        query_mask[1, :100] = False
+    every = torch.ones(1, 1, 150, 150, dtype=torch.bool)
+    whole = every if within is None else elements_of(within)
+    expected = shares_of(query, key, elements_of(mask), whole, query_mask, **options)
+    assert 0.02 < expected["all"] < 0.98
+    for per in ("query", "head", "all"):
+        got = search.recall(query, key, mask, per=per, query_mask=query_mask, within=within, backend=backend, **options)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected[per], rtol=1e-4, atol=1e-5)
+
+
+def test_recall_of_nothing_but_padding():
     query, key = inputs(queries=64, keys=64)
-    key_range = torch.tensor([[[0, 40]]], dtype=torch.int32).expand(1, 64, 2).contiguous()
-    mask = pyrx.BlockMask.from_dense(torch.tensor([[True, False], [False, True]]), (64, 64), 32, key_range=key_range)
-    p = torch.softmax(dense_logits(query, key[:, :, :40]), -1)
-    expected = torch.cat([p[:, :, :32, :32], torch.nn.functional.pad(p[:, :, 32:, 32:], (0, 24))], 2).sum(-1)
-    torch.testing.assert_close(search.recall(query, key, mask, per="query"), expected.float(), rtol=1e-4, atol=1e-5)
+    none = torch.zeros(2, 64, dtype=torch.bool)
+    none[0] = True
+    heads = search.recall(query, key, pyrx.BlockMask.causal(64, 16), per="head", query_mask=none)
+    assert (heads[1] == 1).all() and (heads[0] < 1).all()
+    assert search.recall(query, key, pyrx.BlockMask.causal(64, 16), query_mask=none & False) == 1
+
+
+# What masks bring into a search, and out of it.
+
+SEARCHES = {
+    "lse_cached": lambda q, k, **o: search.lse_cached(q, k, lse_of(q, k, **o), block_size=(32, 16), sparsity=0.5, **o),
+    "pooled": lambda q, k, **o: search.pooled(q, k, block_size=(32, 16), topk=0.5, **o),
+    "vertical_slash": lambda q, k, **o: search.vertical_slash(q, k, block_size=(32, 16), vertical=20, slash=20, **o),
+    "topk_blocks": lambda q, k, **o: search.topk_blocks(q, k, block_size=(32, 16), topk=4, **o),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_causal_search_gives_a_causal_mask(name):
+    query, key = inputs(kv_heads=4, queries=150, keys=150)
+    q, k = torch.arange(150)[:, None], torch.arange(150)
+    for options, limits in (({}, (-1, -1)), ({"is_causal": True}, (-1, 0)), ({"window": 30}, (30, 30))):
+        if "window" in options and name != "lse_cached":
+            continue
+        mask = SEARCHES[name](query, key, **options)
+        assert mask.window == limits and mask.key_range is None
+        seen = expanded(mask, (150, 150))
+        seen = seen & (k <= q) if "is_causal" in options else seen & ((q - k).abs() <= 30) if options else seen
+        got = pyrx.block_sparse_attention(query, key, key, mask)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, key, seen)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_adaptive", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_lse_cached_searches_within_a_mask(backend, batch, head_adaptive):
+    query, key = inputs(queries=160, keys=160)
+    each = torch.tensor([[40, 100, 20], [100, 10, 50]])[:batch]
+    size = (32, 16)
+    within = pyrx.BlockMask.document(each, size) & pyrx.BlockMask.causal(160, size)
+    within = within & pyrx.BlockMask.from_dense((torch.rand(2, 4, 5, 10) < 0.8) | torch.eye(10).bool()[1::2], 160, size)
+    seen = elements_of(within)
+    out, lse = pyrx.block_sparse_attention(query, key, key, within, enable_gqa=True, return_lse=True)
+    options = {"block_size": size, "head_adaptive": head_adaptive, "within": within, "backend": backend}
+    mask = search.lse_cached(query, key, lse, sparsity=0.0, **options)
+    assert not (elements_of(mask) & ~seen).any()  # nothing that it does not let be seen
+    assert torch.equal(elements_of(mask), seen)
+    mask = search.lse_cached(query, key, lse, sparsity=0.5, **options)
+    assert mask.window == within.window and torch.equal(mask.key_range, within.key_range)
+    assert not (elements_of(mask) & ~seen).any()
+    mass = by_blocks(torch.softmax(dense_logits(query, key).masked_fill(~seen, -math.inf), -1).nan_to_num(0), size)
+    if not head_adaptive:
+        kept = mask.to_dense()
+        left = torch.where(within.to_dense() & ~kept, mass, -1).amax(-1)
+        # beside the diagonal, whatever its mass, a row keeps its best
+        near = near_diagonal((160, 160), size)
+        assert (torch.where(kept & ~near, mass, math.inf).amin(-1) >= left - 1e-6).all()
+        room = (within.to_dense() & ~near).sum(-1)
+        assert torch.equal((kept & ~near).sum(-1), (room / 2).round().clamp(min=1).minimum(room).long())
+
+
+def test_adaptive_steps_within_a_mask():
+    attention = search.AdaptiveSparseAttention(sparsity=0.5, block_size=16, warmup=1, search_steps=(1,))
+    within = pyrx.BlockMask.document([60, 68], 16) & pyrx.BlockMask.causal(128, 16)
+    query, key, value = (torch.randn(1, 4, 128, 16) for _ in range(3))
+    dense = pyrx.block_sparse_attention(query, key, value, within)
+    torch.testing.assert_close(attention(query, key, value, 1, within=within), dense)
+    mask = attention.block_mask
+    assert not (elements_of(mask) & ~elements_of(within)).any() and mask.density() < within.density()
+    got = attention(query, key, value, 2, within=within)
+    torch.testing.assert_close(got, pyrx.block_sparse_attention(query, key, value, mask))
+    assert not torch.equal(got, dense)

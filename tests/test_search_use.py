@@ -297,6 +297,17 @@ ERRORS = [
         )
     ),
     ("recall", {"block_mask": None}, TypeError, "block_mask to be a pyrx.BlockMask, got NoneType"),
+    ("recall", {"query_mask": LSE[0] > 0}, ValueError, "query_mask of shape [B, Sq] = [1, 64], got [4, 64]"),
+    ("recall", {"query_mask": LSE[0, :1]}, TypeError, "query_mask of dtype torch.bool, got torch.float32"),
+    *(
+        (name, {"within": value}, error, f"within {text}")
+        for name in ("lse_cached", "recall")
+        for value, error, text in (
+            (3, TypeError, "to be a pyrx.BlockMask, got int"),
+            (pyrx.BlockMask.causal((64, 65), 64), ValueError, "for the lengths (Sq, Sk) = [64, 64], got [64, 65]"),
+            (pyrx.BlockMask.causal(64, 16), ValueError, "of block_size [64, 64], got [16, 16]"),
+        )
+    ),
     ("recall", {"per": "row"}, ValueError, "per to be one of 'all', 'head', 'query', got 'row'"),
 ]  # fmt: skip
 

@@ -45,7 +45,7 @@ class BlockSparseAttention(nn.Module):
         qkv: Linear of C to H + 2 Hkv heads; proj: Linear of H heads to C. With these names the state dict is that of
             timm's Attention. The mask is not in it; it moves with the module.
 
-    Equivalent to `timm.layers.Attention` with `attn_mask` the mask's blocks expanded to (Sq, Sk).
+    Equivalent to `timm.layers.Attention` with `attn_mask` the pairs of (Sq, Sk) that the mask lets see each other.
 
     Cost: that of `pyrx.block_sparse_attention` and of the two linear layers.
 

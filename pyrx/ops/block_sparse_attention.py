@@ -293,8 +293,9 @@ def block_sparse_attention(
     Args:
         query: (B, H, Sq, D), any strides; float16, bfloat16, float32, on the CPU float64 too. D from 1 to 256.
         key, value: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv) of the query's dtype. Hkv is H, or divides it (enable_gqa).
-        block_mask: which blocks of queries and keys attend to each other, a `pyrx.BlockMask` for these lengths.
-            Default: every block, or those that is_causal and window reach.
+        block_mask: which blocks of queries and keys attend to each other, a `pyrx.BlockMask` for these lengths, whose
+            own window and key_range hide keys within them. Default: every block, or those that is_causal and window
+            reach.
         is_causal: a query sees the keys up to its own position, counted from the first as
             scaled_dot_product_attention counts. Default False.
         window: a query sees this many keys on each side of its position, or (left, right) of them, -1 without limit.
@@ -324,8 +325,8 @@ def block_sparse_attention(
     atomics. The mask of the dropout is `pyrx.dropout_mask((B, H, Sq, Sk), dropout_p, seed)`, whatever the blocks. A
     hidden key's NaN or infinity may reach queries of its block, as in scaled_dot_product_attention.
 
-    Equivalent to `F.scaled_dot_product_attention(query, key, value, attn_mask)` with the mask's blocks expanded to
-    (Sq, Sk), where every query sees a key.
+    Equivalent to `F.scaled_dot_product_attention(query, key, value, attn_mask)` with the pairs of (Sq, Sk) that mask
+    and arguments let see each other, where every query sees a key.
 
     Cost: 4 D operations a listed pair of positions and head, 2.5 times as many backward; O(Sq + Sk) memory beside the
     outputs.
