@@ -28,15 +28,19 @@ def key_range_of(draws: Draws, batch: int, queries: int, keys: int) -> Tensor:
     return draws.tensor((batch, queries, 2), torch.int32, low=-5, high=keys + 5, layout="contiguous")
 
 
-def mask_of(draws: Draws, batch: int, heads: int, queries: int, keys: int) -> pyrx.BlockMask:
-    size = block_size_of(draws)
+def mask_of(
+    draws: Draws, batch: int, heads: int, queries: int, keys: int, size: int | tuple[int, int] | None = None
+) -> pyrx.BlockMask:
+    size = block_size_of(draws) if size is None else size
     rows, columns = (size, size) if isinstance(size, int) else size
     lead = (draws.pick(1, batch), draws.pick(1, heads))
     blocks = draws.tensor((*lead, -(-queries // rows), -(-keys // columns)), torch.bool)
     ranges = key_range_of(draws, draws.pick(1, max(batch, 1)), queries, keys) if draws.chance(4) else None
     if ranges is not None and lead[0] not in (1, ranges.shape[0]) and ranges.shape[0] != 1:
         ranges = None
-    return pyrx.BlockMask.from_dense(blocks, (queries, keys), size, key_range=ranges, backend="reference")
+    mask = pyrx.BlockMask.from_dense(blocks, (queries, keys), size, key_range=ranges, backend="reference")
+    window = draws.pick((-1, 0), (40, -1), (3, 9), (2**31 - 1, 2**31 - 1)) if draws.chance(3) else mask.window
+    return pyrx.BlockMask(*mask.lists, (rows, columns), (queries, keys), ranges, window)
 
 
 def heads_of(draws: Draws) -> tuple[int, int]:

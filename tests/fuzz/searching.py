@@ -144,21 +144,19 @@ def keep_heads(draws: Draws) -> Call:
     return Call(lambda mask, keep: mask.keep_heads(keep), {"mask": mask, "keep": keep}, fixed=("mask",))
 
 
-@fuzzes("BlockMask.__and__", "BlockMask.__or__", "BlockMask.__invert__")
+@fuzzes("BlockMask.__and__", "BlockMask.__or__", "BlockMask.__invert__", "BlockMask.whole")
 def algebra(draws: Draws) -> Call:
     lengths, size = (draws.size(200), draws.size(200)), block_size_of(draws)
-
-    def mask() -> BlockMask:
-        blocks = draws.tensor((draws.pick(1, 2), draws.pick(1, 3), *_blocks(lengths, size)), torch.bool)
-        ranges = key_range_of(draws, 1, *lengths) if draws.chance(4) and how == "&" else None
-        return BlockMask.from_dense(blocks, lengths, size, key_range=ranges, backend="reference")
-
     how = draws.pick("&", "|", "~")
 
-    def combined(first: BlockMask, second: BlockMask) -> BlockMask:
-        return first & second if how == "&" else first | second if how == "|" else ~first
+    def combined(first: BlockMask, second: BlockMask) -> list[Any]:
+        wholes = first.whole(), second.whole()
+        if how == "&":
+            return [first & second, wholes[0] & second, wholes[0] & wholes[1]]
+        return [wholes[0] | wholes[1] if how == "|" else ~wholes[0]]
 
-    return Call(combined, {"first": mask(), "second": mask()}, fixed=("first", "second"))
+    masks = {name: mask_of(draws, 2, 3, *lengths, size=size) for name in ("first", "second")}
+    return Call(combined, masks, fixed=("first", "second"))
 
 
 # The searches. Scores that are sums differ in their last bits between backends, and blocks of nearly the same score
@@ -188,12 +186,14 @@ def lse_cached(draws: Draws) -> Call:
     accumulation = torch.float64 if query.dtype == torch.float64 else torch.float32
     arguments["lse"] = draws.tensor(query.shape[:3], accumulation)
     size = arguments["block_size"] = block_size_of(draws)
-    full = (*query.shape[:2], *_blocks((query.shape[2], key.shape[2]), size))
+    lengths = (query.shape[2], key.shape[2])
+    full = (*query.shape[:2], *_blocks(lengths, size))
     arguments |= draws.some(
         sparsity=lambda: draws.number(0.0, 1.0, 0.8),
         head_adaptive=lambda: draws.pick(True, False),
         recall_threshold=lambda: draws.number(0.0, 1.0, 0.8),
         always=lambda: draws.tensor(draws.pick(full, full[2:], (1, 1, 1, full[3])), torch.bool),
+        within=lambda: draws.pick(None, mask_of(draws, *query.shape[:2], *lengths, size=size)),
     )
 
     @functools.wraps(pyrx.search.lse_cached)
@@ -207,7 +207,12 @@ def lse_cached(draws: Draws) -> Call:
 def recall(draws: Draws) -> Call:
     arguments = _searched(draws, "is_causal", "window", "key_mask", "query_scale", "bias", "scale", "softcap")
     batch, heads, queries, _ = arguments["query"].shape
-    arguments["block_mask"] = mask_of(draws, batch, heads, queries, arguments["key"].shape[2])
+    lengths, size = (queries, arguments["key"].shape[2]), block_size_of(draws)
+    arguments["block_mask"] = mask_of(draws, batch, heads, *lengths, size=size)
+    arguments |= draws.some(
+        query_mask=lambda: draws.tensor((batch, queries), torch.bool),
+        within=lambda: draws.pick(None, mask_of(draws, batch, heads, *lengths, size=size)),
+    )
     arguments["per"] = draws.pick("all", "head", "query")
     call = attention_call(draws, pyrx.search.recall, arguments)
     return call.replace(needs=(), floor=1.0, idle=True)
