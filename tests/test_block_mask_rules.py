@@ -244,6 +244,16 @@ def test_copies_and_flex(name):
     assert torch.equal(full.to_dense(), expected.expand(full.shape))
 
 
+@pytest.mark.parametrize("size", [(16, 16), (64, 16), (16, 32)], ids=name_of)
+@pytest.mark.parametrize("window", [(-1, 0), (15, 15), (31, 47), (79, 16), (80, 14), (30, -1), (-1, -1)], ids=str)
+def test_full_blocks_of_flex_are_those_that_hide_nothing(window, size):
+    """Edges of windows on edges of blocks, and beside them."""
+    mask = BlockMask.sliding_window((192, 128), window, size)
+    flex = mask.to_flex()
+    full = BlockMask.from_lists(flex.full_kv_num_blocks, flex.full_kv_indices, mask.seq_lengths, size)
+    assert torch.equal(full.to_dense()[0, 0], ~covered(~near((192, 128), *window), size))
+
+
 def test_flex_of_windows_that_fit_no_int32():
     mask = BlockMask.sliding_window(70, (2**31 - 1, 2**31 - 1), 16)
     rule = mask.to_flex().mask_mod

@@ -477,6 +477,18 @@ def test_lse_cached_searches_within_a_mask(backend, batch, head_adaptive):
         assert torch.equal((kept & ~near).sum(-1), (room / 2).round().clamp(min=1).minimum(room).long())
 
 
+def test_blocks_beyond_the_range_of_keys_are_no_candidates(backend):
+    """A mask may list more blocks than its key_range reaches."""
+    query, key = inputs(queries=128, keys=128)
+    key_range = torch.tensor([20, 60], dtype=torch.int32).expand(1, 128, 2)
+    within = pyrx.BlockMask.from_dense(torch.ones(4, 8, dtype=torch.bool), 128, (32, 16), key_range=key_range)
+    _, lse = pyrx.block_sparse_attention(query, key, key, within, enable_gqa=True, return_lse=True)
+    options = {"block_size": (32, 16), "within": within, "head_adaptive": False, "backend": backend}
+    for sparsity, count in ((0.0, 3), (0.4, 2)):
+        kept = search.lse_cached(query, key, lse, sparsity=sparsity, **options).to_dense()
+        assert (kept.sum(-1) == count).all() and not kept[..., 0].any() and not kept[..., 4:].any()
+
+
 def test_adaptive_steps_within_a_mask():
     attention = search.AdaptiveSparseAttention(sparsity=0.5, block_size=16, warmup=1, search_steps=(1,))
     within = pyrx.BlockMask.document([60, 68], 16) & pyrx.BlockMask.causal(128, 16)
