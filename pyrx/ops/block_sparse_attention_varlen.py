@@ -57,8 +57,9 @@ def block_sparse_attention_varlen(
         cu_seqlens_q: int32 or int64 (N + 1,) on the device: where each sequence's queries start, from 0 to Tq.
         cu_seqlens_k: the same of the keys, to Tk. Default: cu_seqlens_q.
         block_mask: a `pyrx.BlockMask` for the packed lengths (Tq, Tk): of its blocks only the part within a sequence
-            counts, and its own window counts packed positions. Default: the blocks of 128 that the sequences, is_causal and window reach; for many short sequences
-            a mask of smaller blocks, such as `pyrx.BlockMask.document(lengths, 32)`, costs less.
+            counts, and its own window counts packed positions. Default: the blocks of 128 that the sequences, is_causal
+            and window reach; for many short sequences a mask of smaller blocks, such as
+            `pyrx.BlockMask.document(lengths, 32)`, costs less.
         is_causal, window: as for `pyrx.block_sparse_attention`; positions of queries and keys count from the start of
             their sequence.
         dropout_p, scale, softcap, enable_gqa, return_lse, return_entropy, seed, generator, backend: as there.
