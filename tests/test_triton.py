@@ -338,11 +338,7 @@ def test_graph_reads_the_seed_when_replayed():
         lambda: pyrx.multi_sample_dropout(head.input, 3, (0.5, 0.3, 0.5), seed=seed, backend="triton"),
     ]
     for call in calls:
-        call()  # compiles
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
+        graph, captured = helpers.capture(call)
         for value in (2, 3):
             seed.fill_(value)
             graph.replay()

@@ -515,11 +515,7 @@ def test_graph_reads_the_seed_when_replayed():
         def call(function=function, pairing=pairing):
             return function(images, None, seed=seed, pairing=pairing, **options)
 
-        call()  # compiles
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            mixed, target = call()
+        graph, (mixed, target) = helpers.capture(call)
         for value in (2, 3):
             seed.fill_(value)
             graph.replay()

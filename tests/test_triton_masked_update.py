@@ -225,12 +225,8 @@ def test_graph_reads_step_and_rate_when_replayed():
             [weight], [grad], [exp_avg], [exp_avg_sq], [mask], [step], 2, 4, lr=rate, backend=backend
         )  # fmt: skip
 
-    update("triton", *tensors)  # compiles
-    update("reference", *same)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        update("triton", *tensors)
+    graph, _ = helpers.capture(lambda: update("triton", *tensors))
+    update("reference", *same)  # as the run before the capture
     for value in (0.05, 0.01):
         rate.fill_(value)
         step.add_(1)

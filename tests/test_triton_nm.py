@@ -271,11 +271,7 @@ def test_graph_reads_weight_and_decay_when_replayed():
     def sparse():
         return pyrx.nm_sparsify(weight, 2, 4, estimator="mdgf", decay=decay, backend="triton")
 
-    sparse()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = sparse()
+    graph, captured = helpers.capture(sparse)
     for value in (0.25, 0.0):
         weight.normal_()
         decay.fill_(value)
