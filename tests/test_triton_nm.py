@@ -10,7 +10,7 @@ import torch
 import triton_helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_helpers import DEVICES, INTERPRETED, here
+from triton_helpers import INTERPRETED, device_of, here, values_in_the_interpreter
 
 import pyrx
 from pyrx.ops.nm_sparsity import ESTIMATORS
@@ -51,15 +51,10 @@ forms = pytest.mark.parametrize("shape, dim, n, m, pad", FORMS, ids=helpers.name
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=helpers.name_of)
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return helpers.need("triton", request.param, ops=("nm_sparsity",)) and request.param
+device = device_of("nm_sparsity")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 250)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 250)
 
 
 def scores_of(shape, dtype, device="cpu", seed=0):
