@@ -37,7 +37,7 @@ GPU_BENCH_MINUTES ?= 9
 SANITIZE_SECONDS ?= 240
 GPU_BUILT ?= gpu-build-here
 
-.PHONY: help demo test test-large fuzz fuzz-sanitize fuzz-threads bench bench-compare docs gpu-model dist lint build cpp clean \
+.PHONY: help demo test test-large fuzz fuzz-sanitize test-threads bench bench-compare docs gpu-model dist lint build cpp clean \
   $(foreach each,gpu gpu-build gpu-sanitize gpu-test gpu-bench,$(each) $(each)-here)
 .DEFAULT_GOAL := help
 
@@ -45,9 +45,9 @@ help:
 	@echo 'make demo    train a real model through pyrx: table and loss curves       (5 minutes after the build)'
 	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
 	@echo 'make test-large  tensors past 2^31 elements, 10000 calls of every op (half an hour, 16 GiB of memory)'
+	@echo 'make test-threads  what shares memory between threads, under ThreadSanitizer  (10 minutes after its build)'
 	@echo 'make fuzz    call every public function at random, FUZZ_CASES=$(FUZZ_CASES) times, FUZZ_SEED=$(FUZZ_SEED)  (10 minutes)'
 	@echo 'make fuzz-sanitize  fewer calls of the extension under AddressSanitizer and UBSan  (10 minutes after its build)'
-	@echo 'make fuzz-threads   fewer calls of the extension on four threads under ThreadSanitizer  (10 minutes after its build)'
 	@echo 'make bench   time every op against PyTorch and peers, tables and charts    (40 minutes)'
 	@echo 'make bench-compare BASE=<commit> [K=<filter>]: what is slower than there  (20 minutes for every case)'
 	@echo 'make gpu     on a machine with a CUDA GPU: build, gpu tests, benchmarks   (10 minutes, no network needed)'
@@ -94,20 +94,20 @@ fuzz-sanitize: $(call extras,test)
 	done
 
 # at::parallel_for by std::thread (tests/cpp/threads): ThreadSanitizer does not see what OpenMP's runtime waits for
-fuzz-threads: FUZZ_CASES := 1260
-fuzz-threads: $(call extras,test)
+test-threads: FUZZ_CASES := 1260
+test-threads: $(call extras,test)
 	$(call say,'the extension under ThreadSanitizer (10 minutes the first time)')
 	@FORCE_CUDA=0 SANITIZE=threads $(PY) setup.py -q build --build-base build/threads --build-lib build/threads/lib
 	@export TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66:log_path=$(CURDIR)/build/threads/found; \
-	rm -f build/threads/found*; cd build/threads/lib; \
+	export LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libtsan.so) OMP_NUM_THREADS=4 FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu; \
+	rm -f build/threads/found*; cd build/threads/lib; failed=0; \
+	run() { $(PY) -m pytest -q --no-header --tb short -n $(TEST_JOBS) --dist worksteal "$$@" || failed=$$?; }; \
 	for isa in avx2 default; do \
-	  printf '\n== fuzzing under ThreadSanitizer: %s\n' "$$isa"; \
-	  OMP_NUM_THREADS=4 ATEN_CPU_CAPABILITY=$$isa LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libtsan.so) FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu \
-	    $(PY) -m pytest -q --no-header --tb short '$(CURDIR)/tests/fuzz' \
-	    -n $(TEST_JOBS) --dist worksteal --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED) || status=$$?; \
-	  if compgen -G '../found*' >/dev/null; then cat ../found*; exit 66; fi; \
-	  [ "$${status:-0}" = 0 ] || exit $$status; \
-	done
+	  printf '\n== under ThreadSanitizer: %s\n' "$$isa"; export ATEN_CPU_CAPABILITY=$$isa; \
+	  run '$(CURDIR)/tests' -m 'not gpu and not slow' -k '(thread or chunk) and not triton and not make'; \
+	  run '$(CURDIR)/tests/fuzz' --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED); \
+	done; \
+	if compgen -G '../found*' >/dev/null; then cat ../found*; exit 66; fi; exit $$failed
 
 bench: $(call extras,bench)
 	$(call say,'benchmarks (about 40 minutes on 2 cores): results in bench/results')

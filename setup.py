@@ -6,7 +6,7 @@ Environment:
   MAX_JOBS              compiler processes at a time
   DEBUG                 1: -O0 -g
   SANITIZE              memory: under AddressSanitizer and UndefinedBehaviorSanitizer (make fuzz-sanitize);
-                        threads: under ThreadSanitizer (make fuzz-threads)
+                        threads: under ThreadSanitizer (make test-threads)
   NVCC_FLAGS            more flags for nvcc
   CUDA_HOME, CXX        the toolkit and the C++ compiler to use
 
