@@ -37,7 +37,7 @@ GPU_BENCH_MINUTES ?= 9
 SANITIZE_SECONDS ?= 240
 GPU_BUILT ?= gpu-build-here
 
-.PHONY: help demo test test-large fuzz fuzz-sanitize bench bench-compare docs gpu-model dist lint build cpp clean \
+.PHONY: help demo test test-large fuzz fuzz-sanitize test-threads bench bench-compare docs gpu-model dist lint build cpp clean \
   $(foreach each,gpu gpu-build gpu-sanitize gpu-test gpu-bench,$(each) $(each)-here)
 .DEFAULT_GOAL := help
 
@@ -45,6 +45,7 @@ help:
 	@echo 'make demo    train a real model through pyrx: table and loss curves       (5 minutes after the build)'
 	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
 	@echo 'make test-large  tensors past 2^31 elements, 10000 calls of every op (half an hour, 16 GiB of memory)'
+	@echo 'make test-threads  what shares memory between threads, under ThreadSanitizer  (10 minutes after its build)'
 	@echo 'make fuzz    call every public function at random, FUZZ_CASES=$(FUZZ_CASES) times, FUZZ_SEED=$(FUZZ_SEED)  (10 minutes)'
 	@echo 'make fuzz-sanitize  fewer calls of the extension under AddressSanitizer and UBSan  (10 minutes after its build)'
 	@echo 'make bench   time every op against PyTorch and peers, tables and charts    (40 minutes)'
@@ -80,7 +81,7 @@ fuzz: $(call extras,test) build
 fuzz-sanitize: FUZZ_CASES := 1260
 fuzz-sanitize: $(call extras,test)
 	$(call say,'the extension under AddressSanitizer and UndefinedBehaviorSanitizer (10 minutes the first time)')
-	@FORCE_CUDA=0 SANITIZE=1 $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	@FORCE_CUDA=0 SANITIZE=memory $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	@export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:verify_asan_link_order=0:log_path=$(CURDIR)/build/sanitize/found; \
 	export UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/sanitize/found; \
 	preload=$$(for each in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$each.so; done | xargs); \
@@ -91,6 +92,22 @@ fuzz-sanitize: $(call extras,test)
 	    '$(CURDIR)/tests/fuzz' -n $(TEST_JOBS) --dist worksteal --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED) || \
 	    { cat ../found* 2>/dev/null || true; exit 1; }; \
 	done
+
+# at::parallel_for by std::thread (tests/cpp/threads): ThreadSanitizer does not see what OpenMP's runtime waits for
+test-threads: FUZZ_CASES := 1260
+test-threads: $(call extras,test)
+	$(call say,'the extension under ThreadSanitizer (10 minutes the first time)')
+	@FORCE_CUDA=0 SANITIZE=threads $(PY) setup.py -q build --build-base build/threads --build-lib build/threads/lib
+	@export TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66:log_path=$(CURDIR)/build/threads/found; \
+	export LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libtsan.so) OMP_NUM_THREADS=4 FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu; \
+	rm -f build/threads/found*; cd build/threads/lib; failed=0; \
+	run() { $(PY) -m pytest -q --no-header --tb short -n $(TEST_JOBS) --dist worksteal "$$@" || failed=$$?; }; \
+	for isa in avx2 default; do \
+	  printf '\n== under ThreadSanitizer: %s\n' "$$isa"; export ATEN_CPU_CAPABILITY=$$isa; \
+	  run '$(CURDIR)/tests' -m 'not gpu and not slow' -k '(thread or chunk) and not triton and not make'; \
+	  run '$(CURDIR)/tests/fuzz' --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED); \
+	done; \
+	if compgen -G '../found*' >/dev/null; then cat ../found*; exit 66; fi; exit $$failed
 
 bench: $(call extras,bench)
 	$(call say,'benchmarks (about 40 minutes on 2 cores): results in bench/results')

@@ -5,7 +5,8 @@ Environment:
   TORCH_CUDA_ARCH_LIST  "8.0;9.0+PTX"; default: the visible GPU's, without one 8.0 and 9.0, the last as PTX too
   MAX_JOBS              compiler processes at a time
   DEBUG                 1: -O0 -g
-  SANITIZE              1: under AddressSanitizer and UndefinedBehaviorSanitizer (make fuzz-sanitize)
+  SANITIZE              memory: under AddressSanitizer and UndefinedBehaviorSanitizer (make fuzz-sanitize);
+                        threads: under ThreadSanitizer (make test-threads)
   NVCC_FLAGS            more flags for nvcc
   CUDA_HOME, CXX        the toolkit and the C++ compiler to use
 
@@ -32,7 +33,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 STANDARD = "c++20"
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZERS = {
+    "": [],
+    "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "threads": ["-fsanitize=thread"],
+}
 OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
@@ -58,7 +63,7 @@ class Plan:
     extension: bool = False
     cuda: bool = False
     debug: bool = False
-    sanitize: bool = False
+    sanitize: str = ""
     arch_list: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     cxx_flags: list[str] = field(default_factory=list)
@@ -161,9 +166,7 @@ def arch_number(name: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
-def decide_flags(
-    debug: bool, nvcc_extra: str | None, cuda: bool, sanitize: bool = False
-) -> tuple[list[str], list[str]]:
+def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool, sanitize: str = "") -> tuple[list[str], list[str]]:
     """Flags for the C++ compiler and for nvcc. No -march: the sources pick their SIMD at run time."""
     level = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     # at::parallel_for is a serial loop in a file that is compiled without OpenMP, products fused with sums would give
@@ -180,7 +183,7 @@ def decide_flags(
     if debug:
         cxx.append("-UNDEBUG")
     if sanitize:
-        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS]
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS[sanitize]]
     if not cuda:
         return cxx, []
     nvcc = [f"-std={STANDARD}", level[0], "-Xcompiler", "-fopenmp,-fvisibility=hidden"]
@@ -303,7 +306,9 @@ def make_plan(env: Mapping[str, str], torch) -> Plan:
         torch_archs = [a for a in torch._C._cuda_getArchFlags().split() if a.startswith("sm_")]
         made.arch_list, why = decide_archs(env.get("TORCH_CUDA_ARCH_LIST"), gpus, torch_archs, nvcc.archs)
         made.reasons.append(f"archs: {why}")
-    made.sanitize = bool(truth("SANITIZE", env.get("SANITIZE")))
+    made.sanitize = env.get("SANITIZE", "")
+    if made.sanitize not in SANITIZERS:
+        raise BuildError(f"pyrx build: expected SANITIZE of memory or threads, got {made.sanitize}")
     made.cxx_flags, made.nvcc_flags = decide_flags(made.debug, env.get("NVCC_FLAGS"), made.cuda, made.sanitize)
     made.sources = decide_sources(ROOT, made.cuda)
     return made
@@ -315,11 +320,13 @@ def extension_of(plan: Plan, torch) -> Extension:
     os.environ["CXX"] = find_compiler(os.environ)[0]  # one compiler for the compile and the link step
     site = Path(torch.__file__).parent
     include_dirs = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
+    if plan.sanitize == "threads":  # which reports OpenMP's own waiting as races
+        include_dirs.insert(0, str(ROOT / "tests" / "cpp" / "threads"))
     libraries = ["c10", "torch", "torch_cpu", "torch_python"]
     # torch's own OpenMP runtime: a second one would not follow torch.set_num_threads
     gomp = sorted(site.glob("lib/libgomp*.so*")) if "clang" not in (plan.compiler or "") else []
     link = [str(gomp[0])] if gomp else ["-fopenmp"]
-    link += SANITIZERS if plan.sanitize else []
+    link += SANITIZERS[plan.sanitize]
     if plan.cuda:
         assert plan.nvcc is not None
         nvidia = nvidia_dirs([str(site.parent)], plan.torch_cuda)
@@ -352,7 +359,7 @@ def build_command(torch) -> type[build_ext]:
             self.distribution.ext_modules = [extension_of(self.plan, torch)] if self.plan.extension else []
             super().finalize_options()
             # one object folder for each torch, wherever the result goes: a second build compiles only what changed
-            kind = "sanitize" if self.plan.sanitize else "temp"
+            kind = f"sanitize-{self.plan.sanitize}" if self.plan.sanitize else "temp"
             self.build_temp = str(ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-torch-{torch.__version__}")
 
         def run(self) -> None:

@@ -54,6 +54,19 @@ def threads(count):
         torch.set_num_threads(before)
 
 
+def capture(call, first=None):
+    """A CUDA graph of `call` and its results, after a run of it, or of `first`, which compiles and finds its memory."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        (first or call)()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
 # Philox4x32-10 in NumPy, written from the paper and checked against Random123's own known answers (test_dropout.py).
 
 

@@ -264,7 +264,7 @@ def test_flags(setup):
     assert not any(flag.startswith("-march") for flag in cxx + nvcc)
     cxx, nvcc = setup.decide_flags(True, None, False)
     assert {"-O0", "-g", "-fopenmp"} <= set(cxx) and nvcc == []
-    cxx, _ = setup.decide_flags(False, None, False, sanitize=True)
+    cxx, _ = setup.decide_flags(False, None, False, sanitize="memory")
     assert cxx.index("-O3") < cxx.index("-O1") and "-fsanitize=address,undefined" in cxx
 
 

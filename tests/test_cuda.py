@@ -13,6 +13,7 @@ from helpers import (
     assert_head_within_budget,
     assert_same_bits,
     assert_within_budget,
+    capture,
     expected_mask,
     layouts,
     make_head,
@@ -237,15 +238,7 @@ def test_graph_replays_with_another_seed(dtype, sampling):
         copies = pyrx.multi_sample_dropout(head.input, 3, 0.3, sampling=sampling, seed=seed, backend="cuda")
         return *step(head, seed, sampling=sampling), copies, pyrx.dropout(head.input, 0.3, seed=seed, backend="cuda")
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            everything()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = everything()
+    graph, captured = capture(everything)
     for value in (0, 12345, -1):
         seed.fill_(value)
         graph.replay()

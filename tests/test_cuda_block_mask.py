@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import name_of, need
+from helpers import capture, name_of, need
 from torch.utils import _pytree as pytree
 
 from pyrx import BlockMask
@@ -124,14 +124,7 @@ def test_a_graph_follows_its_scores():
         by_count = BlockMask.from_dense(op.select_blocks(scores, count), block_size=64)
         return by_count, BlockMask.from_dense(op.select_blocks(scores, None, 0.8), block_size=64)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        search()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = search()
+    graph, found = capture(search)
     for i in range(3):
         scores.copy_(torch.randn_like(scores))
         count.fill_(10 + i)

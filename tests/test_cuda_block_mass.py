@@ -5,7 +5,7 @@ import math
 import pytest
 import test_block_mass as cases
 import torch
-from helpers import FLOATS, assert_same_bits, name_of, need
+from helpers import FLOATS, assert_same_bits, capture, name_of, need
 
 from pyrx._attention import Logits
 from pyrx.ops.block_mass import block_mass, block_recall
@@ -90,11 +90,7 @@ def test_graphs_follow_the_operands():
         recall = block_recall(query, key, blocks, (64, 64), logits)
         return block_mass(query, key, lse, (64, 64), logits), recall
 
-    both()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = both()
+    graph, captured = capture(both)
     for _ in range(2):
         query.normal_()
         graph.replay()

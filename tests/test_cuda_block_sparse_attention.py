@@ -97,14 +97,7 @@ def test_graph_replays_with_another_seed():
         )
         return out, *torch.autograd.grad(out, (query, key, value), upstream)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = helpers.capture(step)
     for value_of_seed in (2, 3):
         seed.fill_(value_of_seed)
         graph.replay()

@@ -5,7 +5,7 @@ import math
 import pytest
 import test_masked_update as cases
 import torch
-from helpers import FLOATS, assert_same_bits, assert_within_budget, bits, layouts, name_of, need
+from helpers import FLOATS, assert_same_bits, assert_within_budget, bits, capture, layouts, name_of, need
 from test_masked_update import ADAMW, CASES, Tensors, assert_same
 
 import pyrx
@@ -191,14 +191,7 @@ def advance(several, lr):
 def test_graph_replays_its_steps():
     several, lr = of_every_kernel(), torch.full((), 0.1, dtype=torch.float64, device="cuda")
     expected = [each.clone() for each in several]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        advance([each.clone() for each in several], lr)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        advance(several, lr)
+    graph, _ = capture(lambda: advance(several, lr), lambda: advance([each.clone() for each in several], lr))
     masks = several[0].mask.clone()
     for rate in (0.1, 0.03, 0.2, 0.01):
         lr.fill_(rate)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import FLOATS, assert_same_bits, layouts, name_of, need
+from helpers import FLOATS, assert_same_bits, capture, layouts, name_of, need
 
 import pyrx
 from pyrx.reference.dropout import pack_bits
@@ -209,14 +209,7 @@ def decay_of(value):
 
 def test_graph_replays_with_another_decay():
     weight, decay = torch.randn(64, 256, device=DEVICE), decay_of(0.5)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        everything(weight, decay)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = everything(weight, decay)
+    graph, captured = capture(lambda: everything(weight, decay))
     seen = []
     for value in (0.9, 0.25, 0.0):
         decay.fill_(value)

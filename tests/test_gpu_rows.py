@@ -4,7 +4,7 @@ two streams at once, CUDA graphs, no waiting for the device, a second GPU."""
 import pytest
 import row_calls
 import torch
-from helpers import assert_same_bits, need
+from helpers import assert_same_bits, capture, need
 from test_row_calls import assert_agree
 
 from pyrx._backends import ABSENT
@@ -105,15 +105,7 @@ def test_two_streams_at_once(case):
 def test_a_graph_replays(case):
     """What a graph computes follows its tensors and its seed."""
     tensors, seed = case.tensors(), case.seed()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            case.run(tensors, seed)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = case.run(tensors, seed)
+    graph, got = capture(lambda: case.run(tensors, seed))
     for value in (1, 2):
         for to, each in zip(tensors, case.tensors(value), strict=True):
             to.copy_(each)

@@ -67,6 +67,17 @@ def test_kernels_know_no_autograd():
         assert "autograd" not in path.read_text(), f"{path.relative_to(ROOT)}: autograd belongs above the kernels"
 
 
+def test_what_torch_does_not_promise_is_listed():
+    listed = (ROOT / "CONTRIBUTING.md").read_text()
+    sources = [path for folder in ("pyrx", "csrc", "triton_kernels") for path in (ROOT / folder).rglob("*")]
+    for path in sources:
+        if path.suffix in (".py", ".h", ".inl", ".cpp", ".cu", ".cuh"):
+            # of torch._dynamo docstrings name a setting
+            for found in re.findall(r"torch\.(_(?!dynamo)[A-Za-z][\w.]*)|at::(native::\w+)", path.read_text()):
+                name = max(found)
+                assert name.split(".")[-1] in listed, f"{path.relative_to(ROOT)}: {name} is not in CONTRIBUTING.md"
+
+
 def test_files_are_small():
     for path in files(CODE):
         lines = len(path.read_text().splitlines())

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -35,25 +36,26 @@ def in_use():
 
 
 def assert_constant(function, count):
-    """A leak takes some in every call; less than half of the least of that is noise, in the quietest of some rounds."""
+    """A leak takes some in every call; less than half of the least of that is noise, in the quietest of some rounds:
+    the first ones fill caches."""
     if _mallinfo2 is None:
         pytest.skip("no mallinfo2 in this C library")
+    most = (16 * count, count / 2, count / 2)
     with threads(1):
         for _ in range(20):
             function()
         gc.collect()
         gc.freeze()  # what is there already: counting is quick then
-        grown = []
-        for _ in range(3 if count < 1000 else 1):
+        least = [math.inf] * 3
+        for _ in range(8 if count < 1000 else 1):
             before = in_use()
             for _ in range(count):
                 function()
-            grown.append([after - was for after, was in zip(in_use(), before, strict=True)])
+            least = [min(one, after - was) for one, after, was in zip(least, in_use(), before, strict=True)]
+            if constant := all(one < limit for one, limit in zip(least, most, strict=True)):
+                break
         gc.unfreeze()
-    what = list(map(min, zip(*grown, strict=True)))
-    assert all(each < count / 2 for each in what[1:]) and what[0] < 16 * count, (
-        f"expected no growth over {count} calls, got at least {what} bytes, blocks and tensors"
-    )
+    assert constant, f"expected no growth over {count} calls, got at least {least} bytes, blocks and tensors"
 
 
 @counts
@@ -99,10 +101,15 @@ def test_a_leak_is_seen():
 def test_many_samples_take_no_more_than_one(cpu, mode):
     """The peak that a step of the fused head adds, 32 samples against 1, each in a process of its own."""
     script = Path(__file__).parents[1] / "bench" / "bench_multi_sample_dropout.py"
-    peaks = []
-    for samples in (1, 32):
+
+    def peak(samples):
         command = [sys.executable, str(script), "--memory", f"pyrx {mode}", "--samples", str(samples)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        peaks.append(int(done.stdout.splitlines()[-1]))
-    assert peaks[1] <= 1.1 * peaks[0], f"expected at most 1.1 times {peaks[0]} bytes, got {peaks[1]}"
+        return int(done.stdout.splitlines()[-1])
+
+    for _ in range(3):  # on a busy machine a thread may find no task, and its scratch is not touched
+        one, many = peak(1), peak(32)
+        if many <= 1.1 * one:
+            return
+    pytest.fail(f"expected at most 1.1 times {one} bytes, got {many}")

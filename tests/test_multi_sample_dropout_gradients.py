@@ -365,6 +365,17 @@ def test_features_through_vmap(backend):
     assert_same_bits(torch.vmap(lambda row: pyrx.dropout(row, 0.5, seed=1, backend=backend))(x)[1], expected)
 
 
+@pytest.mark.parametrize("num_samples, sampling", [(1, "independent"), (2, "independent"), (2, "antithetic")])
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_few_samples_within_their_error_budget(cpu, dtype, num_samples, sampling):
+    """Their gradients are products of masked rows, of 16-bit types packed in pairs: of two samples or of two rows."""
+    for rows in (1, 6, 151):
+        head = make_head(rows, 102, 37, dtype=dtype)
+        for combine in COMBINES:
+            options = {"sampling": sampling, "combine": combine, "seed": 3, "p": 0.6}
+            assert_head_within_budget(head, cpu, num_samples=num_samples, **options)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_few_classes_over_chunks_and_tasks(cpu, threads, sampling):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FLOATS, assert_same_bits, assert_within_budget, layouts, name_of, need, threads
+from helpers import FLOATS, assert_same_bits, assert_within_budget, capture, layouts, name_of, need, threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyrx
@@ -387,9 +387,7 @@ def test_gpu_graphs_gradients_and_streams():
     shape = (2, 8, 40, 70)
     x, mask = random_input(shape).cuda(), random_mask(shape, 0.1).cuda()
     expected = pyrx.neighbor_fill(x, mask, 20, backend=backend)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = pyrx.neighbor_fill(x, mask, 20, backend=backend)
+    graph, captured = capture(lambda: pyrx.neighbor_fill(x, mask, 20, backend=backend))
     graph.replay()
     assert torch.equal(captured[0], expected[0]) and torch.equal(captured[1], expected[1])
     leaf, upstream = x.clone().requires_grad_(), torch.randn_like(x)

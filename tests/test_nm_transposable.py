@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import FLOATS, layouts, name_of, need, threads
+from helpers import FLOATS, capture, layouts, name_of, need, threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -452,11 +452,7 @@ def test_gpu_masks_equal_the_references(backend):
 def test_graphs_follow_the_scores(backend, method):
     served(backend, "cuda")
     scores = torch.randn(64, 64, device="cuda")
-    pyrx.nm_transposable_mask(scores, 2, 4, method=method, backend=backend)  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = pyrx.nm_transposable_mask(scores, 2, 4, method=method, backend=backend)
+    graph, captured = capture(lambda: pyrx.nm_transposable_mask(scores, 2, 4, method=method, backend=backend))
     for _ in range(2):
         scores.normal_()
         graph.replay()

@@ -187,32 +187,6 @@ def test_state_dicts_carry_everything(here, there):
     assert other.mask is None or other.mask.data_ptr() != sparsity.mask.data_ptr()
 
 
-@pytest.mark.parametrize("here", [None, "frozen", "shared"])
-@pytest.mark.parametrize("there", [None, "frozen", "shared"])
-def test_state_dicts_of_the_form_before(here, there):
-    """A dict of fields, and a mask only where there was one."""
-    saved, sparsity = layer(2, 4, decay=0.7, strength=0.1, estimator="hard")
-    changed(sparsity, W, there)
-    old = saved.state_dict()
-    bits = old.pop("parametrizations.weight.0.bits")
-    if there:
-        old["parametrizations.weight.0.mask"] = bits
-    old["parametrizations.weight.0._extra_state"] = state(sparsity)
-    loaded, other = layer(3, 3, dim=0, pad=True)
-    if here:
-        changed(other, torch.randn(6, 16), here)
-    held, before = other.mask, other.bits.clone()
-    loaded.load_state_dict(through_a_file(old))
-    assert state(other) == state(sparsity) and other.decay.item() == 0.3
-    assert_same_bits(loaded.weight, saved.weight)
-    assert (other.mask is None) == (there is None)
-    if there:
-        assert torch.equal(other.mask, sparsity.mask)
-    elif here == "shared":
-        assert torch.equal(held, before) and other.bits.data_ptr() != held.data_ptr(), "an owner's mask is not written"
-    assert loaded.state_dict().keys() == layer()[0].state_dict().keys()
-
-
 def test_a_state_dict_is_of_tensors_and_of_one_form():
     """Whatever the masks: what averages, safetensors and distributed checkpoints need."""
     module, sparsity = layer(1, 128, dim=-1, strength=1 / 3, magnitude=False, pad=True)

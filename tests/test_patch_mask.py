@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import FLOATS, name_of, need, philox, threads
+from helpers import FLOATS, capture, name_of, need, philox, threads
 
 import pyrx
 from pyrx import _library
@@ -411,11 +411,7 @@ def test_graphs_read_the_seed_when_replayed(backend, method):
     need(backend, "cuda", ops=("patch_mask",))
     seed, losses = torch.tensor(1, device="cuda"), torch.randn(8, 14, 14, device="cuda") if method == "hard" else None
     options = {"method": method, "losses": losses, "seed": seed, "return_indices": True, "backend": backend}
-    pyrx.patch_mask((8, 14, 14), **options)  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = pyrx.patch_mask((8, 14, 14), **options)
+    graph, captured = capture(lambda: pyrx.patch_mask((8, 14, 14), **options))
     for value in (2, 3):
         seed.fill_(value)
         graph.replay()

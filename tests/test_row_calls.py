@@ -5,7 +5,7 @@ import pytest
 import row_calls
 import torch
 from helpers import assert_same_bits, bits, need
-from triton_helpers import INTERPRETED, run_interpreted
+from triton_helpers import INTERPRETED, interpreted, values_in_the_interpreter
 
 from pyrx._backends import ABSENT, OPS
 
@@ -41,7 +41,7 @@ def test_cpu(call):
     assert any((bits(a) != bits(b)).any() for a, b in zip(got, other, strict=True))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@interpreted
 @pytest.mark.parametrize("call", TABLE)
 def test_triton(call):
     if (call.row, "triton") in ABSENT:
@@ -51,7 +51,4 @@ def test_triton(call):
     assert_agree(call, call(tensors, seed, "triton"), call(tensors, seed, "reference"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_triton_in_the_interpreter():
-    run_interpreted(__file__, 29)
+test_triton_in_the_interpreter = values_in_the_interpreter(__file__, 29)

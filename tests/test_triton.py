@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton_helpers
-from triton_helpers import DEVICES, INTERPRETED
+from triton_helpers import INTERPRETED, device_of, values_in_the_interpreter
 
 import pyrx
 
@@ -24,10 +24,7 @@ SIZES = (1, 3, 63, 100, 1311)
 SEEDS = (0, -5, 0x0123456789ABCDEF, 2**63 + 11)
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    helpers.need("triton", request.param)
-    return request.param
+device = device_of("dropout", "multi_sample_dropout")
 
 
 def head_on(device, *arguments, **options):
@@ -35,10 +32,7 @@ def head_on(device, *arguments, **options):
     return head.cuda() if device == "cuda" else head
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 61)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 61)
 
 
 # Masks.
@@ -338,11 +332,7 @@ def test_graph_reads_the_seed_when_replayed():
         lambda: pyrx.multi_sample_dropout(head.input, 3, (0.5, 0.3, 0.5), seed=seed, backend="triton"),
     ]
     for call in calls:
-        call()  # compiles
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
+        graph, captured = helpers.capture(call)
         for value in (2, 3):
             seed.fill_(value)
             graph.replay()

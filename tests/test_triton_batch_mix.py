@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import triton_helpers
-from triton_helpers import DEVICES, INTERPRETED
+from triton_helpers import INTERPRETED, device_of, values_in_the_interpreter
 
 import pyrx
 from pyrx.reference import batch_mix as reference
@@ -41,16 +41,10 @@ ALPHAS = (1e-3, 0.1, 0.2, 0.5, 0.500001, 0.8, 1.0, 1.5, 40.0, 1e6)
 NAMES = ("mixed", "partner_labels", "partner", "lam", "boxes")
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    helpers.need("triton", request.param, ops=("batch_mix",))
-    return request.param
+device = device_of("batch_mix")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 60)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 60)
 
 
 def draw_of(kind, **changes):
@@ -515,11 +509,7 @@ def test_graph_reads_the_seed_when_replayed():
         def call(function=function, pairing=pairing):
             return function(images, None, seed=seed, pairing=pairing, **options)
 
-        call()  # compiles
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            mixed, target = call()
+        graph, (mixed, target) = helpers.capture(call)
         for value in (2, 3):
             seed.fill_(value)
             graph.replay()

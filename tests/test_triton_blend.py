@@ -1,20 +1,15 @@
 """Alpha compositing by the Triton kernels in Triton's interpreter; test_blend.py has them on a GPU."""
 
-import os
-import re
-import subprocess
-import sys
-
 import helpers
 import pytest
 import test_blend as cases
 import torch
+from triton_helpers import INTERPRETED, backend_of, interpreted, values_in_the_interpreter
 
 import pyrx
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 # (images, alpha): alpha over channels, of a channel, of the batch, of frames; rows of several blocks
 FORMS = [
@@ -26,21 +21,13 @@ FORMS = [
     ((2, 3, 2, 5, 7), (1, 3, 1, 5, 7)),
     ((2, 3, 2, 5, 7), (2, 3, 2, 5, 7)),
 ]
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="one process holds either interpreted or compiled kernels")
 
 
 def layouts_of(values):
     return [each for name, each in cases.image_layouts(values) if name in ("contiguous", "channels_last", "transposed")]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYRX_REQUIRE": "triton"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=helpers.ROOT, timeout=900)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 30, done.stdout[-2000:]
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 31)
 
 
 @interpreted
@@ -90,9 +77,7 @@ if INTERPRETED:
     test_only_what_needs_a_gradient = cases.test_only_what_needs_a_gradient
     test_out = cases.test_out
 
-    @pytest.fixture
-    def backend():
-        return helpers.need("triton", ops=("blend",))
+    backend = backend_of("blend")
 
 
 @interpreted

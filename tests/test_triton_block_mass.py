@@ -7,19 +7,15 @@ import pytest
 import test_block_mass as cases
 import torch
 import triton_helpers
-from triton_helpers import INTERPRETED
+from triton_helpers import INTERPRETED, backend_of, interpreted, values_in_the_interpreter
 
 pytest.importorskip("triton")
 launcher = importlib.import_module("pyrx._triton.block_mass")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="one process holds either interpreted or compiled kernels")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPE = (2, 2, 1, 150, 210, 16)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 90)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 90)
 
 
 @interpreted
@@ -66,9 +62,7 @@ if INTERPRETED:
     test_nan_stays_in_its_query = cases.test_nan_stays_in_its_query
     test_recall_of_every_block_and_of_none = cases.test_recall_of_every_block_and_of_none
 
-    @pytest.fixture
-    def backend():
-        return helpers.need("triton", ops=("block_mass",))
+    backend = backend_of("block_mass")
 
 
 @interpreted

@@ -4,7 +4,15 @@ sm_90."""
 import helpers
 import pytest
 import torch
-from triton_helpers import DEVICES, INTERPRETED, SHARED_LIMIT, SMALLEST, ahead_of_time, kernels_of, run_interpreted
+from triton_helpers import (
+    INTERPRETED,
+    SHARED_LIMIT,
+    SMALLEST,
+    ahead_of_time,
+    device_of,
+    kernels_of,
+    values_in_the_interpreter,
+)
 
 import pyrx
 from pyrx import _attention
@@ -17,19 +25,12 @@ attention = pytest.importorskip("pyrx._triton.attention")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("query", "key", "value", "query_scale", "row_bias", "column_bias")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="one process holds either interpreted or compiled kernels")
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    helpers.need("triton", request.param, ops=("block_sparse_attention",))
-    return request.param
+device = device_of("block_sparse_attention")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    run_interpreted(__file__, 60)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 60)
 
 
 class Case:

@@ -9,7 +9,7 @@ import torch
 import triton_helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_helpers import DEVICES, INTERPRETED, here
+from triton_helpers import INTERPRETED, device_of, here, values_in_the_interpreter
 
 from pyrx.ops.masked_update import masked_adamw, masked_sgd
 from pyrx.ops.nm_sparsity import nm_mask, packed_shape
@@ -43,15 +43,10 @@ SGDS = [
 ]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return helpers.need("triton", request.param, ops=("masked_update",)) and request.param
+device = device_of("masked_update")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 70)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 70)
 
 
 def values_of(shape, dtype, device, seed):
@@ -225,12 +220,8 @@ def test_graph_reads_step_and_rate_when_replayed():
             [weight], [grad], [exp_avg], [exp_avg_sq], [mask], [step], 2, 4, lr=rate, backend=backend
         )  # fmt: skip
 
-    update("triton", *tensors)  # compiles
-    update("reference", *same)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        update("triton", *tensors)
+    graph, _ = helpers.capture(lambda: update("triton", *tensors))
+    update("reference", *same)  # as the run before the capture
     for value in (0.05, 0.01):
         rate.fill_(value)
         step.add_(1)

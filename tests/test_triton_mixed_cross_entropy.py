@@ -6,8 +6,7 @@ import helpers
 import mixed
 import pytest
 import torch
-import triton_helpers
-from triton_helpers import DEVICES, INTERPRETED
+from triton_helpers import device_of, values_in_the_interpreter
 
 import pyrx
 
@@ -17,16 +16,10 @@ launcher = importlib.import_module("pyrx._triton.mixed_cross_entropy")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    helpers.need("triton", request.param, ops=("mixed_cross_entropy",))
-    return request.param
+device = device_of("mixed_cross_entropy")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 42)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 42)
 
 
 def mixed_on(device, *arguments, **options):

@@ -3,8 +3,7 @@
 import helpers
 import pytest
 import torch
-import triton_helpers
-from triton_helpers import DEVICES, INTERPRETED
+from triton_helpers import device_of, values_in_the_interpreter
 
 import pyrx
 
@@ -13,16 +12,10 @@ pytest.importorskip("triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    helpers.need("triton", request.param, ops=("neighbor_fill",))
-    return request.param
+device = device_of("neighbor_fill")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 14)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 14)
 
 
 def places(shape, keep, device="cpu"):

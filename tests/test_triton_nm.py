@@ -10,7 +10,7 @@ import torch
 import triton_helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_helpers import DEVICES, INTERPRETED, here
+from triton_helpers import INTERPRETED, device_of, here, values_in_the_interpreter
 
 import pyrx
 from pyrx.ops.nm_sparsity import ESTIMATORS
@@ -51,15 +51,10 @@ forms = pytest.mark.parametrize("shape, dim, n, m, pad", FORMS, ids=helpers.name
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=helpers.name_of)
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return helpers.need("triton", request.param, ops=("nm_sparsity",)) and request.param
+device = device_of("nm_sparsity")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 250)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 250)
 
 
 def scores_of(shape, dtype, device="cpu", seed=0):
@@ -271,11 +266,7 @@ def test_graph_reads_weight_and_decay_when_replayed():
     def sparse():
         return pyrx.nm_sparsify(weight, 2, 4, estimator="mdgf", decay=decay, backend="triton")
 
-    sparse()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = sparse()
+    graph, captured = helpers.capture(sparse)
     for value in (0.25, 0.0):
         weight.normal_()
         decay.fill_(value)

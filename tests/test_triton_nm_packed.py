@@ -5,7 +5,15 @@ import pytest
 import test_nm_packed as cases
 import test_nm_packed_linear as linear
 import torch
-from triton_helpers import INTERPRETED, SHARED_LIMIT, ahead_of_time, kernels_of, run_interpreted
+from triton_helpers import (
+    INTERPRETED,
+    SHARED_LIMIT,
+    ahead_of_time,
+    backend_of,
+    interpreted,
+    kernels_of,
+    values_in_the_interpreter,
+)
 
 import pyrx
 from pyrx.reference.dropout import pack_bits
@@ -26,13 +34,9 @@ RATIOS = [
     (64, 128),
     (1, 128),
 ]
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="one process holds either interpreted or compiled kernels")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    run_interpreted(__file__, 60)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 60)
 
 
 @interpreted
@@ -91,9 +95,7 @@ if INTERPRETED:
     test_linear_errors = cases.test_linear_errors
     test_too_many_kept = cases.test_too_many_kept
 
-    @pytest.fixture
-    def backend():
-        return helpers.need("triton", ops=("nm_packed",))
+    backend = backend_of("nm_packed")
 
 
 @interpreted

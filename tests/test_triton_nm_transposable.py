@@ -7,18 +7,14 @@ import pytest
 import test_nm_transposable as cases
 import torch
 import triton_helpers
-from triton_helpers import INTERPRETED
+from triton_helpers import INTERPRETED, backend_of, interpreted, values_in_the_interpreter
 
 pytest.importorskip("triton")
 launcher = importlib.import_module("pyrx._triton.nm_transposable")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="one process holds either interpreted or compiled kernels")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    triton_helpers.run_interpreted(__file__, 50)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 50)
 
 
 @interpreted
@@ -50,9 +46,7 @@ if INTERPRETED:
     test_exact_of_equal_sums_is_the_first = cases.test_exact_of_equal_sums_is_the_first
     test_greedy_may_keep_fewer = cases.test_greedy_may_keep_fewer
 
-    @pytest.fixture
-    def backend():
-        return helpers.need("triton", ops=("nm_transposable",))
+    backend = backend_of("nm_transposable")
 
 
 @interpreted

@@ -1,21 +1,15 @@
 """Random erasing and noise masks in Triton: the reference's bits, interpreted on the CPU or on a GPU."""
 
-import os
-import re
-import subprocess
-import sys
-
 import helpers
 import pytest
 import torch
+from triton_helpers import device_of, values_in_the_interpreter
 
 import pyrx
 from pyrx.reference.noise_mask import noise_mask_backward
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DRAWS = [
     {"prob": 0.9, "max_count": 3},
@@ -25,19 +19,10 @@ DRAWS = [
 ]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return helpers.need("triton", request.param, ops=("random_erasing", "noise_mask")) and request.param
+device = device_of("random_erasing", "noise_mask")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYRX_REQUIRE": "triton"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=helpers.ROOT, timeout=900)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 15, done.stdout[-2000:]
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=helpers.name_of)

@@ -27,13 +27,37 @@ def here(variants, turn):
     return variants if INTERPRETED else variants[turn % len(variants) :][:1]
 
 
-def run_interpreted(file, least):
-    """The file's tests in the interpreter: at least that many pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", file]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYRX_REQUIRE": "triton"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=helpers.ROOT, timeout=900)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, done.stdout[-2000:]
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="one process holds either interpreted or compiled kernels")
+
+
+def values_in_the_interpreter(file, least):
+    """A test that runs the file's tests in the interpreter: at least that many pass."""
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
+    def test():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", file]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYRX_REQUIRE": "triton"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=helpers.ROOT, timeout=900)
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, done.stdout[-2000:]
+
+    return test
+
+
+def device_of(*ops):
+    """The fixture `device`, of a file whose kernels are those of `ops`."""
+
+    @pytest.fixture(params=DEVICES)
+    def device(request):
+        return helpers.need("triton", request.param, ops=ops) and request.param
+
+    return device
+
+
+def backend_of(op):
+    """The fixture `backend`, for an op's tests of every backend."""
+    return pytest.fixture(lambda: helpers.need("triton", ops=(op,)), name="backend")
 
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}

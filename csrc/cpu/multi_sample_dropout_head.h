@@ -14,6 +14,7 @@
 #include "cpu/gemm.h"
 #include "cpu/multi_sample_dropout_call.h"
 #include "cpu/multi_sample_dropout_pairs.h"
+#include "cpu/multi_sample_dropout_subsets.h"
 #include "cpu/pages.h"
 #include "cpu/simd.h"
 #include "cpu/workspace.h"
@@ -29,8 +30,6 @@ constexpr int64_t kWeightPanels = 4;      // feature panels of the weight gradie
 constexpr int64_t kWeightRows = 64;       // classes of one multiplication into the weight gradient
 constexpr int64_t kSkew = 16;             // elements beyond a power of two, so that rows differ in cache set
 constexpr int64_t kSubsetLeast = 3;       // GEMM rows from which partial sums beat the gradients' GEMMs
-constexpr int64_t kSubsetTables = 8;      // tables of 64 classes at a time: 32 KiB of float32
-constexpr int64_t kSubsetFeatures = 256;  // features of a task
 
 template <typename T, typename G, typename O>
 class Head {
@@ -58,11 +57,10 @@ class Head {
         gradient_stride_(round_up(chunk_rows_ * gemm_rows_, kRound) + kSkew),
         padded_features_(round_up(in_.features, kRound)),
         masks_(in_.plan.paired ? gemm_rows_ - 1 : gemm_rows_),
-        groups_((masks_ + kSubset - 1) / kSubset),
         // partial sums on the vector units; GEMMs on matrix units
         subset_(kSums && !(sizeof(G) == 2 && native_half(at::kBFloat16)) && !in_.plan.averaged && gemm_rows_ >= kSubsetLeast &&
                 (out_.grad_input || out_.grad_weight)),
-        lookup_(subset_ && accumulator_.lookup_gradients && in_.classes <= kLookupClasses && groups_ <= 2),
+        lookup_(subset_ && accumulator_.lookup_gradients && in_.classes <= kLookupClasses && masks_ <= 2 * kSubset),
         pairs_(kPairs && subset_ && !lookup_),
         direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0) {}
 
@@ -73,8 +71,7 @@ class Head {
     for (int64_t row = 0; row < in_.rows; row += chunk_rows_) {
       const int64_t end = std::min(row + chunk_rows_, in_.rows);
       rows_chunk(row, end);
-      if (lookup_) lookup_gradients(row, end, !first);
-      else if (pairs_) pair_gradients(row, end, !first);
+      if (pairs_) pair_gradients(row, end, !first);
       else if (subset_) subset_gradients(row, end, !first);
       if (out_.grad_weight && !subset_) weight_gradient(row, end, !first);
       first = false;
@@ -100,10 +97,7 @@ class Head {
     uint8_t* bits;  // (2, bits_stride + 2)
     G* panels;      // (kDepth, kWeightPanels * kPanel): masked features of a weight gradient block
     G* pair;        // (2, kPanel)
-    Acc* tables;    // (kSubsetTables or one row's, 16, kPanel)
-    Acc* x;         // (chunk_rows, kSubsetFeatures)
-    Acc* input;     // the same of the input gradient
-    Acc* weight;    // (kLookupClasses, kSubsetFeatures)
+    typename SubsetGradients<Acc>::Scratch subset_sums;
     PairGradients::Scratch pair_sums;
   };
 
@@ -139,10 +133,7 @@ class Head {
       offsets[5] = part.template reserve<uint8_t>(2 * (bits_stride_ + 10));
       offsets[6] = part.template reserve<G>(out_.grad_weight && !subset_ ? kDepth * kWeightPanels * kPanel : 0);
       offsets[7] = part.template reserve<G>(2 * kPanel);
-      offsets[8] = part.template reserve<Acc>(panels ? subset_rows() * groups_ * kSubsetEntries * kPanel : 0);
-      offsets[9] = part.template reserve<Acc>(subset_ && !pairs_ ? (lookup_ ? 1 : chunk_rows_) * kSubsetFeatures : 0);
-      offsets[10] = part.template reserve<Acc>(subset_ && !pairs_ ? (lookup_ ? 1 : chunk_rows_) * kSubsetFeatures : 0);
-      offsets[11] = part.template reserve<Acc>(lookup_ ? kLookupClasses * kSubsetFeatures : 0);
+      if (subset_ && !pairs_) subset_sums(chunk_rows_).reserve_scratch(part, lookup_, offsets + 8);
       if constexpr (kPairs)
         if (pairs_) pair_sums(chunk_rows_).reserve_scratch(part, offsets + 12);
     };
@@ -158,9 +149,8 @@ class Head {
       const auto& o = cuts[t];
       scratch[t] = {memory_.at_offset<G>(o[0]),   memory_.at_offset<Acc>(o[1]),     memory_.at_offset<G>(o[2]),
                     memory_.at_offset<Acc>(o[3]), memory_.at_offset<Acc>(o[4]),     memory_.at_offset<uint8_t>(o[5]),
-                    memory_.at_offset<G>(o[6]),   memory_.at_offset<G>(o[7]),       memory_.at_offset<Acc>(o[8]),
-                    memory_.at_offset<Acc>(o[9]), memory_.at_offset<Acc>(o[10]), memory_.at_offset<Acc>(o[11]),
-                    PairGradients::cut(memory_, o.data() + 12)};
+                    memory_.at_offset<G>(o[6]),   memory_.at_offset<G>(o[7]),
+                    SubsetGradients<Acc>::cut(memory_, o.data() + 8), PairGradients::cut(memory_, o.data() + 12)};
     }
     scratch_ = std::move(scratch);
     weight_ = memory_.at_offset<G>(weight_offset);
@@ -449,52 +439,40 @@ class Head {
 
   // The masks' code bytes of an input row: one for eight masks.
   int64_t code_rows() const { return (masks_ + 7) / 8; }
-  // Features of a task: one task a thread, unless they are many; every task makes the tables anew.
-  int64_t task_features() const {
-    const int64_t share = round_up((in_.features + threads_ - 1) / threads_, kPanel);
-    return std::min(kSubsetFeatures, std::max<int64_t>(share, 1));
-  }
   bool sums_by_panels() const { return subset_ && !lookup_ && !pairs_; }
-  int64_t subset_rows() const { return std::clamp<int64_t>(kSubsetTables / groups_, 1, kSubsetRows); }
 
-  // Both gradients from partial sums of the gradient rows (SubsetBlock): a task has features of its own, so that every
-  // sum is made by one thread in one order.
+  SubsetGradients<Acc> subset_sums(int64_t rows) const {
+    return {.rows = rows,
+            .gemm_rows = gemm_rows_,
+            .masks = masks_,
+            .classes = in_.classes,
+            .features = in_.features,
+            .threads = threads_,
+            .gradients = rows_,
+            .stride = logits_stride_,
+            .codes = codes_,
+            .codes_stride = padded_features_};
+  }
+
   void subset_gradients(int64_t begin, int64_t end, bool add) {
-    const Panels<G> weight = weight_panels();
-    const int64_t rows = end - begin, features = in_.features, range = task_features();
-    parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
-      const int64_t from = task * range, n = std::min(range, features - from);
-      for (int64_t r = 0; r < rows; ++r) ever_kept(begin, r, from, n, scratch, scratch.x + r * range);
-      if (out_.grad_input) std::fill_n(scratch.input, rows * range, Acc(0));
-      for (int64_t p = 0; p < weight.count(); ++p) {
-        const int64_t width = weight.width(p);
-        Acc* sum = out_.grad_weight ? Panels<Acc>(panel_sum_, features, in_.classes).panel(p) + from * width : nullptr;
-        if (sum && !add) std::fill_n(sum, n * width, Acc(0));
-        for (int64_t r = 0; r < rows; r += subset_rows()) {
-          const int64_t count = std::min(subset_rows(), rows - r);
-          for (int64_t b = 0; b < count; ++b)
-            subset_tables(rows_ + (r + b) * gemm_rows_ * logits_stride_ + p * kPanel, width,
-                          scratch.tables + b * groups_ * kSubsetEntries * width);
-          accumulator_.subset_gradients({
-              .rows = count,
-              .features = n,
-              .width = width,
-              .groups = groups_,
-              .tables = scratch.tables,
-              .codes = codes_ + (r * padded_features_ + from) * code_rows(),
-              .codes_stride = padded_features_ * code_rows(),
-              .x = scratch.x + r * range,
-              .x_stride = range,
-              .weight = reinterpret_cast<const Acc*>(weight.panel(p) + from * width),  // G is Acc
-              .weight_gradient = sum,
-              .input_gradient = out_.grad_input ? scratch.input + r * range : nullptr,
-              .input_stride = range,
-          });
-        }
-      }
-      if (out_.grad_input)
-        for (int64_t r = 0; r < rows; ++r)
-          element_.store(scratch.input + r * range, n, result_factor_, out_.grad_input + (begin + r) * features + from);
+    const SubsetGradients<Acc> sums = subset_sums(end - begin);
+    const typename SubsetGradients<Acc>::Result result{.sum = !out_.grad_weight ? nullptr : lookup_ ? sum_ : panel_sum_,
+                                                       .sum_stride = padded_features_,
+                                                       .add = add,
+                                                       .input = out_.grad_input != nullptr};
+    parallel(sums.tasks(), [&](int64_t task, const Scratch& scratch) {
+      const auto feature = [&](int64_t row, int64_t from, int64_t n, Acc* out) {
+        ever_kept(begin, row, from, n, scratch, out);
+      };
+      const auto store = [&](int64_t row, int64_t from, int64_t n, const Acc* gradient) {
+        element_.store(gradient, n, result_factor_, out_.grad_input + (begin + row) * in_.features + from);
+      };
+      const auto weight = [&](int64_t c, int64_t from, int64_t n, Acc* out) {
+        wide_.select(in_.linear_weight + c * in_.weight_stride + from, nullptr, n, out);
+      };
+      if (lookup_) sums.by_lookups(task, weight, result, feature, store, scratch.subset_sums);
+      else if constexpr (std::is_same_v<G, Acc>)
+        sums.by_tables(task, weight_panels(), result, feature, store, scratch.subset_sums);
     });
   }
 
@@ -550,49 +528,6 @@ class Head {
     }
   }
 
-  // Both gradients of few classes, by lookups in registers (LookupRow); tasks as in subset_gradients.
-  void lookup_gradients(int64_t begin, int64_t end, bool add) {
-    const int64_t features = in_.features, range = task_features();
-    parallel((features + range - 1) / range, [&](int64_t task, const Scratch& scratch) {
-      const int64_t from = task * range, n = std::min(range, features - from);
-      if (out_.grad_input)
-        for (int64_t c = 0; c < in_.classes; ++c)
-          wide_.select(in_.linear_weight + c * in_.weight_stride + from, nullptr, n, scratch.weight + c * range);
-      Acc* sum = out_.grad_weight ? sum_ + from : nullptr;
-      if (sum && !add)
-        for (int64_t c = 0; c < in_.classes; ++c) std::fill_n(sum + c * padded_features_, round_up(n, kRound), Acc(0));
-      for (int64_t r = 0; r < end - begin; ++r) {
-        if (sum) ever_kept(begin, r, from, n, scratch, scratch.x);
-        const Acc* rows = rows_ + r * gemm_rows_ * logits_stride_;
-        accumulator_.lookup_gradients({
-            .features = n,
-            .classes = in_.classes,
-            .masks = masks_,
-            .base = in_.plan.paired ? rows + (gemm_rows_ - 1) * logits_stride_ : nullptr,
-            .rows = rows,
-            .rows_stride = logits_stride_,
-            .codes = codes_ + r * padded_features_ + from,
-            .x = scratch.x,
-            .weight = scratch.weight,
-            .weight_stride = range,
-            .weight_gradient = sum,
-            .gradient_stride = padded_features_,
-            .input_gradient = out_.grad_input ? scratch.input : nullptr,
-        });
-        if (out_.grad_input)
-          element_.store(scratch.input, n, result_factor_, out_.grad_input + (begin + r) * features + from);
-      }
-    });
-  }
-
-  // An input row's tables of `width` classes; the unmasked row of a paired plan is in every entry.
-  void subset_tables(const Acc* rows, int64_t width, Acc* tables) const {
-    const Acc* unmasked = in_.plan.paired ? rows + (gemm_rows_ - 1) * logits_stride_ : nullptr;
-    for (int64_t g = 0; g < groups_; ++g)
-      accumulator_.subset_table(g == 0 ? unmasked : nullptr, rows + g * kSubset * logits_stride_, logits_stride_,
-                                std::min(kSubset, masks_ - g * kSubset), width, tables + g * kSubsetEntries * width);
-  }
-
   // grad_weight (C, D) from its panels (D, classes)
   void turn_panels() {
     const Panels<Acc> panels(panel_sum_, in_.features, in_.classes);
@@ -635,14 +570,14 @@ class Head {
   const int64_t bias_sums_;  // one a tile of a chunk, as many whatever the threads: each adds the same rows in the same order
   const int64_t padded_tile_;
   const int64_t logits_stride_;  // an odd number of cache lines, so that rows do not meet in the same sets of a cache
-  const int64_t bits_stride_, gradient_stride_, padded_features_, masks_, groups_;
+  const int64_t bits_stride_, gradient_stride_, padded_features_, masks_;
   const bool subset_, lookup_, pairs_, direct_;
   Workspace memory_;
   std::vector<Scratch> scratch_;
-  G *weight_, *transposed_, *gradients_;
-  uint8_t *bits_, *codes_;
-  Acc *levels_, *rows_, *panel_sum_, *sum_, *bias_;
-  uint32_t *pair_index_, *pair_x_;
+  G *weight_{}, *transposed_{}, *gradients_{};
+  uint8_t *bits_{}, *codes_{};
+  Acc *levels_{}, *rows_{}, *panel_sum_{}, *sum_{}, *bias_{};
+  uint32_t *pair_index_{}, *pair_x_{};
 };
 
 }  // namespace pyrx::cpu

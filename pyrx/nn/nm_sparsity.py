@@ -17,10 +17,8 @@ NAME = "NMSparsity"
 STATE = ("n", "m", "target", "dim", "estimator", "strength", "magnitude", "pad", "enabled", "frozen", "shared")
 
 
-def _fields(state: Tensor | dict[str, Any]) -> dict[str, Any]:
-    """STATE by name of `NMSparsity.get_extra_state`, or of the dict that it was before."""
-    if isinstance(state, dict):
-        return {name: state[name] for name in STATE}
+def _fields(state: Tensor) -> dict[str, Any]:
+    """STATE by name of `NMSparsity.get_extra_state`."""
     n, m, *target, dim, estimator, _, magnitude, pad, enabled, frozen, shared = state.tolist()
     strength = state.cpu()[6].view(torch.float64).item()
     flags = map(bool, (magnitude, pad, enabled, frozen, shared))
@@ -203,19 +201,14 @@ class NMSparsity(nn.Module):
         fields = (self.n, self.m, *self.target, self.dim, ESTIMATORS.index(self.estimator), strength, *flags)
         return torch.tensor(fields, dtype=torch.int64, device="cpu")
 
-    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         for name, value in _fields(state).items():
             setattr(self, name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state = state_dict.get(f"{prefix}_extra_state")
         if state is not None:
-            fields, name = _fields(state), f"{prefix}bits"
-            if isinstance(state, dict):  # the form of before: a mask only where there was one
-                found = state_dict.pop(f"{prefix}mask", self.bits)
-                if found is not None:
-                    state_dict[name] = found
-            found = state_dict.get(name)
+            fields, found = _fields(state), state_dict.get(f"{prefix}bits")
             if found is not None:  # else it is missing, which torch tells
                 stays = self.bits is not None and self.bits.shape == found.shape
                 # what is no mask is not written to an owner's

@@ -268,6 +268,11 @@ class MaskedOptimizer(Optimizer):
         }
 
 
+def _operands(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and gradients, of shards this rank's part."""
+    return [local(param) for param in params], [local(param.grad) for param in params]
+
+
 def _check_common(lr: float | Tensor, weight_decay: float) -> None:
     """With the texts of torch.optim."""
     if isinstance(lr, Tensor):
@@ -368,8 +373,7 @@ class MaskedAdamW(MaskedOptimizer):
         # of Python's 1 a CPU tensor is made for each
         torch._foreach_add_(steps, _ONE if steps[0].is_cpu else 1.0)
         masked_adamw(
-            [local(param) for param in params],
-            [local(param.grad) for param in params],
+            *_operands(params),
             exp_avgs,
             exp_avg_sqs,
             self._list(params, "mask"),
@@ -384,8 +388,7 @@ class MaskedAdamW(MaskedOptimizer):
         exp_avgs, exp_avg_sqs, steps = self._moments(params)
         beta1, beta2 = group["betas"]
         adamw(
-            [local(param) for param in params],
-            [local(param.grad) for param in params],
+            *_operands(params),
             exp_avgs,
             exp_avg_sqs,
             [],
@@ -470,8 +473,7 @@ class MaskedSGD(MaskedOptimizer):
         dampening: float,
     ) -> None:
         masked_sgd(
-            [local(param) for param in params],
-            [local(param.grad) for param in params],
+            *_operands(params),
             buffers,
             self._list(params, "mask"),
             momentum=group["momentum"],

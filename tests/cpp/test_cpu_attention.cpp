@@ -272,7 +272,7 @@ template <typename T>
 void test_type(const char* set, const LogitKernels<T>& kernels) {
   test_tanh<T>(set, kernels);
   for (const int64_t n : {1, 3, 16, 31, 64, 100, 128})
-    for (const int64_t k : {int64_t(0), int64_t(128)})
+    for (const int64_t k : {int64_t(0), int64_t(37), int64_t(128)})
       for (const bool shared : {false, true}) {
         test_logits<T>(set, kernels, 240, std::min(k, 240 - n), n, kNone, 1, shared);
         test_logits<T>(set, kernels, 240, std::min(k, 240 - n), n, kRow, 1, shared);
