@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from edits import ROWS
 from helpers import CPU_BACKENDS, assert_within_budget, name_of, need
 from masks import assert_lists, covered, elements_of, random_blocks, same_mask
-from triton_helpers import INTERPRETED, run_interpreted
+from triton_helpers import INTERPRETED, values_in_the_interpreter
 
 import pyrx
 from pyrx import BlockMask
@@ -26,10 +26,7 @@ def backend(request):
     return need(request.param, ops=ROWS)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="these are the tests that it runs")
-def test_values_in_the_interpreter():
-    run_interpreted(__file__, 60)
+test_values_in_the_interpreter = values_in_the_interpreter(__file__, 60)
 
 
 def near(lengths, left, right):
