@@ -44,6 +44,13 @@ template const SoftmaxKernels<double>& softmax_kernels<double>();
 template const SoftmaxKernels<bfloat16>& softmax_kernels<bfloat16>();
 template const SoftmaxKernels<float16>& softmax_kernels<float16>();
 
+template <typename G>
+const FusedKernels<G>& fused_kernels() {
+  PYRX_PICK(fused_table<G>())
+}
+template const FusedKernels<float>& fused_kernels<float>();
+template const FusedKernels<bfloat16>& fused_kernels<bfloat16>();
+
 template <typename Acc>
 const MassKernels<Acc>& mass_kernels() {
   PYRX_PICK(mass_table<Acc>())

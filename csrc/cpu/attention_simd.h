@@ -1,6 +1,7 @@
 // Row kernels of attention over tiles of logits, compiled apart from simd.h's and picked at run time. No torch headers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/simd.h"
@@ -44,6 +45,33 @@ struct Lines {
   int64_t count;
 };
 
+// Cache lines on their way to the second-level cache, a few at a time between arithmetic: all at once they would wait for
+// each other.
+class Ahead {
+ public:
+  Ahead(const Lines* ranges, int64_t count) : range_(ranges), end_(ranges + count) { open(); }
+  void fetch(int64_t n) {
+    while (n > 0 && at_ != last_) {
+      const int64_t run = std::min<int64_t>(n, (last_ - at_) / 64);
+      const char* const end = at_ + 64 * run;
+      for (const char* line = at_; line != end; line += 64) __builtin_prefetch(line, 0, 2);
+      n -= run, at_ = end;
+      if (at_ == last_) open();
+    }
+  }
+
+ private:
+  void open() {
+    at_ = last_ = nullptr;
+    while (range_ != end_ && at_ == last_) {
+      at_ = static_cast<const char*>(range_->first), last_ = at_ + 64 * range_->count;
+      ++range_;
+    }
+  }
+  const Lines *range_, *end_;
+  const char *at_ = nullptr, *last_ = nullptr;
+};
+
 // One step of an online softmax: a tile of logits (rows, keys), and what its rows have summed up before it.
 template <typename G>
 struct SoftmaxTile {
@@ -71,10 +99,41 @@ struct SoftmaxKernels {
   void (*step)(const SoftmaxTile<G>& tile);
 };
 
+constexpr int64_t kFusedQueries = 32, kFusedRows = 8;  // a tile's most queries; keys come by as many
+
+// One step of attention: a tile (keys, queries) from products to weights to the sums of values. Rows of keys and values are
+// contiguous, and there are finite values for every row up to the tile's `keys`, a multiple of eight.
+template <typename G>
+struct FusedTile {
+  int64_t width, keys;      // width: 16 or 32 queries
+  int64_t size, value_size;  // of a row of keys, even for 16-bit G, and of values, a multiple of eight
+  const G* queries;          // (size, width), in pairs of the size for 16-bit G
+  const G* key;              // (keys, size)
+  const G* value;            // (keys, value_size), in pairs of keys for 16-bit G
+  const float* factor;       // (width,): exponents of 2 are factor * product
+  float *most, *total;       // (width,): SoftmaxTile; at first the lowest number, and 0
+  float* out;                // (value_size, width): sums of the values that follow `most`
+  G* weights;                // (keys, width) of scratch
+  const int32_t *low, *high;  // (width,): keys low <= first + k < high are seen; null: all
+  int64_t first;
+  const uint8_t* key_mask;  // (keys,), read where low and high show a key, or null
+  const uint8_t* bits;      // of kept weights: GradientTile, or null: all
+  int64_t bits_stride;
+  Ahead* ahead;   // `lines` are fetched with every eight keys
+  int64_t lines;
+};
+
+template <typename G>
+struct FusedKernels {
+  void (*step)(const FusedTile<G>& tile) = nullptr;  // null: the instruction set has none
+};
+
 template <typename T>
 const LogitKernels<T>& logit_kernels();
 template <typename G>
 const SoftmaxKernels<G>& softmax_kernels();
+template <typename G>
+const FusedKernels<G>& fused_kernels();
 
 // A tile of the backward, keys by queries: row k is a key, column c a query; operands of the products are G. Arrays of columns
 // and the tile's rows are contiguous, the width is a multiple of sixteen.

@@ -2,5 +2,6 @@
 #include "cpu/vec.inl"
 #include "cpu/attention_logits.inl"
 #include "cpu/attention_softmax.inl"
+#include "cpu/attention_fused.inl"
 #include "cpu/attention_gradients.inl"
 #include "cpu/attention_mass.inl"

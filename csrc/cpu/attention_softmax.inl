@@ -121,33 +121,6 @@ inline Vec<Acc> greatest(const Vec<Acc>* rows) {
   return Vec<Acc>::get(v);
 }
 
-// Cache lines on their way to the second-level cache, a few at a time between arithmetic: all at once they would wait for
-// each other.
-class Ahead {
- public:
-  Ahead(const Lines* ranges, int64_t count) : range_(ranges), end_(ranges + count) { open(); }
-  void fetch(int64_t n) {
-    while (n > 0 && at_ != last_) {
-      const int64_t run = std::min<int64_t>(n, (last_ - at_) / 64);
-      const char* const end = at_ + 64 * run;
-      for (const char* line = at_; line != end; line += 64) __builtin_prefetch(line, 0, 2);
-      n -= run, at_ = end;
-      if (at_ == last_) open();
-    }
-  }
-
- private:
-  void open() {
-    at_ = last_ = nullptr;
-    while (range_ != end_ && at_ == last_) {
-      at_ = static_cast<const char*>(range_->first), last_ = at_ + 64 * range_->count;
-      ++range_;
-    }
-  }
-  const Lines *range_, *end_;
-  const char *at_ = nullptr, *last_ = nullptr;
-};
-
 // A row's logits become (factor * logit - base) / factor. Where base is past the integers, a product that is not rounded
 // as base is would leave hundreds: weights are then infinite or all 0.
 template <typename Acc>

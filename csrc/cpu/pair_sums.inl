@@ -2,13 +2,6 @@
 // InputPairs. Included by simd.inl.
 
 #if PYRX_ISA == 512
-// Beside the target of the namespace, which clang replaces and gcc adds to.
-#ifdef __clang__
-#define PYRX_BF16 __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#else
-#define PYRX_BF16 __attribute__((target("avx512bf16")))
-#endif
-
 // The sixteen sums of up to four masks of class c, in float32.
 inline __m512 mask_sums(const float* base, const float* rows, int64_t stride, int64_t count, int64_t c) {
   constexpr __mmask16 kBit[kSubset] = {0xAAAA, 0xCCCC, 0xF0F0, 0xFF00};  // the entries that hold mask m
@@ -179,7 +172,6 @@ inline void input_pairs(const InputPairs& block) {
   if (block.groups == 2) input_pairs<2, 2>(block);
   else input_pairs<4, 1>(block);
 }
-#undef PYRX_BF16
 #endif
 
 constexpr SumKernels sum_table() {

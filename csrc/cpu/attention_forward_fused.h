@@ -1,0 +1,256 @@
+// Attention over listed blocks, forward, in one kernel of products and softmax (FusedTile): float32 on AVX-512, bfloat16 on
+// its dot products. Nothing is packed but queries, and keys and values whose rows the kernel does not take.
+#pragma once
+
+#include <cstring>
+#include <limits>
+#include <numbers>
+#include <vector>
+
+#include "cpu/attention_forward.h"
+
+namespace pyrx::cpu {
+
+template <typename T>
+class FusedForward {
+ public:
+  static bool serves(const AttentionProblem<T>& problem, const AttentionResults<T>& results) {
+    if (fused_kernels<T>().step == nullptr || results.entropy || problem.softcap > 0 || problem.bias.row) return false;
+    return sizeof(T) == 4 || (multiplies_half(at::kBFloat16) && !native_half(at::kBFloat16));
+  }
+
+  FusedForward(const AttentionProblem<T>& problem, const AttentionResults<T>& results)
+      : in_(problem),
+        out_(results),
+        shape_(problem.shape),
+        depth_(round_up(shape_.size, pairing<T>)),
+        values_(round_up(shape_.value_size, kFusedRows)),
+        panels_((shape_.q_block + kFusedQueries - 1) / kFusedQueries),
+        together_(std::max<int64_t>(1, kTaskRows / shape_.q_block)),
+        tasks_((shape_.q_blocks() + together_ - 1) / together_) {}
+
+  void run() {
+    run_tasks<T>(
+        shape_.batch * shape_.heads * tasks_, [&] { return Scratch(*this); },
+        [&](int64_t task, Scratch& scratch) { attend(task, scratch); });
+  }
+
+ private:
+  // At most 32 queries of a block, and what is summed up of them.
+  struct Panel {
+    int64_t first, rows, width;
+    Reach seen;
+    T* queries;
+    float *out, *most, *total, *factor;
+    int32_t *low, *high;
+  };
+  // Keys first .. first + keys - 1 of blocks that follow each other.
+  struct Run {
+    int64_t first, keys;
+  };
+
+  // A thread's own.
+  struct Scratch {
+    Workspace memory;
+    std::vector<Panel> panels;
+    T *rows, *keys, *values, *weights;
+    float* sums;
+    uint8_t *bits, *kept, *shifted;
+    std::vector<int64_t> listed, next_listed;
+    std::vector<Lines> ahead;
+    int64_t fetched = -1;  // the task whose first operands are fetched
+
+    explicit Scratch(const FusedForward& f) : panels(f.panels_) {
+      const int64_t own = f.panels_ * kFusedQueries;
+      const auto reserve = [&]<typename U>(U, int64_t n) { return memory.reserve<U>(n); };
+      const int64_t at[] = {
+          reserve(T(), own * f.depth_),  reserve(0.0f, own * f.values_),
+          reserve(0.0f, 3 * own),        reserve(int32_t(), 2 * own),
+          reserve(T(), kFusedQueries * f.depth_), reserve(T(), kLogitKeys * f.depth_),
+          reserve(T(), kLogitKeys * f.values_),   reserve(T(), kLogitKeys * kFusedQueries),
+          reserve(0.0f, kFusedQueries * f.values_), reserve(uint8_t(), kFusedQueries * kBitsStride),
+          reserve(uint8_t(), kFusedQueries / 8 * kLogitKeys), reserve(uint8_t(), kLogitKeys / 8 + 2)};
+      memory.allocate();
+      for (int64_t p = 0; p < f.panels_; ++p) {
+        Panel& panel = panels[p];
+        const int64_t i = p * kFusedQueries;
+        panel.queries = memory.at_offset<T>(at[0]) + i * f.depth_;
+        panel.out = memory.at_offset<float>(at[1]) + i * f.values_;
+        panel.most = memory.at_offset<float>(at[2]) + i;
+        panel.total = panel.most + own, panel.factor = panel.total + own;
+        panel.low = memory.at_offset<int32_t>(at[3]) + i, panel.high = panel.low + own;
+      }
+      rows = memory.at_offset<T>(at[4]), keys = memory.at_offset<T>(at[5]), values = memory.at_offset<T>(at[6]);
+      weights = memory.at_offset<T>(at[7]), sums = memory.at_offset<float>(at[8]);
+      bits = memory.at_offset<uint8_t>(at[9]), kept = memory.at_offset<uint8_t>(at[10]);
+      shifted = memory.at_offset<uint8_t>(at[11]);
+    }
+    ~Scratch() { store_fence(); }  // of the thread's streamed results
+  };
+
+  // Blocks of queries first .. last - 1 of a head.
+  struct Queries {
+    int64_t b, h, first, last;
+  };
+  Queries queries_of(int64_t task) const {
+    const int64_t head = task / tasks_;
+    // the last blocks of a head come first: they see most where attention is causal
+    const int64_t first = (tasks_ - 1 - task % tasks_) * together_;
+    return {head / shape_.heads, head % shape_.heads, first, std::min(first + together_, shape_.q_blocks())};
+  }
+  int64_t rows_of(int64_t block) const { return std::min(shape_.q_block, shape_.queries - block * shape_.q_block); }
+
+  void attend(int64_t task, Scratch& scratch) const {
+    const Queries own = queries_of(task);
+    for (int64_t block = own.first; block < own.last; ++block) {
+      seen_blocks(in_, own.b, own.h, block, scratch.listed);
+      const std::vector<int64_t>& listed = scratch.listed;
+      if (block == own.first && scratch.fetched != task) fetch_first(own, block, scratch);
+      const int64_t count = begin(own.b, own.h, block, scratch);
+      for (size_t i = 0, next; i < listed.size(); i = next) {
+        const Run run = run_from(listed, i, next);
+        scratch.ahead.clear();
+        if (next < listed.size()) {
+          if (listed[next] != listed[next - 1] + 1) add_run(own.b, own.h, listed, next, scratch.ahead);
+        } else if (block + 1 < own.last) {
+          add_queries(own, block + 1, scratch);
+        } else if (const int64_t following = task + at::get_num_threads(); following < shape_.batch * shape_.heads * tasks_) {
+          const Queries after = queries_of(following);
+          add_queries(after, after.first, scratch);
+          scratch.fetched = following;
+        }
+        attend_run(own.b, own.h, run, count, scratch);
+      }
+      for (int64_t p = 0; p < count; ++p) finish(own.b, own.h, scratch.panels[p], scratch);
+    }
+  }
+
+  // Blocks listed[i] .. listed[next - 1] follow each other and make a tile.
+  Run run_from(const std::vector<int64_t>& listed, size_t i, size_t& next) const {
+    const size_t most = i + static_cast<size_t>(kLogitKeys / shape_.k_block);
+    for (next = i + 1; next < listed.size() && next < most && listed[next] == listed[next - 1] + 1;) ++next;
+    const int64_t first = listed[i] * shape_.k_block, last = (listed[next - 1] + 1) * shape_.k_block;
+    return {first, std::min(last, shape_.keys) - first};
+  }
+
+  void fetch_first(const Queries& own, int64_t block, Scratch& scratch) const {
+    scratch.ahead.clear();
+    add_queries(own, block, scratch);
+    Ahead(scratch.ahead.data(), static_cast<int64_t>(scratch.ahead.size())).fetch(std::numeric_limits<int64_t>::max());
+  }
+  // What a block of queries begins with.
+  void add_queries(const Queries& own, int64_t block, Scratch& scratch) const {
+    add_rows(in_.query, own.b, own.h, block * shape_.q_block, rows_of(block), shape_.size, scratch.ahead);
+    seen_blocks(in_, own.b, own.h, block, scratch.next_listed);
+    if (!scratch.next_listed.empty()) add_run(own.b, own.h, scratch.next_listed, 0, scratch.ahead);
+  }
+  void add_run(int64_t b, int64_t h, const std::vector<int64_t>& listed, size_t i, std::vector<Lines>& ahead) const {
+    size_t next;
+    const Run run = run_from(listed, i, next);
+    add_rows(in_.key, b, h / shape_.group(), run.first, run.keys, shape_.size, ahead);
+    add_rows(in_.value, b, h / shape_.group(), run.first, run.keys, shape_.value_size, ahead);
+  }
+
+  // Panels of a block of queries before its first key; how many there are.
+  int64_t begin(int64_t b, int64_t h, int64_t block, Scratch& scratch) const {
+    const int64_t end = block * shape_.q_block + rows_of(block);
+    int64_t count = 0;
+    for (int64_t q = block * shape_.q_block; q < end; ++count) {
+      Panel& panel = scratch.panels[count];
+      panel.first = q, panel.rows = std::min(kFusedQueries, end - q);
+      panel.width = panel.rows > kFusedQueries / 2 ? kFusedQueries : kFusedQueries / 2;
+      pack_transposed<T, T>(in_.query.at(b, h, q), in_.query.token, panel.rows, shape_.size, panel.width, scratch.rows,
+                            panel.queries);
+      std::fill_n(panel.out, panel.width * values_, 0.0f);
+      std::fill_n(panel.most, panel.width, std::numeric_limits<float>::lowest());
+      std::fill_n(panel.total, panel.width, 0.0f);
+      panel.seen = reach(in_.rules, b, q, panel.rows);
+      const float* scale = in_.query_scale ? in_.query_scale + (b * shape_.heads + h) * shape_.queries + q : nullptr;
+      for (int64_t i = 0; i < panel.width; ++i) {
+        const bool own = i < panel.rows;
+        panel.factor[i] = std::numbers::log2e_v<float> * in_.scale * (scale && own ? scale[i] : 1);
+        const KeyRange range = own ? in_.rules.of(b, q + i) : KeyRange{0, shape_.keys};
+        panel.low[i] = static_cast<int32_t>(std::clamp<int64_t>(range.first, 0, shape_.keys));
+        panel.high[i] = static_cast<int32_t>(std::clamp<int64_t>(range.last, 0, shape_.keys));
+      }
+      q += panel.rows;
+    }
+    return count;
+  }
+
+  void attend_run(int64_t b, int64_t h, const Run& run, int64_t count, Scratch& scratch) const {
+    const int64_t kv_head = h / shape_.group(), padded = round_up(run.keys, kFusedRows);
+    const T* key = in_.key.at(b, kv_head, run.first);
+    const T* value = in_.value.at(b, kv_head, run.first);
+    if (in_.key.token != depth_ || padded != run.keys) {
+      for (int64_t i = 0; i < run.keys; ++i) {
+        std::copy_n(key + i * in_.key.token, shape_.size, scratch.keys + i * depth_);
+        std::fill_n(scratch.keys + i * depth_ + shape_.size, depth_ - shape_.size, T{});
+      }
+      std::fill_n(scratch.keys + run.keys * depth_, (padded - run.keys) * depth_, T{});
+      key = scratch.keys;
+    }
+    if (sizeof(T) == 2 || in_.value.token != values_ || padded != run.keys) {
+      const int64_t rows = round_up(run.keys, pairing<T>);
+      pack_rows<T, T>(value, in_.value.token, run.keys, shape_.value_size, values_, scratch.values);
+      std::fill_n(scratch.values + rows * values_, (padded - rows) * values_, T{});
+      value = scratch.values;
+    }
+    int64_t lines = 0;
+    for (const Lines& each : scratch.ahead) lines += each.count;
+    Ahead ahead(scratch.ahead.data(), static_cast<int64_t>(scratch.ahead.size()));
+    const uint8_t* key_mask = in_.key_mask ? in_.key_mask + b * shape_.keys + run.first : nullptr;
+    if (key_mask && std::memchr(key_mask, 0, run.keys) == nullptr) key_mask = nullptr;
+    FusedTile<T> tile{};
+    tile.size = depth_, tile.value_size = values_, tile.weights = scratch.weights, tile.ahead = &ahead;
+    tile.lines = (lines * kFusedRows + count * padded - 1) / (count * padded);
+    for (int64_t p = 0; p < count; ++p) {
+      const Panel& panel = scratch.panels[p];
+      // of keys that nobody sees only those beside seen ones are multiplied
+      const int64_t from = std::max<int64_t>(0, panel.seen.any.first - run.first) / kFusedRows * kFusedRows;
+      const int64_t to = std::min(padded, round_up(std::max<int64_t>(0, panel.seen.any.last - run.first), kFusedRows));
+      if (from >= to || panel.seen.any.empty()) continue;
+      tile.width = panel.width, tile.keys = to - from, tile.first = run.first + from;
+      tile.queries = panel.queries, tile.key = key + from * depth_, tile.value = value + from * values_;
+      tile.factor = panel.factor, tile.most = panel.most, tile.total = panel.total, tile.out = panel.out;
+      const bool hides = panel.seen.hides(tile.first, tile.keys) || key_mask;
+      tile.low = hides ? panel.low : nullptr, tile.high = panel.high;
+      tile.key_mask = key_mask ? key_mask + from : nullptr;
+      if (in_.threshold > 0)
+        tile.bits = kept_bits(b, h, panel, tile.first, std::min(tile.keys, shape_.keys - tile.first), scratch);
+      tile.bits_stride = kLogitKeys;
+      fused_kernels<T>().step(tile);
+    }
+    ahead.fetch(lines);
+  }
+
+  // Bits of kept weights, eight queries a byte.
+  const uint8_t* kept_bits(int64_t b, int64_t h, const Panel& panel, int64_t k, int64_t keys, const Scratch& scratch) const {
+    const SampleMask mask = sample_mask(0, in_.threshold, false);
+    tile_bits(in_.seed, mask, shape_.index(b, h, panel.first, k), shape_.keys, panel.rows, keys, scratch.shifted,
+              scratch.bits, kBitsStride);
+    for (int64_t i = 0; i < panel.width; i += 8)
+      subset_codes(scratch.bits + i * kBitsStride, kBitsStride, std::clamp<int64_t>(panel.rows - i, 0, 8), keys,
+                   scratch.kept + i / 8 * kLogitKeys);
+    return scratch.kept;
+  }
+
+  void finish(int64_t b, int64_t h, const Panel& panel, const Scratch& scratch) const {
+    mask_kernels().transpose32(reinterpret_cast<const uint32_t*>(panel.out), panel.width, values_, panel.rows,
+                               reinterpret_cast<uint32_t*>(scratch.sums), values_);
+    out_.finish(shape_, b, h, panel.first, panel.rows, scratch.sums, values_, panel.most, panel.total, nullptr,
+                in_.threshold > 0 ? keep_scale<float>(in_.threshold) : 1.0f);
+  }
+
+  static constexpr int64_t kBitsStride = kLogitKeys / 8;
+
+  const AttentionProblem<T>& in_;
+  const AttentionResults<T>& out_;
+  const AttentionShape shape_;
+  const int64_t depth_, values_;  // of a row of keys and of values, padded
+  const int64_t panels_;          // most of a block of queries
+  const int64_t together_;        // blocks of queries of a task
+  const int64_t tasks_;           // of a head
+};
+
+}  // namespace pyrx::cpu

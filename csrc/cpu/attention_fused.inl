@@ -1,0 +1,198 @@
+// Both products of attention and the softmax between them, one tile of keys at a time: FusedKernels. Included by
+// attention_simd.inl.
+//
+// Tiles stand keys by queries: a lane is a query, so that what a query has one of, its maximum or its sum, is a lane too, and
+// rows of keys and values are broadcast from where they lie, 32 bits at a time: a float, or a pair of bfloat16.
+
+#if PYRX_ISA == 512
+constexpr int kFusedVectors = kFusedQueries / kLanes;
+
+template <typename G>
+constexpr int64_t kPerUnit = 4 / sizeof(G);  // elements in 32 bits
+
+inline __m512i broadcast(const uint32_t* p) {
+  int32_t x;
+  std::memcpy(&x, p, sizeof(x));
+  return _mm512_set1_epi32(x);
+}
+
+template <typename G>
+PYRX_BF16 inline __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
+  if constexpr (sizeof(G) == 2) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  else return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+}
+
+// out += values * weights of keys from .. to - 1.
+template <typename G, int kVectors>
+PYRX_BF16 void add_values(const FusedTile<G>& tile, int64_t from, int64_t to) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  const auto* values = reinterpret_cast<const uint32_t*>(tile.value);
+  const auto* weights = reinterpret_cast<const uint32_t*>(tile.weights);
+  const int64_t begin = from / kPerUnit<G>, end = to / kPerUnit<G>, size = tile.value_size;
+  for (int64_t d = 0; d < size; d += kFusedRows) {
+    __m512 sums[kFusedRows][kVectors];
+    float* out = tile.out + d * kWidth;
+#pragma GCC unroll 16
+    for (int r = 0; r < kFusedRows; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_ps(out + r * kWidth + v * kLanes);
+    const uint32_t *value = values + begin * size + d, *weight = weights + begin * kWidth;
+#pragma GCC unroll 4
+    for (int64_t j = begin; j < end; ++j, value += size, weight += kWidth) {
+      __m512i own[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) own[v] = _mm512_loadu_si512(weight + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kFusedRows; ++r) {
+        const __m512i x = broadcast(value + r);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<G>(x, own[v], sums[r][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kFusedRows; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * kWidth + v * kLanes, sums[r][v]);
+  }
+}
+
+// The maximum of the `grown` lanes of vector v becomes `now`, and sums follow it. Weights of keys from .. to - 1, which
+// followed the old one, are summed up before.
+template <typename G, int kVectors>
+[[gnu::noinline, gnu::cold]] PYRX_BF16 void grow(const FusedTile<G>& tile, int v, __mmask16 grown, __m512 now, int64_t from,
+                                                 int64_t to) {
+  add_values<G, kVectors>(tile, from, to);
+  const auto scale = [&](float* sums, __m512 by) { _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), by)); };
+  const __m512 before = _mm512_loadu_ps(tile.most + v * kLanes);
+  now = _mm512_mask_mov_ps(before, grown, now);
+  const __m512 by = exp2(Vec<float>{_mm512_sub_ps(before, now)}).v;
+  _mm512_storeu_ps(tile.most + v * kLanes, now);
+  scale(tile.total + v * kLanes, by);
+  for (int64_t d = 0; d < tile.value_size; ++d) scale(tile.out + (d * kVectors + v) * kLanes, by);
+}
+
+// Lanes of vector v that see key `at` of the tile.
+template <typename G>
+inline __mmask16 seeing(const FusedTile<G>& tile, int v, int64_t at) {
+  __mmask16 seen = 0xFFFF;
+  if (tile.low) {
+    const __m512i key = _mm512_set1_epi32(static_cast<int32_t>(tile.first + at));
+    seen = _mm512_cmple_epi32_mask(_mm512_loadu_si512(tile.low + v * kLanes), key);
+    seen = _mm512_mask_cmpgt_epi32_mask(seen, _mm512_loadu_si512(tile.high + v * kLanes), key);
+  }
+  return tile.key_mask && seen != 0 && !tile.key_mask[at] ? 0 : seen;
+}
+
+// Two keys' weights, pairs of 16-bit ones. They are not negative; halves are rounded up.
+template <typename G, int kVectors>
+inline void put_weights(const FusedTile<G>& tile, int64_t at, int v, __m512 x, __m512 y) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  if constexpr (sizeof(G) == 2) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(x), half), 16);
+    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(y), half);
+    _mm512_storeu_si512(tile.weights + at * kWidth + 2 * v * kLanes, _mm512_mask_mov_epi16(low, 0xAAAAAAAA, high));
+  } else {
+    _mm512_storeu_ps(tile.weights + at * kWidth + v * kLanes, x);
+    _mm512_storeu_ps(tile.weights + (at + 1) * kWidth + v * kLanes, y);
+  }
+}
+
+// kEdited: some keys are hidden or some weights dropped. `units` are those of a row of keys.
+template <typename G, int kVectors, bool kEdited, typename Size>
+PYRX_BF16 void fused_tile(const FusedTile<G>& given, Size units) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  const int64_t size = units;
+  const FusedTile<G> tile = given;  // nothing that is written may change it
+  const auto* queries = reinterpret_cast<const uint32_t*>(tile.queries);
+  const auto* keys = reinterpret_cast<const uint32_t*>(tile.key);
+  int64_t summed = 0;
+  for (int64_t j = 0; j < tile.keys; j += kFusedRows, keys += kFusedRows * size) {
+    __m512 x[kFusedRows][kVectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < kFusedRows; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) x[r][v] = _mm512_setzero_ps();
+    // the next keys, into the first-level cache: eight rows at once are more streams than the processor follows
+    for (int64_t i = 0; i < kFusedRows * size; i += kLanes) __builtin_prefetch(keys + kFusedRows * size + i, 0, 3);
+    const uint32_t* query = queries;
+#pragma GCC unroll 4
+    for (int64_t d = 0; d < size; ++d, query += kWidth) {
+      __m512i own[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) own[v] = _mm512_loadu_si512(query + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kFusedRows; ++r) {
+        const __m512i key = broadcast(keys + r * size + d);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) x[r][v] = multiply_add<G>(key, own[v], x[r][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512 factor = _mm512_loadu_ps(tile.factor + v * kLanes);
+      const __m512 bound =
+          _mm512_add_ps(_mm512_loadu_ps(tile.most + v * kLanes), _mm512_set1_ps(static_cast<float>(kExponentSlack)));
+      __m512 greatest = bound;  // NaN is passed over
+#pragma GCC unroll 16
+      for (int r = 0; r < kFusedRows; ++r) {
+        x[r][v] = _mm512_mul_ps(x[r][v], factor);
+        if constexpr (kEdited)
+          x[r][v] = _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), seeing(tile, v, j + r), x[r][v]);
+        greatest = _mm512_max_ps(x[r][v], greatest);
+      }
+      const __mmask16 grown = _mm512_cmp_ps_mask(bound, greatest, _CMP_LT_OQ);
+      if (__builtin_expect(grown != 0, 0)) {
+        grow<G, kVectors>(tile, v, grown, greatest, summed, j);
+        summed = j;
+      }
+      const __m512 most = _mm512_loadu_ps(tile.most + v * kLanes);
+      __m512 total = _mm512_loadu_ps(tile.total + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kFusedRows; r += 2) {
+        __m512 even = exp2(Vec<float>{_mm512_sub_ps(x[r][v], most)}).v, odd = exp2(Vec<float>{_mm512_sub_ps(x[r + 1][v], most)}).v;
+        total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
+        if constexpr (kEdited) {
+          const auto kept = [&](int64_t at) -> __mmask16 {
+            if (!tile.bits) return 0xFFFF;
+            const uint8_t* bits = tile.bits + 2 * v * tile.bits_stride + at;
+            return static_cast<__mmask16>(bits[0] | bits[tile.bits_stride] << 8);
+          };
+          even = _mm512_maskz_mov_ps(kept(j + r), even), odd = _mm512_maskz_mov_ps(kept(j + r + 1), odd);
+        }
+        put_weights<G, kVectors>(tile, j + r, v, even, odd);
+      }
+      _mm512_storeu_ps(tile.total + v * kLanes, total);
+    }
+    tile.ahead->fetch(tile.lines);
+  }
+  add_values<G, kVectors>(tile, summed, tile.keys);
+}
+
+template <typename G, int kVectors, bool kEdited>
+inline void fused_tile_of(const FusedTile<G>& tile) {
+  const int64_t size = tile.size / kPerUnit<G>;
+  if constexpr (kVectors == kFusedVectors) {  // sizes known to the compiler
+    if (size == 32) return fused_tile<G, kVectors, kEdited>(tile, std::integral_constant<int64_t, 32>());
+    if (size == 64) return fused_tile<G, kVectors, kEdited>(tile, std::integral_constant<int64_t, 64>());
+    if (size == 128) return fused_tile<G, kVectors, kEdited>(tile, std::integral_constant<int64_t, 128>());
+  }
+  fused_tile<G, kVectors, kEdited>(tile, size);
+}
+
+template <typename G>
+void fused_step(const FusedTile<G>& tile) {
+  const bool edited = tile.low || tile.key_mask || tile.bits;
+  if (tile.width == kFusedQueries) edited ? fused_tile_of<G, kFusedVectors, true>(tile) : fused_tile_of<G, kFusedVectors, false>(tile);
+  else edited ? fused_tile_of<G, 1, true>(tile) : fused_tile_of<G, 1, false>(tile);
+}
+#endif
+
+template <typename G>
+constexpr FusedKernels<G> fused_table() {
+#if PYRX_ISA == 512
+  return {&fused_step<G>};
+#else
+  return {};
+#endif
+}
