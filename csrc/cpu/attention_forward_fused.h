@@ -173,6 +173,9 @@ class FusedForward {
         panel.low[i] = static_cast<int32_t>(std::clamp<int64_t>(range.first, 0, shape_.keys));
         panel.high[i] = static_cast<int32_t>(std::clamp<int64_t>(range.last, 0, shape_.keys));
       }
+      if constexpr (sizeof(T) == 4)  // 16-bit queries would lose by it: the kernel scales their logits
+        for (int64_t d = 0; d < depth_; ++d)
+          for (int64_t i = 0; i < panel.width; ++i) panel.queries[d * panel.width + i] *= panel.factor[i];
       q += panel.rows;
     }
     return count;
