@@ -61,13 +61,15 @@ PYRX_BF16 void add_values(const FusedTile<G>& tile, int64_t from, int64_t to) {
 template <typename G, int kVectors>
 [[gnu::noinline, gnu::cold]] PYRX_BF16 void grow(const FusedTile<G>& tile, int v, __mmask16 grown, __m512 now, int64_t from,
                                                  int64_t to) {
-  add_values<G, kVectors>(tile, from, to);
+  if (from < to) add_values<G, kVectors>(tile, from, to);
   const auto scale = [&](float* sums, __m512 by) { _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), by)); };
   const __m512 before = _mm512_loadu_ps(tile.most + v * kLanes);
   now = _mm512_mask_mov_ps(before, grown, now);
-  const __m512 by = exp2(Vec<float>{_mm512_sub_ps(before, now)}).v;
   _mm512_storeu_ps(tile.most + v * kLanes, now);
-  scale(tile.total + v * kLanes, by);
+  float* const total = tile.total + v * kLanes;
+  if (_mm512_mask_cmp_ps_mask(grown, _mm512_loadu_ps(total), _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0) return;  // the first keys
+  const __m512 by = exp2(Vec<float>{_mm512_sub_ps(before, now)}).v;
+  scale(total, by);
   for (int64_t d = 0; d < tile.value_size; ++d) scale(tile.out + (d * kVectors + v) * kLanes, by);
 }
 
@@ -154,8 +156,6 @@ PYRX_BF16 void fused_tile(const FusedTile<G>& given, Size units) {
     for (int r = 0; r < kFusedRows; ++r)
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) x[r][v] = _mm512_setzero_ps();
-    // the next keys, into the first-level cache: eight rows at once are more streams than the processor follows
-    for (int64_t i = 0; i < kFusedRows * size; i += kLanes) __builtin_prefetch(keys + kFusedRows * size + i, 0, 3);
     const auto multiply = [&](int64_t first, int64_t count) PYRX_BF16 {
       const uint32_t *query = queries + first * kWidth, *part = keys + first;
 #pragma GCC unroll 8
@@ -221,12 +221,24 @@ void fused_step(const FusedTile<G>& tile) {
   if (tile.width == kFusedQueries) edited ? fused_tile_of<G, kFusedVectors, true>(tile) : fused_tile_of<G, kFusedVectors, false>(tile);
   else edited ? fused_tile_of<G, 1, true>(tile) : fused_tile_of<G, 1, false>(tile);
 }
+
+inline void normalize(float* out, const float* total, int64_t value_size, int64_t width, float scale) {
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const __m512 sum = _mm512_loadu_ps(total + i);
+    const __mmask16 some = _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512 by = _mm512_maskz_div_ps(some, _mm512_set1_ps(scale), sum);
+    for (int64_t d = 0; d < value_size; ++d) {
+      float* const at = out + d * width + i;
+      _mm512_storeu_ps(at, _mm512_maskz_mul_ps(some, _mm512_loadu_ps(at), by));
+    }
+  }
+}
 #endif
 
 template <typename G>
 constexpr FusedKernels<G> fused_table() {
 #if PYRX_ISA == 512
-  return {&fused_step<G>};
+  return {&fused_step<G>, &normalize};
 #else
   return {};
 #endif
