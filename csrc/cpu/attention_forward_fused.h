@@ -54,7 +54,6 @@ class FusedForward {
     Workspace memory;
     std::vector<Panel> panels;
     T *rows, *keys, *values, *weights, *results;
-    float* sums;
     uint8_t *bits, *kept, *shifted;
     std::vector<int64_t> listed, next_listed;
     std::vector<Lines> ahead;
@@ -68,9 +67,8 @@ class FusedForward {
           reserve(0.0f, 3 * own),        reserve(int32_t(), 2 * own),
           reserve(T(), kFusedQueries * f.depth_), reserve(T(), kLogitKeys * f.depth_),
           reserve(T(), kLogitKeys * f.values_),   reserve(T(), kLogitKeys * kFusedQueries),
-          reserve(0.0f, kFusedQueries * f.values_), reserve(uint8_t(), kFusedQueries * kBitsStride),
-          reserve(uint8_t(), kFusedQueries / 8 * kLogitKeys), reserve(uint8_t(), kLogitKeys / 8 + 2),
-          reserve(T(), kFusedQueries * f.values_)};
+          reserve(T(), kFusedQueries * f.values_),  reserve(uint8_t(), kFusedQueries * kBitsStride),
+          reserve(uint8_t(), kFusedQueries / 8 * kLogitKeys), reserve(uint8_t(), kLogitKeys / 8 + 2)};
       memory.allocate();
       for (int64_t p = 0; p < f.panels_; ++p) {
         Panel& panel = panels[p];
@@ -82,9 +80,9 @@ class FusedForward {
         panel.low = memory.at_offset<int32_t>(at[3]) + i, panel.high = panel.low + own;
       }
       rows = memory.at_offset<T>(at[4]), keys = memory.at_offset<T>(at[5]), values = memory.at_offset<T>(at[6]);
-      weights = memory.at_offset<T>(at[7]), sums = memory.at_offset<float>(at[8]);
+      weights = memory.at_offset<T>(at[7]), results = memory.at_offset<T>(at[8]);
       bits = memory.at_offset<uint8_t>(at[9]), kept = memory.at_offset<uint8_t>(at[10]);
-      shifted = memory.at_offset<uint8_t>(at[11]), results = memory.at_offset<T>(at[12]);
+      shifted = memory.at_offset<uint8_t>(at[11]);
     }
     ~Scratch() { store_fence(); }  // of the thread's streamed results
   };
@@ -253,17 +251,7 @@ class FusedForward {
     const int64_t stride = out_.streamed ? size : out_.token;
     fused_kernels<T>().normalize(panel.out, panel.total, size, panel.width,
                                  in_.threshold > 0 ? keep_scale<float>(in_.threshold) : 1.0f);
-    const auto transpose = [&](void* into, int64_t apart) {
-      mask_kernels().transpose32(reinterpret_cast<const uint32_t*>(panel.out), panel.width, size, panel.rows,
-                                 static_cast<uint32_t*>(into), apart);
-    };
-    if constexpr (sizeof(T) == 4) {
-      transpose(rows, stride);
-    } else {
-      transpose(scratch.sums, size);
-      for (int64_t i = 0; i < panel.rows; ++i)
-        element_kernels<T>().store(scratch.sums + i * size, size, 1.0f, rows + i * stride);
-    }
+    head_kernels<T, T>().transpose(panel.out, panel.width, size, panel.rows, rows, stride);
     if (out_.streamed) out_.stream(rows, panel.rows, size, to);
     out_.finish_lse((b * shape_.heads + h) * shape_.queries + panel.first, panel.rows, panel.most, panel.total);
   }
