@@ -43,6 +43,7 @@ class FusedForward {
     T* queries;
     float *out, *most, *total, *factor;
     int32_t *low, *high;
+    bool ranged;  // low and high are written
   };
   // Keys first .. first + keys - 1 of blocks that follow each other.
   struct Run {
@@ -170,25 +171,32 @@ class FusedForward {
       std::fill_n(panel.total, panel.width, 0.0f);
       panel.seen = reach(in_.rules, b, q, panel.rows);
       const float* scale = in_.query_scale ? in_.query_scale + (b * shape_.heads + h) * shape_.queries + q : nullptr;
-      for (int64_t i = 0; i < panel.width; ++i) {
-        const bool own = i < panel.rows;
-        panel.factor[i] = std::numbers::log2e_v<float> * in_.scale * (scale && own ? scale[i] : 1);
-        const KeyRange range = own ? in_.rules.of(b, q + i) : KeyRange{0, shape_.keys};
-        panel.low[i] = static_cast<int32_t>(std::clamp<int64_t>(range.first, 0, shape_.keys));
-        panel.high[i] = static_cast<int32_t>(std::clamp<int64_t>(range.last, 0, shape_.keys));
-      }
+      panel.ranged = false;
+      for (int64_t i = 0; i < panel.width; ++i)
+        panel.factor[i] = std::numbers::log2e_v<float> * in_.scale * (scale && i < panel.rows ? scale[i] : 1);
       pack_queries(in_.query.at(b, h, q), panel, scratch);
       q += panel.rows;
     }
     return count;
   }
 
+  void write_ranges(int64_t b, Panel& panel) const {
+    for (int64_t i = 0; i < panel.width; ++i) {
+      const KeyRange range = i < panel.rows ? in_.rules.of(b, panel.first + i) : KeyRange{0, shape_.keys};
+      panel.low[i] = static_cast<int32_t>(std::clamp<int64_t>(range.first, 0, shape_.keys));
+      panel.high[i] = static_cast<int32_t>(std::clamp<int64_t>(range.last, 0, shape_.keys));
+    }
+    panel.ranged = true;
+  }
+
   // Transposed, and times `factor` but for 16-bit queries, which would lose by it.
   void pack_queries(const T* rows, const Panel& panel, const Scratch& scratch) const {
     int64_t stride = in_.query.token;
     if constexpr (sizeof(T) == 4) {
-      for (int64_t i = 0; i < panel.rows; ++i)
-        element_kernels<T>().store(rows + i * stride, shape_.size, panel.factor[i], scratch.rows + i * depth_);
+      const bool alike = !in_.query_scale && stride == depth_ && depth_ == shape_.size;
+      const int64_t together = alike ? panel.rows : 1;
+      for (int64_t i = 0; i < panel.rows; i += together)
+        element_kernels<T>().store(rows + i * stride, together * shape_.size, panel.factor[i], scratch.rows + i * depth_);
       rows = scratch.rows, stride = depth_;
     }
     pack_transposed<T, T>(rows, stride, panel.rows, shape_.size, panel.width, scratch.rows, panel.queries);
@@ -249,9 +257,10 @@ class FusedForward {
     tile.size = depth_, tile.value_size = values_, tile.weights = scratch.weights, tile.ahead = &ahead;
     tile.lines = (lines * kFusedRows + count * keys - 1) / (count * keys);
     for (int64_t p = 0; p < count; ++p) {
-      const Panel& panel = scratch.panels[p];
+      Panel& panel = scratch.panels[p];
       const bool hides = see(panel, scratch);
       if (scratch.seen.empty()) continue;
+      if (hides && !panel.ranged) write_ranges(b, panel);
       tile.width = panel.width, tile.queries = panel.queries;
       tile.parts = scratch.seen.data(), tile.count = static_cast<int64_t>(scratch.seen.size());
       tile.factor = panel.factor, tile.most = panel.most, tile.total = panel.total, tile.out = panel.out;
