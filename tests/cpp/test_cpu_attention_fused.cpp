@@ -28,15 +28,16 @@ void test_tiles(const FusedKernels<G>& kernels, int64_t width, int64_t keys, int
   Buffer<int32_t> low(width), high(width);
   std::vector<double> q(size * width), expected(value_size * width), sum(width), greatest(width, -INFINITY);
   std::vector<std::vector<double>> logits(width, std::vector<double>(all, -INFINITY));
-  for (int64_t d = 0; d < size; ++d)
-    for (int64_t i = 0; i < width; ++i)
-      q[d * width + i] = put(queries[(d / kPer * width + i) * kPer + d % kPer], normal(d * width + i));
   for (int64_t i = 0; i < width; ++i) {
     factor[i] = (i % 3 == 0 ? -1.0f : 1.0f) / static_cast<float>(std::sqrt(double(size)));
     most[i] = std::numeric_limits<float>::lowest(), total[i] = 0;
     low[i] = static_cast<int32_t>(i == 2 ? first + keys : first + lane_of(21, i, 0) % keys);
     high[i] = static_cast<int32_t>(i == 1 ? first : first + all - lane_of(22, i, 0) % keys);
   }
+  const auto scale = [&](int64_t i) { return kPer == 2 ? 1.0 : double(factor[i]); };  // 16-bit queries are not scaled
+  for (int64_t d = 0; d < size; ++d)
+    for (int64_t i = 0; i < width; ++i)
+      q[d * width + i] = put(queries[(d / kPer * width + i) * kPer + d % kPer], normal(d * width + i) * scale(i));
   std::fill_n(out.data(), out.size(), 0.0f);
   std::vector<double> values(all * value_size);
   std::vector<uint8_t> kept(all * width, 1);
@@ -58,7 +59,7 @@ void test_tiles(const FusedKernels<G>& kernels, int64_t width, int64_t keys, int
         if ((flags & kMasked) && !key_mask[k]) continue;
         double x = 0;
         for (int64_t d = 0; d < size; ++d) x += own[d] * q[d * width + i];
-        logits[i][t * keys + k] = x * double(factor[i]);
+        logits[i][t * keys + k] = x * double(factor[i]) / scale(i);
         if (flags & kDropped) kept[(t * keys + k) * width + i] = bits[i / 8 * keys + k] >> i % 8 & 1;
       }
     }
@@ -96,10 +97,52 @@ void test_tiles(const FusedKernels<G>& kernels, int64_t width, int64_t keys, int
   }
 }
 
+// Two vectors of queries, query 3 without a total.
+template <typename G>
+void test_normalize(const FusedKernels<G>& kernels) {
+  constexpr int64_t kSize = 24, kWidth = kFusedQueries;
+  Buffer<float> out(kSize * kWidth), total(kWidth);
+  for (int64_t i = 0; i < kWidth; ++i) total[i] = i == 3 ? 0.0f : static_cast<float>(1 + i);
+  for (int64_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(normal(i));
+  out[3] = std::numeric_limits<float>::infinity();
+  kernels.normalize(out.data(), total.data(), kSize, kWidth, 1.25f);
+  for (int64_t i = 0; i < out.size(); ++i) {
+    const float by = 1.25f / static_cast<float>(1 + i % kWidth), expected = static_cast<float>(normal(i)) * by;
+    CHECK(out[i] == (i % kWidth == 3 ? 0.0f : expected), "normalize, element %ld: %g, expected %g", i, double(out[i]),
+          double(expected));
+  }
+}
+
+#ifdef PYRX_X86
+PYRX_BF16 void test_exp2() {
+  constexpr int kLanes = 16;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const auto powers = [](float (&x)[kLanes]) PYRX_BF16 {
+    _mm512_storeu_ps(x, avx512::exp2_by_table(_mm512_loadu_ps(x)));
+  };
+  for (int64_t i = 0; i < 200000; ++i) {
+    float x[kLanes], y[kLanes];
+    for (int k = 0; k < kLanes; ++k) x[k] = y[k] = static_cast<float>(8.0 - 130.0 * (lane_of(25, 16 * i + k, 0) * 0x1p-32));
+    powers(y);
+    for (int k = 0; k < kLanes; ++k) {
+      const double expected = std::exp2(double(x[k]));
+      CHECK(std::abs(double(y[k]) - expected) <= 0x1p-22 * expected, "2^%.9g: %.9g, expected %.9g", double(x[k]), double(y[k]),
+            expected);
+    }
+  }
+  float x[kLanes] = {-kInfinity, std::numeric_limits<float>::lowest(), -1e6f, -200.0f, 0.0f, 8.0f, kInfinity, NAN};
+  powers(x);
+  CHECK(x[0] == 0 && x[1] == 0 && x[2] == 0 && x[3] == 0 && x[4] == 1 && x[5] == 256 && x[6] == kInfinity && x[7] != x[7],
+        "2^ of extremes: %g %g %g %g %g %g %g %g", double(x[0]), double(x[1]), double(x[2]), double(x[3]), double(x[4]),
+        double(x[5]), double(x[6]), double(x[7]));
+}
+#endif
+
 template <typename G>
 void test_type() {
   const FusedKernels<G>& kernels = fused_kernels<G>();
   if (kernels.step == nullptr) return;
+  test_normalize(kernels);
   for (const int64_t width : {kFusedQueries / 2, kFusedQueries})
     for (const int64_t keys : {8, 16, 120, 128})
       for (const auto& [size, value_size] : {std::pair<int64_t, int64_t>{20, 8}, {64, 64}, {128, 40}, {256, 16}})
@@ -114,6 +157,7 @@ int main() {
   test_type<float>();
 #ifdef PYRX_X86
   __builtin_cpu_init();
+  if (fused_kernels<float>().step) test_exp2();
   if (__builtin_cpu_supports("avx512bf16")) test_type<bfloat16>();
 #endif
   return report("cpu_attention_fused");
