@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from pyrx._checks import check_device, check_dtype, check_integer, check_shape, 
 
 MOST_TOKENS = 2**31 - 1
 MOST_SHOWN = 64  # values in an error
+
+
+def fail_mask_type(op: str, argument: str, value: object, expected: str = "to be a pyrx.BlockMask") -> NoReturn:
+    """FlexAttention has a BlockMask too."""
+    kind = type(value)
+    if kind.__name__ == "BlockMask":
+        fail(op, argument, f"{expected} (BlockMask.from_flex makes one)", f"{kind.__module__}.BlockMask", TypeError)
+    fail(op, argument, expected, kind.__name__, TypeError)
 
 
 def check_block_size(op: str, block_size: object) -> tuple[int, int]:

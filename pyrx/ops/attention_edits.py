@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._attention import MOST_HEAD_SIZE, check_logits
-from pyrx._block_checks import check_lists
+from pyrx._block_checks import check_lists, fail_mask_type
 from pyrx._checks import (
     accumulation_dtype,
     check_device,
@@ -410,7 +410,7 @@ def head_dropout_attention(
     if block_mask is None:
         block_mask = default_mask(op, query, key, options.get("is_causal", False), options.get("window"))
     elif not isinstance(block_mask, BlockMask):
-        fail(op, "block_mask", "to be a pyrx.BlockMask", type(block_mask).__name__, TypeError)
+        fail_mask_type(op, "block_mask", block_mask)
     keep = dropout_mask((batch, heads), level / LEVELS, seed, HEAD_SAMPLE)
     found = block_sparse_attention(
         query, key, value, block_mask.keep_heads(keep), seed=seed, backend=backend, **options

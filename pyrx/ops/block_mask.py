@@ -363,7 +363,8 @@ class BlockMask:
 
         Args:
             lengths: of the documents in tokens, ints or an integer tensor (N,), or (B, N) where sequences are packed
-                each in its own way (length 0: none). With cu_seqlens: `cu_seqlens.diff()`.
+                each in its own way (length 0: none). Of cu_seqlens: `cu_seqlens.diff()`; of an id a token, (S,):
+                `ids.unique_consecutive(return_counts=True)[1]`.
             key_lengths: of the documents' keys, where they are others (cross-attention). Default: `lengths`.
             seq_lengths: the lengths' sums. Default: the sums, which a tensor on a GPU does not tell without waiting
                 for it: there, and in torch.compile, they must be given, and an assertion on the device checks them.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyrx import _block_patterns as patterns
 from pyrx._attention import meet, window_of
-from pyrx._block_checks import check_block_size, check_lists
+from pyrx._block_checks import check_block_size, check_lists, fail_mask_type
 from pyrx._checks import (
     accumulation_dtype,
     check_bool,
@@ -77,7 +77,7 @@ def _always_of(
 
 def _check_within(op: str, within: object, query: Tensor, key: Tensor, size: tuple[int, int]) -> None:
     if not isinstance(within, BlockMask):
-        fail(op, "within", "to be a pyrx.BlockMask", type(within).__name__, TypeError)
+        fail_mask_type(op, "within", within)
     lengths = (query.shape[2], key.shape[2])
     if tuple(within.seq_lengths) != lengths:
         fail(op, "within", f"for the lengths (Sq, Sk) = {list(lengths)}", list(within.seq_lengths))
