@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pyrx._attention import window_of
 from pyrx._block_checks import fail_mask_type
-from pyrx._checks import check_device, check_integer, check_tensor, fail
+from pyrx._checks import broadcasts, check_device, check_integer, check_tensor, fail
 from pyrx._random import threshold
 from pyrx.ops.attention_edits import head_dropout_attention
 from pyrx.ops.block_mask import BlockMask
@@ -191,7 +191,7 @@ def _mask_or_bias(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     shape = [1] * (4 - attn_mask.dim()) + list(attn_mask.shape)
     full = [batch, heads, queries, keys]
-    if len(shape) != 4 or any(each not in (1, size) for each, size in zip(shape, full, strict=True)):
+    if not broadcasts(shape, full):
         fail(op, "attn_mask", f"of a shape that broadcasts to {full}", list(attn_mask.shape))
     mask = attn_mask.reshape(shape)
     if attn_mask.dtype == torch.bool:

@@ -260,8 +260,9 @@ def _region(op: str, region: Tensor, key: Tensor) -> Tensor:
     """bool (B, Sk) of a region (Sk,) or (B, Sk) of keys."""
     check_dtype(op, "region", region, torch.bool)
     batch, keys = key.shape[0], key.shape[2]
-    if list(region.shape) not in ([keys], [batch, keys]):
-        fail(op, "region", f"of shape [Sk] or [B, Sk] = [{batch}, {keys}]", list(region.shape))
+    shape = list(region.shape)
+    if shape != [keys] and shape != [batch, keys]:
+        fail(op, "region", f"of shape [Sk] or [B, Sk] = [{batch}, {keys}]", shape)
     check_device(op, "region", region, key.device)
     return region.expand(batch, keys)
 

@@ -24,7 +24,7 @@ from pyrx._block_checks import (
     check_tokens,
     check_values,
 )
-from pyrx._checks import check_device, check_dtype, check_integer, check_shape, fail, is_read
+from pyrx._checks import broadcasts, check_device, check_dtype, check_integer, check_shape, fail, is_read
 from pyrx.reference import block_mask as reference
 
 if TYPE_CHECKING:
@@ -473,7 +473,7 @@ class BlockMask:
         check_device(op, "keep", keep, self.device)
         batch, heads, rows, columns = self.shape
         shape = [1, *keep.shape] if keep.dim() == 1 else list(keep.shape)
-        if len(shape) != 2 or shape[0] not in (1, batch) and batch != 1 or shape[1] != heads and heads != 1:
+        if len(shape) != 2 or batch != 1 and not broadcasts(shape[:1], (batch,)) or shape[1] != heads and heads != 1:
             fail(op, "keep", f"of shape [B or 1, H] of a mask of {[batch, heads]}", list(keep.shape))
         keep = keep.reshape(shape)[..., None]
         lead = torch.broadcast_shapes((batch, heads), tuple(shape))

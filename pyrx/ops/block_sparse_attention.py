@@ -22,6 +22,7 @@ from pyrx._backends import select
 from pyrx._block_checks import check_lists, fail_mask_type
 from pyrx._checks import (
     accumulation_dtype,
+    broadcasts,
     check_bool,
     check_device,
     check_dtype,
@@ -184,7 +185,7 @@ def check_mask(op: str, block_mask: object, query: Tensor, key: Tensor) -> Block
         fail(op, "block_mask", f"for the lengths (Sq, Sk) = {list(lengths)}", list(block_mask.seq_lengths))
     check_device(op, "block_mask", block_mask.kv_counts, query.device)
     lead = block_mask.kv_counts.shape[:-1]
-    if len(lead) == 2 and any(each not in (1, size) for each, size in zip(lead, query.shape[:2], strict=True)):
+    if len(lead) == 2 and not broadcasts(lead, query.shape[:2]):
         expected = f"of shape [B or 1, H or 1, NQ, NK] for a query of {list(query.shape)}"
         fail(op, "block_mask", expected, list(block_mask.shape))
     return block_mask

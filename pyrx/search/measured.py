@@ -13,6 +13,7 @@ from pyrx._attention import meet, window_of
 from pyrx._block_checks import check_block_size, check_lists, fail_mask_type
 from pyrx._checks import (
     accumulation_dtype,
+    broadcasts,
     check_bool,
     check_choice,
     check_device,
@@ -59,7 +60,7 @@ def _always_of(
         check_dtype(op, "always", always, torch.bool)
         full = [*query.shape[:2], *patterns.blocks_of(lengths, size)]
         shape = [1] * (4 - always.dim()) + list(always.shape)
-        if len(shape) != 4 or any(shape[i] not in (1, full[i]) for i in range(4)):
+        if not broadcasts(shape, full):
             fail(op, "always", f"of a shape that broadcasts to the blocks' {full}", list(always.shape))
         check_device(op, "always", always, query.device)
         always = always.view(shape)
