@@ -606,5 +606,6 @@ def test_weights_of_another_model(ours, options):
         with pytest.raises(ValueError, match=text):
             ours(params, model=model, **options)
     assert model[0].parametrizations.weight[0].mask is None
-    ours(network().parameters(), model=network(), **options)  # which may be made sparse later
+    with pytest.raises(ValueError, match=r"expected model with pyrx.nn.NMSparsity on its layers .*, got one without"):
+        ours(network().parameters(), model=network(), **options)
     ours([model[0].parametrizations.weight.original], model=model, **options)
