@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrx._checks import (
     accumulation_dtype,
+    broadcasts,
     check_bool,
     check_device,
     check_dtype,
@@ -58,7 +59,7 @@ def _check_bias(op: str, name: str, bias: Tensor, query: Tensor, last: int | Non
     batch, heads, queries = query.shape[:3]
     check_dtype(op, name, bias, query.dtype)
     shape = list(bias.shape)
-    if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2] != queries:
+    if len(shape) != 4 or not broadcasts(shape[:2], (batch, heads)) or shape[2] != queries:
         fail(op, name, f"of shape [B or 1, H or 1, Sq, ...] of a query {list(query.shape)}", shape)
     if last is not None and shape[3] != last:
         fail(op, name, f"of {last} keys along the last dimension", shape)
@@ -104,7 +105,7 @@ def check_logits(op: str, query: Tensor, key: Tensor, logits: Logits) -> None:
     if logits.key_range is not None:
         check_dtype(op, "key_range", logits.key_range, torch.int32)
         shape = list(logits.key_range.shape)
-        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1:] != [queries, 2]:
+        if len(shape) != 3 or not broadcasts(shape[:1], (batch,)) or shape[1:] != [queries, 2]:
             fail(op, "key_range", f"of shape [B or 1, Sq, 2] = [{batch} or 1, {queries}, 2]", shape)
         check_device(op, "key_range", logits.key_range, device)
     if logits.key_mask is not None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from pyrx._attention import BLOCK_SIZES
-from pyrx._checks import check_device, check_dtype, check_integer, check_shape, check_tensor, fail, is_read
+from pyrx._checks import broadcasts, check_device, check_dtype, check_integer, check_shape, check_tensor, fail, is_read
 
 MOST_TOKENS = 2**31 - 1
 MOST_SHOWN = 64  # values in an error
+
+
+def fail_mask_type(op: str, argument: str, value: object, expected: str = "to be a pyrx.BlockMask") -> NoReturn:
+    """FlexAttention has a BlockMask too."""
+    kind = type(value)
+    if kind.__name__ == "BlockMask":
+        fail(op, argument, f"{expected} (BlockMask.from_flex makes one)", f"{kind.__module__}.BlockMask", TypeError)
+    fail(op, argument, expected, kind.__name__, TypeError)
 
 
 def check_block_size(op: str, block_size: object) -> tuple[int, int]:
@@ -93,7 +102,7 @@ def check_select(scores: Tensor, count: Tensor | None, mass: float, always: Tens
     if count is not None:
         check_dtype(op, "count", count, torch.int32)
         shape = list(count.shape)
-        if len(shape) != 3 or any(shape[i] not in (1, scores.shape[i]) for i in range(3)):
+        if not broadcasts(shape, scores.shape[:3]):
             fail(op, "count", f"of shape [B or 1, H or 1, NQ or 1] of scores of {list(scores.shape)}", shape)
         check_device(op, "count", count, scores.device)
     elif not 0 <= mass <= 1:
@@ -101,7 +110,7 @@ def check_select(scores: Tensor, count: Tensor | None, mass: float, always: Tens
     if always is not None:
         check_dtype(op, "always", always, torch.bool)
         shape = list(always.shape)
-        if len(shape) != 4 or any(shape[i] not in (1, scores.shape[i]) for i in range(4)):
+        if not broadcasts(shape, scores.shape):
             fail(op, "always", f"of a shape that broadcasts to the scores' {list(scores.shape)}", shape)
         check_device(op, "always", always, scores.device)
 
@@ -119,7 +128,7 @@ def check_lists(op: str, lists: Iterable[Tensor], q_block: int, k_block: int, qu
             check_dtype(op, name, each, torch.int32)
             check_device(op, name, each, query.device)
         shape = list(counts.shape)
-        if len(shape) != 3 or any(shape[i] not in (1, query.shape[i]) for i in (0, 1)) or shape[2] != rows:
+        if not broadcasts(shape[:2], query.shape[:2]) or shape[2:] != [rows]:
             fail(op, f"{side}_counts", f"of shape [B or 1, H or 1, {rows}] for a query of {list(query.shape)}", shape)
         if indices.dim() != 4:
             fail(op, f"{side}_indices", f"of shape {[*shape, 'W']}", list(indices.shape))

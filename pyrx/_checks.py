@@ -51,6 +51,11 @@ def check_shape(op: str, argument: str, value: Tensor, names: str, shape: Sequen
         fail(op, argument, f"of shape {names} = {list(shape)}", list(value.shape))
 
 
+def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether each size is 1 or the full one: by ==, since torch.compile finds no size `in` others it does not know."""
+    return len(shape) == len(full) and all(one == 1 or one == size for one, size in zip(shape, full, strict=True))
+
+
 def check_choice(op: str, argument: str, value: object, choices: Sequence[str | None]) -> None:
     if not (value is None or isinstance(value, str)) or value not in choices:
         fail(op, argument, "to be one of " + ", ".join(map(repr, choices)), repr(value))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrx._checks import check_device, check_dtype, check_float, check_integer, check_number, check_shape, fail
+from pyrx._checks import check_device, check_dtype, check_float, check_integer, check_number, check_shape, fail, is_read
 
 
 class MixedTarget(NamedTuple):
@@ -24,6 +24,9 @@ class MixedTarget(NamedTuple):
         mattes: (N or 1, 1, H, W), the weight of the sample's own pixels where FMix mixed them, or None.
 
     Equivalent to the probabilities `lam * one_hot(a) + (1 - lam) * one_hot(b)`, without building them.
+
+    As a named tuple it has its fields' length and no rows to slice: where a batch goes through the model in parts, as
+    under gradient accumulation, mix each part by itself.
 
     >>> target = pyrx.MixedTarget(torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([0.75, 0.5]))
     >>> target.to_probabilities(3)
@@ -42,7 +45,8 @@ class MixedTarget(NamedTuple):
     def to_probabilities(self, num_classes: int, label_smoothing: float = 0.0) -> Tensor:
         """(..., num_classes) of lam's dtype: each row sums to one, `label_smoothing` of it spread over all classes.
 
-        Class ids must lie in [0, num_classes), as for torch.nn.functional.one_hot.
+        Class ids outside [0, num_classes) are a ValueError on the CPU; on a GPU, and in torch.compile, their rows are
+        NaN.
         """
         op = "MixedTarget.to_probabilities"
         check_integer(op, "num_classes", num_classes, 1, 2**31)
@@ -54,9 +58,16 @@ class MixedTarget(NamedTuple):
             check_dtype(op, name, ids, torch.int64)
             check_shape(op, name, ids, "of lam's", self.lam.shape)
             check_device(op, name, ids, self.lam.device)
+        lam = self.lam
+        for name, ids in (("a", self.a), ("b", self.b)):
+            inside = (ids >= 0) & (ids < num_classes)
+            if not is_read(ids):
+                lam = torch.where(inside, lam, torch.nan)
+            elif not inside.all():
+                fail(op, name, f"of class ids in [0, {num_classes})", ids[~inside][0].item())
         # compared, since scattered sums are not deterministic on a GPU
         classes = torch.arange(num_classes, device=self.a.device)
-        lam, keep = self.lam.unsqueeze(-1), 1 - label_smoothing
+        lam, keep = lam.unsqueeze(-1), 1 - label_smoothing
         a, b = (each.unsqueeze(-1) == classes for each in (self.a, self.b))
         return keep * (lam * a + (1 - lam) * b) + label_smoothing / num_classes
 

@@ -422,4 +422,17 @@ LENGTHS |= {
     "lengths_1311_1": {"queries": 1311, "keys": 1, "block": (128, 16), "density": 0.9},
     "lengths_1_1311": {"queries": 1, "keys": 1311, "block": (16, 16), "density": 0.9},
 }
-CASES = HEADS | BLOCK_SIZES | RULES | GROUPS | LEADS | EDITS | LENGTHS
+# one query of every head, as in decoding, and heads that share keys
+ONE = {"queries": 1, "heads": 6, "kv_heads": 2, "density": 0.9}
+DECODING = {
+    "decoding": ONE,
+    "decoding_heads_40": ONE | {"heads": 40, "kv_heads": 1},
+    "decoding_ranges": ONE | {"ranges": 1, "density": 1.0},
+    "decoding_ranges_batch": ONE | {"ranges": 2, "density": 1.0, "key_mask": True},
+    "decoding_causal": ONE | {"is_causal": True},
+    "decoding_window": ONE | {"window": 50, "query_scale": True, "lead": (2, 1)},
+    "decoding_heads_apart": ONE | {"lead": (1, 6)},
+    "decoding_bias": ONE | {"bias": (1, 6)},
+    "decoding_softcap": ONE | {"softcap": 2.0, "query_scale": True, "value_size": 24},
+}
+CASES = HEADS | BLOCK_SIZES | RULES | GROUPS | LEADS | EDITS | LENGTHS | DECODING

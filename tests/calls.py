@@ -161,7 +161,7 @@ CALLS = {
     "BlockMask": Call(
         lambda flags, **o: (
             pyrx.BlockMask.global_tokens(flags, block_size=16, **o)
-            & ~pyrx.BlockMask.causal(40, 16, device=flags.device).whole()
+            & pyrx.BlockMask.causal(40, 16, device=flags.device).whole().__invert__()  # as torch.compile has it
         ),
         ("bool 2 40",),
         **_CONSTANT,

@@ -471,6 +471,21 @@ def test_probabilities_of_a_mixed_target():
         target.to_probabilities(4, 2)
 
 
+@pytest.mark.parametrize("bad, name", [((-1, 0), "a"), ((0, 4), "b"), ((-100, 0), "a")])
+def test_probabilities_of_classes_that_are_not_there(fresh_dynamo, bad, name):
+    a, b = (torch.tensor([1, each]) for each in bad)
+    target = pyrx.MixedTarget(a, b, torch.tensor([0.25, 1.0]))
+    got = next(each for each in bad if not 0 <= each < 4)
+    text = rf"MixedTarget.to_probabilities: expected {name} of class ids in \[0, 4\), got {got}"
+    with pytest.raises(ValueError, match=text):
+        target.to_probabilities(4)
+    found = torch.compile(lambda each: each.to_probabilities(4, 0.1), backend="aot_eager", fullgraph=True)(target)
+    torch.testing.assert_close(found[:1], pyrx.MixedTarget(*(each[:1] for each in target[:3])).to_probabilities(4, 0.1))
+    assert found[1].isnan().all()
+    with pytest.raises(ValueError, match=r"of class ids in \[0, 4\), got"):
+        pyrx.nn.Mixup(num_classes=4)(torch.rand(2, 3, 8, 8), torch.tensor(bad))
+
+
 def test_normalisation_beyond_the_dtype_of_results(backend):
     images = torch.rand(2, 3, 4, 4)
     with pytest.raises(ValueError, match="pyrx::cutmix: expected mean and std of .* at most 3.4e\\+38"):

@@ -7,17 +7,20 @@ import torch
 from attention import (
     BLOCKS,
     CASES,
+    DECODING,
     RESULTS,
     ROW,
     SERVED,
     Attention,
     assert_attends,
+    assert_results,
     attention,
     block_mask,
     formula,
     has_sdpa,
     listed,
     logits,
+    pytorch,
     sdpa,
     visible,
 )
@@ -116,6 +119,40 @@ def test_statistics_by_hand(backend):
 @pytest.mark.parametrize("name", CASES)
 def test_attends(backend, name, dtype):
     assert_attends(case(name, dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("name", CASES)
+def test_attends_without_the_entropy(cpu, name, p, dtype):
+    """Which kernels of their own serve."""
+    call = case(name, dtype, **({"dropout_p": p, "seed": 5} if p else {}))
+    exact = formula(call.to(torch.float64))
+    with torch.no_grad():
+        out, lse = call(cpu, return_entropy=False)
+        assert_results((out, lse, exact[2].to(lse.dtype)), pytorch(call), exact)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("name", DECODING)
+def test_heads_that_share_keys_decode_alike(cpu, name, dtype):
+    """As with keys of their own; the same bits whatever the strides of the query."""
+    call = case(name, dtype)
+    expected = call(cpu, return_entropy=False)
+    group = call.query.shape[1] // call.key.shape[1]
+    apart = call.replace(key=call.key.repeat_interleave(group, 1), value=call.value.repeat_interleave(group, 1))
+    for one, other in zip(apart(cpu, return_entropy=False), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    for _, query in layouts(call.query):
+        for one, other in zip(call.replace(query=query)(cpu, return_entropy=False), expected, strict=True):
+            assert_same_bits(one.contiguous(), other)
+    expanded = call.query[:, :1].expand_as(call.query)
+    for one, other in zip(
+        call.replace(query=expanded)(cpu, return_entropy=False),
+        call.replace(query=expanded.contiguous())(cpu, return_entropy=False),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)

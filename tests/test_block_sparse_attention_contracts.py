@@ -343,7 +343,7 @@ def test_a_model_trains_alike_on_every_backend(backend, options):
 # Bits.
 
 
-BITS = ("together", "together_pair", "heads_4_1", "blocks_16_16", "blocks_128_128", "lengths_1311")
+BITS = ("together", "together_pair", "heads_4_1", "blocks_16_16", "blocks_128_128", "lengths_1311", "decoding")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
@@ -355,6 +355,8 @@ def test_threads_and_runs_do_not_change_bits(cpu, name, dtype):
         with threads(count):
             results, grads = gradients(call, lambda each: each(cpu))
             found.append([*results, *grads.values()])
+            with torch.no_grad():
+                found[-1] += call(cpu, return_entropy=False)
     for others in found[1:]:
         for one, other in zip(found[0], others, strict=True):
             assert_same_bits(one, other)

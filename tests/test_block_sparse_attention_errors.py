@@ -183,12 +183,24 @@ LIST_ROWS = [
 ]
 RAW_ROWS = [*QUERY_ROWS, *VALUE_ROWS, *LOGIT_ROWS, *ONLY_RAW_ROWS, *LIST_ROWS]
 
-# What the public function says of its own arguments.
+# What the public function says of its own arguments; of these lists it names the mask.
+MASK_SHAPE = "block_mask of shape [B or 1, H or 1, NQ, NK] for a query of [2, 4, 40, 8]"
+MASK_ROWS = [
+    (RuntimeError, {"kv_counts": meta(KV)}, "block_mask on device cpu, got meta"),
+    (ValueError, {"kv_counts": KV.expand(3, 1, 3)}, f"{MASK_SHAPE}, got [3, 1, 3, 2]"),
+    (ValueError, {"kv_counts": KV.expand(1, 2, 3)}, f"{MASK_SHAPE}, got [1, 2, 3, 2]"),
+]
+OF_LISTS = {
+    "kv_counts on device cpu, got meta",
+    f"kv_counts {LISTS}, got [3, 1, 3]",
+    f"kv_counts {LISTS}, got [1, 2, 3]",
+}
 PUBLIC_ROWS = [
     *[row for row in QUERY_ROWS if "[B, H, S, D]" not in row[2]],
     *VALUE_ROWS,
     *LOGIT_ROWS,
-    *[(error, {"block_mask": masked(**changes)}, text) for error, changes, text in LIST_ROWS],
+    *[(error, {"block_mask": masked(**changes)}, text) for error, changes, text in LIST_ROWS if text not in OF_LISTS],
+    *[(error, {"block_mask": masked(**changes)}, text) for error, changes, text in MASK_ROWS],
     *[(TypeError, {name: [1.0]}, f"{name} to be a Tensor, got list") for name in ("query", "key", "value")],
     (ValueError, {"query": Q[0]}, f"query and key {SHAPE}, got [[4, 40, 8], [2, 2, 48, 8]]"),
     (ValueError, {"key": K[0, 0]}, f"query and key {SHAPE}, got [[2, 4, 40, 8], [48, 8]]"),

@@ -42,6 +42,25 @@ def test_every_public_function_has_a_call():
     assert {name.split()[0] for name in CALLS} == functions
 
 
+# torch.compile with sizes that it does not know beside sizes that it knows, which == finds equal and `in` does not.
+
+
+@pytest.mark.parametrize("known", ["all but the first", "integers"])
+@each_op
+def test_known_beside_unknown_sizes_in_torch_compile(fresh_dynamo, cpu, name, known):
+    call, tensors = CALLS[name], CALLS[name].tensors()
+    expected = call(*[each.clone() for each in tensors], seed=SEED, backend=cpu)
+    static = [each for each in tensors if not each.is_floating_point()] if known == "integers" else tensors[1:]
+    if not static or len(static) == len(tensors):
+        pytest.skip("its sizes are all known or none is")
+    for each in static:
+        torch._dynamo.mark_static(each)
+    run = torch.compile(
+        lambda *each: tuple(call(*each, seed=SEED, backend=cpu)), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    same(run(*tensors), expected)
+
+
 # Transforms: the right result, or an error that says so.
 
 NOT_BATCHED = ("cutmix inplace", "masked_adamw", "masked_sgd", "BlockMask", "reversed_attention", "token_importance")

@@ -276,6 +276,11 @@ def masks_of_calls():
         "bool (B, 1, 1, Sk)": hidden,
         "bool (1, 1, 1, Sk)": hidden[:1],
         "bool (1, Sk)": hidden[0, 0],
+        "bool (B, 1, Sq, Sk), expanded": hidden.expand(B, 1, S, S),
+        "bool (B, H, Sq, Sk), expanded": hidden.expand(B, H, S, S),
+        "bool (Sq, Sk)": torch.ones(S, S, dtype=torch.bool).tril(2),
+        "bool (B, 1, Sq, Sk)": hidden & torch.ones(S, S, dtype=torch.bool).tril(2),
+        "bool (B, H, 1, Sk)": hidden & (bias[:, :, :1] < 1),
         "float (B, H, Sq, Sk)": bias,
         "float (Sq, Sk)": bias[0, 0],
         "float (H, Sq, Sk)": bias[0],
@@ -303,11 +308,22 @@ def test_masks_that_a_model_gives(backend, name):
         close(*(torch.autograd.grad(each, given, upstream)[0] for each in (got, expected)), 1e-4)
 
 
+@pytest.mark.parametrize("expanded", [False, True])
+def test_bool_masks_of_keys_cost_no_bias(monkeypatch, expanded):
+    q, hidden = tokens(B, H, S, 8), masks_of_calls()["bool (B, 1, 1, Sk)"]
+    seen = []
+    served = pyrx.nn.block_sparse_attention.block_sparse_attention
+    monkeypatch.setattr(
+        pyrx.nn.block_sparse_attention, "block_sparse_attention", lambda *a, **k: seen.append(k) or served(*a, **k)
+    )
+    with replace_attention():
+        F.scaled_dot_product_attention(q, q, q, hidden.expand(B, H, S, S) if expanded else hidden)
+    assert seen[0]["bias"] is None and torch.equal(seen[0]["key_mask"], hidden[:, 0, 0])
+
+
 BAD = [
-    ({"attn_mask": torch.ones(S, S, dtype=torch.bool)},
-     "expected a bool attn_mask of shape [B or 1, 1, 1, Sk], which hides keys, got [37, 37]"),
-    ({"attn_mask": torch.ones(B, H, 1, S, dtype=torch.bool)},
-     "expected a bool attn_mask of shape [B or 1, 1, 1, Sk], which hides keys, got [2, 4, 1, 37]"),
+    ({"attn_mask": torch.ones(B, 2, 1, S, dtype=torch.bool)}, "expected attn_mask of a shape that broadcasts to "
+     "[2, 4, 37, 37], got [2, 2, 1, 37]"),
     ({"attn_mask": torch.ones(3, 1, 1, S)}, "expected attn_mask of a shape that broadcasts to [2, 4, 37, 37], got "
      "[3, 1, 1, 37]"),
     ({"attn_mask": torch.ones(S, S).int()}, "expected attn_mask of bool or a floating-point dtype, got torch.int32"),

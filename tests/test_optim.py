@@ -596,3 +596,16 @@ def test_bad_weights_and_gradients():
         optimizer = MaskedAdamW([weight], n=2, m=4, backend="cuda")
         weight.grad = torch.randn(8, 16)
         optimizer.step()
+
+
+@pytest.mark.parametrize("ours, options", OPTIMIZERS)
+def test_weights_of_another_model(ours, options):
+    model = network({0: Sparse()})
+    text = f"pyrx::{ours.__name__}: expected params with a weight of model's under N:M sparsity, got none of them"
+    for params in (network().parameters(), copy.deepcopy(model).parameters(), [model[0].bias]):
+        with pytest.raises(ValueError, match=text):
+            ours(params, model=model, **options)
+    assert model[0].parametrizations.weight[0].mask is None
+    with pytest.raises(ValueError, match=r"expected model with pyrx.nn.NMSparsity on its layers .*, got one without"):
+        ours(network().parameters(), model=network(), **options)
+    ours([model[0].parametrizations.weight.original], model=model, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pyrx._attention import window_of
-from pyrx._checks import check_device, check_integer, check_tensor, fail
+from pyrx._block_checks import fail_mask_type
+from pyrx._checks import broadcasts, check_device, check_integer, check_tensor, fail
 from pyrx._random import threshold
 from pyrx.ops.attention_edits import head_dropout_attention
 from pyrx.ops.block_mask import BlockMask
@@ -97,7 +99,7 @@ class BlockSparseAttention(nn.Module):
         if num_heads % kv_heads != 0:
             fail(NAME, "num_kv_heads", f"to divide the {num_heads} heads", kv_heads)
         if block_mask is not None and not isinstance(block_mask, BlockMask):
-            fail(NAME, "block_mask", "to be a pyrx.BlockMask", type(block_mask).__name__, TypeError)
+            fail_mask_type(NAME, "block_mask", block_mask)
         window_of(NAME, window, is_causal)
         threshold(NAME, dropout, "dropout")
         threshold(NAME, head_dropout, "head_dropout")
@@ -189,14 +191,15 @@ def _mask_or_bias(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     shape = [1] * (4 - attn_mask.dim()) + list(attn_mask.shape)
     full = [batch, heads, queries, keys]
-    if len(shape) != 4 or any(each not in (1, size) for each, size in zip(shape, full, strict=True)):
+    if not broadcasts(shape, full):
         fail(op, "attn_mask", f"of a shape that broadcasts to {full}", list(attn_mask.shape))
     mask = attn_mask.reshape(shape)
     if attn_mask.dtype == torch.bool:
-        if shape[1] != 1 or shape[2] != 1:
-            fail(op, "a bool attn_mask", "of shape [B or 1, 1, 1, Sk], which hides keys", list(attn_mask.shape))
-        return mask[:, 0, 0].expand(batch, keys), None
-    if not attn_mask.is_floating_point():
+        # one for all heads and queries
+        if all(mask.shape[i] == 1 or (mask.shape[i] > 1 and mask.stride(i) == 0) for i in (1, 2)):
+            return mask[:, 0, 0].expand(batch, keys), None
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
+    elif not attn_mask.is_floating_point():
         fail(op, "attn_mask", "of bool or a floating-point dtype", attn_mask.dtype, TypeError)
     return None, mask.to(query.dtype).expand(-1, -1, queries, keys)
 
@@ -232,18 +235,23 @@ class replace_attention(TorchFunctionMode):  # a context manager, as torch.no_gr
         window, softcap, generator, backend: as of `pyrx.block_sparse_attention`.
 
     A call's query, key, value, dropout_p, is_causal, scale and enable_gqa are served as they are. Of its attn_mask,
-    bool (B or 1, 1, 1, Sk) becomes key_mask, floats become bias. A call that was chosen and cannot be served, such as
-    one whose lengths are not the mask's, raises: it is never dense by itself. A query that sees no key gives 0.
+    bool (B or 1, 1, 1, Sk), expanded over heads and queries or not, becomes key_mask; any other becomes bias, and costs
+    a read of (B or 1, H or 1, Sq, Sk): leave it out of the model's call where `block_mask` tells the same. A call that
+    was chosen and cannot be served, such as one whose lengths are not the mask's, raises: it is never dense by itself.
+    A query that sees no key gives 0.
 
     What is no call of scaled_dot_product_attention stays as it is: a model's own softmax (timm's attention with
     `fused_attn` off), MultiheadAttention with need_weights=True. With activation checkpointing the backward belongs
     inside the context too: it calls attention again.
 
+    The context is its thread's own, but for the switch of MultiheadAttention's fast path in evaluation, which torch has
+    once a process: other threads go without that path while it is off.
+
     Under torch.compile: entered around the call of a compiled model, or inside what is compiled; the model compiles
     anew when the context changes. There are no graph breaks but in nn.MultiheadAttention, whose function
     torch.compile does not trace under a mode.
 
-    Raises: as `pyrx.block_sparse_attention`; ValueError for other bool masks.
+    Raises: as `pyrx.block_sparse_attention`; ValueError for an attn_mask that does not broadcast.
     """
 
     block_mask: BlockMask | Callable[[Tensor, Tensor], BlockMask | None] | None
@@ -266,7 +274,7 @@ class replace_attention(TorchFunctionMode):  # a context manager, as torch.no_gr
         super().__init__()
         op = "replace_attention"
         if block_mask is not None and not isinstance(block_mask, BlockMask) and not callable(block_mask):
-            fail(op, "block_mask", "to be a pyrx.BlockMask or callable", type(block_mask).__name__, TypeError)
+            fail_mask_type(op, "block_mask", block_mask, "to be a pyrx.BlockMask or callable")
         if only is not None and not callable(only):
             fail(op, "only", "to be callable", type(only).__name__, TypeError)
         window_of(op, window, False)

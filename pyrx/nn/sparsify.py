@@ -283,8 +283,9 @@ def sparsify_(
 
     Args:
         model: any module. Parameters stay the objects that they are (a layer's weight goes by the name of
-            `parametrizations.weight.original`), so that an optimizer may be made before or after. (Its state dict
-            goes by the order of parameters(), in which such a weight comes after its bias.)
+            `parametrizations.weight.original`), so that an optimizer may be made before or after, but one of
+            `pyrx.optim` with `model` after. (Its state dict goes by the order of parameters(), in which such a weight
+            comes after its bias.)
         n: how many elements of each group are *kept*, 1 to m.
         m: the size of a group, 1 to 128: of a Linear layer's inputs, of a convolution's input channels in its group.
         include: only these layers: a glob of names ("encoder.*.linear?"), a type of modules, a predicate (name, layer)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrx import _library
 from pyrx._attention import MOST_HEAD_SIZE, check_logits
-from pyrx._block_checks import check_lists
+from pyrx._block_checks import check_lists, fail_mask_type
 from pyrx._checks import (
     accumulation_dtype,
     check_device,
@@ -260,8 +260,9 @@ def _region(op: str, region: Tensor, key: Tensor) -> Tensor:
     """bool (B, Sk) of a region (Sk,) or (B, Sk) of keys."""
     check_dtype(op, "region", region, torch.bool)
     batch, keys = key.shape[0], key.shape[2]
-    if list(region.shape) not in ([keys], [batch, keys]):
-        fail(op, "region", f"of shape [Sk] or [B, Sk] = [{batch}, {keys}]", list(region.shape))
+    shape = list(region.shape)
+    if shape != [keys] and shape != [batch, keys]:
+        fail(op, "region", f"of shape [Sk] or [B, Sk] = [{batch}, {keys}]", shape)
     check_device(op, "region", region, key.device)
     return region.expand(batch, keys)
 
@@ -410,7 +411,7 @@ def head_dropout_attention(
     if block_mask is None:
         block_mask = default_mask(op, query, key, options.get("is_causal", False), options.get("window"))
     elif not isinstance(block_mask, BlockMask):
-        fail(op, "block_mask", "to be a pyrx.BlockMask", type(block_mask).__name__, TypeError)
+        fail_mask_type(op, "block_mask", block_mask)
     keep = dropout_mask((batch, heads), level / LEVELS, seed, HEAD_SAMPLE)
     found = block_sparse_attention(
         query, key, value, block_mask.keep_heads(keep), seed=seed, backend=backend, **options

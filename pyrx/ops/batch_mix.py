@@ -427,8 +427,9 @@ def cutmix(
     """CutMix: a box of each image is replaced by its partner's, drawn and pasted in one pass.
 
     Args:
-        images: (N, C, H, W), or (N, C, T, H, W) with one box over all frames; uint8, float16, bfloat16, float32 or
-            float64 (without `dtype`, any integer dtype too). Contiguous and channels_last layouts are kept.
+        images: (N, C, H, W), or (N, C, T, H, W) with one box over all frames (videos (N, T, C, H, W), as torchvision's,
+            go by `.transpose(1, 2)`); uint8, float16, bfloat16, float32 or float64 (without `dtype`, any integer dtype
+            too). Contiguous and channels_last layouts are kept.
         labels: (N,) int64 class ids, or None.
         alpha: lam is drawn from Beta(alpha, alpha). Default 1.0: uniform.
         lam: (N,) float32 or a float in [0, 1] to use in its place; beside `boxes`, the labels' weights as they are.

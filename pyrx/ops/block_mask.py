@@ -24,7 +24,7 @@ from pyrx._block_checks import (
     check_tokens,
     check_values,
 )
-from pyrx._checks import check_device, check_dtype, check_integer, check_shape, fail, is_read
+from pyrx._checks import broadcasts, check_device, check_dtype, check_integer, check_shape, fail, is_read
 from pyrx.reference import block_mask as reference
 
 if TYPE_CHECKING:
@@ -363,7 +363,8 @@ class BlockMask:
 
         Args:
             lengths: of the documents in tokens, ints or an integer tensor (N,), or (B, N) where sequences are packed
-                each in its own way (length 0: none). With cu_seqlens: `cu_seqlens.diff()`.
+                each in its own way (length 0: none). Of cu_seqlens: `cu_seqlens.diff()`; of an id a token, (S,):
+                `ids.unique_consecutive(return_counts=True)[1]`.
             key_lengths: of the documents' keys, where they are others (cross-attention). Default: `lengths`.
             seq_lengths: the lengths' sums. Default: the sums, which a tensor on a GPU does not tell without waiting
                 for it: there, and in torch.compile, they must be given, and an assertion on the device checks them.
@@ -472,7 +473,7 @@ class BlockMask:
         check_device(op, "keep", keep, self.device)
         batch, heads, rows, columns = self.shape
         shape = [1, *keep.shape] if keep.dim() == 1 else list(keep.shape)
-        if len(shape) != 2 or shape[0] not in (1, batch) and batch != 1 or shape[1] != heads and heads != 1:
+        if len(shape) != 2 or batch != 1 and not broadcasts(shape[:1], (batch,)) or shape[1] != heads and heads != 1:
             fail(op, "keep", f"of shape [B or 1, H] of a mask of {[batch, heads]}", list(keep.shape))
         keep = keep.reshape(shape)[..., None]
         lead = torch.broadcast_shapes((batch, heads), tuple(shape))

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyrx import _library
 from pyrx._attention import LOGITS_SCHEMA, Logits, check_blocks, check_logits
 from pyrx._backends import select
-from pyrx._checks import accumulation_dtype, check_device, check_dtype, check_shape, fail
+from pyrx._checks import accumulation_dtype, broadcasts, check_device, check_dtype, check_shape, fail
 from pyrx._linear import without_autocast
 from pyrx.reference import block_mass as reference
 
@@ -41,7 +41,7 @@ def _check_recall(query: Tensor, key: Tensor, blocks: Tensor, q_block: int, k_bl
     check_blocks(op, q_block, k_block)
     check_dtype(op, "blocks", blocks, torch.bool)
     expected, shape = _block_shape(query, key, q_block, k_block), list(blocks.shape)
-    if len(shape) != 4 or any(shape[i] not in (1, expected[i]) for i in (0, 1)) or shape[2:] != expected[2:]:
+    if not broadcasts(shape[:2], expected[:2]) or shape[2:] != expected[2:]:
         fail(op, "blocks", f"of shape [B or 1, H or 1, NQ, NK] of {expected}", shape)
     check_device(op, "blocks", blocks, query.device)
 

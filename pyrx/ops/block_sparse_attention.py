@@ -19,9 +19,10 @@ from pyrx._attention import (
     window_of,
 )
 from pyrx._backends import select
-from pyrx._block_checks import check_lists
+from pyrx._block_checks import check_lists, fail_mask_type
 from pyrx._checks import (
     accumulation_dtype,
+    broadcasts,
     check_bool,
     check_device,
     check_dtype,
@@ -178,10 +179,15 @@ _library.define(
 
 def check_mask(op: str, block_mask: object, query: Tensor, key: Tensor) -> BlockMask:
     if not isinstance(block_mask, BlockMask):
-        fail(op, "block_mask", "to be a pyrx.BlockMask", type(block_mask).__name__, TypeError)
+        fail_mask_type(op, "block_mask", block_mask)
     lengths = (query.shape[2], key.shape[2])
     if tuple(block_mask.seq_lengths) != lengths:
         fail(op, "block_mask", f"for the lengths (Sq, Sk) = {list(lengths)}", list(block_mask.seq_lengths))
+    check_device(op, "block_mask", block_mask.kv_counts, query.device)
+    lead = block_mask.kv_counts.shape[:-1]
+    if len(lead) == 2 and not broadcasts(lead, query.shape[:2]):
+        expected = f"of shape [B or 1, H or 1, NQ, NK] for a query of {list(query.shape)}"
+        fail(op, "block_mask", expected, list(block_mask.shape))
     return block_mask
 
 
@@ -297,7 +303,8 @@ def block_sparse_attention(
             own window and key_range hide keys within them. Default: every block, or those that is_causal and window
             reach.
         is_causal: a query sees the keys up to its own position, counted from the first as
-            scaled_dot_product_attention counts. Default False.
+            scaled_dot_product_attention counts. Default False. Queries at the end of longer keys, as in decoding with
+            a cache, take `BlockMask.from_key_range`; a last one sees every key without it.
         window: a query sees this many keys on each side of its position, or (left, right) of them, -1 without limit.
             Default: no limit.
         dropout_p: probability of dropping an attention weight, in [0, 1), on a grid of 1/65536; kept ones are scaled.
@@ -309,6 +316,7 @@ def block_sparse_attention(
         query_scale: (B, H, Sq) floats that a query's logits are multiplied with, before softcap.
         bias: added to the logits, of the query's dtype: (B or 1, H or 1, Sq, Sk), or a pair (row, column) of
             (B or 1, H or 1, Sq, R) and (.., Sq, C) with R * C = Sk keys on a grid: row[k // C] + column[k % C].
+            Any bool attn_mask of scaled_dot_product_attention goes here as 0 and minus infinity.
         return_lse: return the log-sum-exp of the logits too. Default False.
         return_entropy: return the entropy of the attention (before dropout) too. Default False.
         seed: of the dropout: int, or int64 tensor of one element on the device. Default: drawn there from `generator`.

@@ -40,9 +40,9 @@ def _check_noise(op: str, name: str, images: Tensor, seed: Tensor, std: float, m
 
 def _check_mask(images: Tensor, mask: Tensor) -> None:
     check_dtype(ROW, "mask", mask, images.dtype)
-    shape = list(images.shape)
-    if list(mask.shape) not in (shape, [shape[0], 1, *shape[2:]]):
-        fail(ROW, "mask", f"of shape [N, 1 or C, ...] with [N, C, ...] = {shape}", list(mask.shape))
+    shape, own = list(images.shape), list(mask.shape)
+    if own != shape and own != [shape[0], 1, *shape[2:]]:
+        fail(ROW, "mask", f"of shape [N, 1 or C, ...] with [N, C, ...] = {shape}", own)
     check_device(ROW, "mask", mask, images.device)
 
 

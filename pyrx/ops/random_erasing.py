@@ -211,8 +211,9 @@ def random_erasing(
     """Random erasing: boxes of random size, shape and place are filled, with boxes of its own for each image.
 
     Args:
-        images: (N, C, H, W), or (N, C, T, H, W) with the same boxes in all frames; uint8 (mode "const"), float16,
-            bfloat16, float32 or float64. Contiguous and channels_last layouts are kept.
+        images: (N, C, H, W), or (N, C, T, H, W) with the same boxes in all frames (videos (N, T, C, H, W), as
+            torchvision's, go by `.transpose(1, 2)`); uint8 (mode "const"), float16, bfloat16, float32 or float64.
+            Contiguous and channels_last layouts are kept.
         prob: the chance that an image is erased, on a grid of 1/65536. Default 0.5.
         scale: a box's area as a share of the image's, uniform; divided by the image's number of boxes.
         ratio: a box's height over its width, log-uniform. A box that is not smaller than the image either way is drawn

@@ -61,6 +61,11 @@ class MaskedOptimizer(Optimizer):
         self._constructed = False
         super().__init__(params, {**defaults, "updates": 0})
         self._constructed = True
+        given = (param for group in self.param_groups for param in group["params"])
+        if model is not None and not self._parametrizations:
+            fail(self.name, "model", "with pyrx.nn.NMSparsity on its layers (pyrx.nn.sparsify_)", "one without")
+        if self._parametrizations and not any(param in self._parametrizations for param in given):
+            fail(self.name, "params", "with a weight of model's under N:M sparsity", "none of them")
         for group in self.param_groups:
             self._offer(group)
 
@@ -321,9 +326,10 @@ class MaskedAdamW(MaskedOptimizer):
     Cost: 28.25 bytes an element in float32, 14.25 in bfloat16, and one launch for weights of one dtype and mask.
 
     Raises:
-        ValueError: n > m, an m that does not divide, an unknown rule; the options of torch.optim.AdamW with its texts;
-        a state dict with amsgrad. TypeError: masked weights that are not floating-point. RuntimeError: sparse
-        gradients, masked weights in shards that cut groups, or FullyShardedDataParallel's, a backend that cannot serve.
+        ValueError: n > m, an m that does not divide, an unknown rule; a model without N:M sparsity, or of which no such
+        weight is given; the options of torch.optim.AdamW with its texts; a state dict with amsgrad. TypeError: masked
+        weights that are not floating-point. RuntimeError: sparse gradients, masked weights in shards that cut groups,
+        or FullyShardedDataParallel's, a backend that cannot serve.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; Zhou et al., "Learning N:M
     Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pyrx import _block_patterns as patterns
 from pyrx._attention import meet, window_of
-from pyrx._block_checks import check_block_size, check_lists
+from pyrx._block_checks import check_block_size, check_lists, fail_mask_type
 from pyrx._checks import (
     accumulation_dtype,
+    broadcasts,
     check_bool,
     check_choice,
     check_device,
@@ -59,7 +60,7 @@ def _always_of(
         check_dtype(op, "always", always, torch.bool)
         full = [*query.shape[:2], *patterns.blocks_of(lengths, size)]
         shape = [1] * (4 - always.dim()) + list(always.shape)
-        if len(shape) != 4 or any(shape[i] not in (1, full[i]) for i in range(4)):
+        if not broadcasts(shape, full):
             fail(op, "always", f"of a shape that broadcasts to the blocks' {full}", list(always.shape))
         check_device(op, "always", always, query.device)
         always = always.view(shape)
@@ -77,7 +78,7 @@ def _always_of(
 
 def _check_within(op: str, within: object, query: Tensor, key: Tensor, size: tuple[int, int]) -> None:
     if not isinstance(within, BlockMask):
-        fail(op, "within", "to be a pyrx.BlockMask", type(within).__name__, TypeError)
+        fail_mask_type(op, "within", within)
     lengths = (query.shape[2], key.shape[2])
     if tuple(within.seq_lengths) != lengths:
         fail(op, "within", f"for the lengths (Sq, Sk) = {list(lengths)}", list(within.seq_lengths))
