@@ -182,7 +182,8 @@ class FusedForward {
     const int64_t kv_head = h / shape_.group(), padded = round_up(run.keys, kFusedRows);
     const T* key = in_.key.at(b, kv_head, run.first);
     const T* value = in_.value.at(b, kv_head, run.first);
-    if (in_.key.token != depth_ || padded != run.keys) {
+    // what lies between rows is not read, though it would be as wide as the padding
+    if (in_.key.token != depth_ || shape_.size != depth_ || padded != run.keys) {
       for (int64_t i = 0; i < run.keys; ++i) {
         std::copy_n(key + i * in_.key.token, shape_.size, scratch.keys + i * depth_);
         std::fill_n(scratch.keys + i * depth_ + shape_.size, depth_ - shape_.size, T{});
@@ -190,7 +191,7 @@ class FusedForward {
       std::fill_n(scratch.keys + run.keys * depth_, (padded - run.keys) * depth_, T{});
       key = scratch.keys;
     }
-    if (sizeof(T) == 2 || in_.value.token != values_ || padded != run.keys) {
+    if (sizeof(T) == 2 || in_.value.token != values_ || shape_.value_size != values_ || padded != run.keys) {
       const int64_t rows = round_up(run.keys, pairing<T>);
       pack_rows<T, T>(value, in_.value.token, run.keys, shape_.value_size, values_, scratch.values);
       std::fill_n(scratch.values + rows * values_, (padded - rows) * values_, T{});
