@@ -166,7 +166,9 @@ def arch_number(name: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
-def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool, sanitize: str = "") -> tuple[list[str], list[str]]:
+def decide_flags(
+    debug: bool, nvcc_extra: str | None, cuda: bool, sanitize: str = "", compiler: str = ""
+) -> tuple[list[str], list[str]]:
     """Flags for the C++ compiler and for nvcc. No -march: the sources pick their SIMD at run time."""
     level = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     # at::parallel_for is a serial loop in a file that is compiled without OpenMP, products fused with sums would give
@@ -179,7 +181,11 @@ def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool, sanitize: str 
         "-fvisibility=hidden",
         "-Wno-maybe-uninitialized",
         "-Wno-uninitialized",
+        "-Wno-unknown-warning-option",
     ]
+    clang = re.search(r"clang version (\d+)", compiler)
+    if clang and int(clang.group(1)) >= 18:  # which names torch's templates otherwise than gcc, which torch is built by
+        cxx.append("-fclang-abi-compat=17")
     if debug:
         cxx.append("-UNDEBUG")
     if sanitize:
@@ -309,7 +315,9 @@ def make_plan(env: Mapping[str, str], torch) -> Plan:
     made.sanitize = env.get("SANITIZE", "")
     if made.sanitize not in SANITIZERS:
         raise BuildError(f"pyrx build: expected SANITIZE of memory or threads, got {made.sanitize}")
-    made.cxx_flags, made.nvcc_flags = decide_flags(made.debug, env.get("NVCC_FLAGS"), made.cuda, made.sanitize)
+    made.cxx_flags, made.nvcc_flags = decide_flags(
+        made.debug, env.get("NVCC_FLAGS"), made.cuda, made.sanitize, compiler_text
+    )
     made.sources = decide_sources(ROOT, made.cuda)
     return made
 
