@@ -375,6 +375,7 @@ BAD = [
     ("erasing_attention", {"region": REGION[:1]}, "expected region of shape [Sk] or [B, Sk] = [2, 70], got [1, 70]"),
     ("erasing_attention", {"query_factor": "1"}, "expected query_factor to be a float, got str"),
     ("erasing_attention", {"key": K32[:, :, 1:]}, "expected key of the query's length 70: self-attention, got 69"),
+    ("erasing_attention", {"key": K32[:1], "query_factor": 0.5}, "expected key of the query's batch size 2, got 1"),
     ("erasing_attention", {"query": Q32[0]}, "expected query of shape [B, H, S, D], got [4, 70, 12]"),
     ("erasing_attention", {"key_mask": REGION[0]}, "expected key_mask of shape [B, Sk] = [2, 70], got [70]"),
     ("erasing_attention", {"query_scale": 0.5, "query_factor": 0.5}, "expected query_scale to be a Tensor, got float"),

@@ -252,6 +252,8 @@ def perturbed_attention(
 
 
 def _check_self(op: str, query: Tensor, key: Tensor) -> None:
+    if key.shape[0] != query.shape[0]:
+        fail(op, "key", f"of the query's batch size {query.shape[0]}", key.shape[0])
     if key.shape[2] != query.shape[2]:
         fail(op, "key", f"of the query's length {query.shape[2]}: self-attention", key.shape[2])
 

@@ -56,9 +56,9 @@ class Call:
         return any(each.name == "backend" or each.kind is each.VAR_KEYWORD for each in parameters)
 
     def size_of_terms(self) -> float:
-        """Of attention also as its scale: it is by the log-sum-exp, as exact as the largest logit, that gradients weigh."""
+        """Gradients of attention weigh by the log-sum-exp, as exact as the largest logit, terms that grow with the scale."""
         scale = self.arguments.get("scale") if self.hides else None
-        return self.floor * max(1.0, abs(scale) if isinstance(scale, (int, float)) else 1.0)
+        return self.floor * max(1.0, scale * scale if isinstance(scale, (int, float)) else 1.0)
 
     def dtypes(self) -> set[torch.dtype]:
         return {each.dtype for each in _tensors([self.arguments[n] for n in self.floats]) if each.is_floating_point()}
