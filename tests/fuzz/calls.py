@@ -56,7 +56,7 @@ class Call:
         return any(each.name == "backend" or each.kind is each.VAR_KEYWORD for each in parameters)
 
     def size_of_terms(self) -> float:
-        """Gradients of attention weigh by the log-sum-exp, as exact as the largest logit, terms that grow with the scale."""
+        """Gradients of attention weigh by the log-sum-exp, as exact as the largest logit, what grows with the scale."""
         scale = self.arguments.get("scale") if self.hides else None
         return self.floor * max(1.0, scale * scale if isinstance(scale, (int, float)) else 1.0)
 
