@@ -386,6 +386,11 @@ BAD = [
     ("head_dropout_attention", {"block_mask": "x"}, "expected block_mask to be a pyrx.BlockMask, got str"),
     ("head_dropout_attention", {"seed": 1.5}, "expected seed to be an int, got float"),
     ("token_importance", {"keyframe": (0, 71)}, "expected keyframe in [0, 70], got 71"),
+    (
+        "token_importance",
+        {"enhanced_weight": -1e300},
+        "expected enhanced_weight in [-5.44452e+39, 5.44452e+39] for torch.float32, got -1e+300",
+    ),
     ("token_importance", {"enhanced_weight": None}, "expected enhanced_weight to be a float, got NoneType"),
     ("token_dropout", {"keep_rate": 0.0}, "expected keep_rate in (0, 1], got 0.0"),
     ("token_dropout", {"keep_rate": 1.1}, "expected keep_rate in (0, 1], got 1.1"),

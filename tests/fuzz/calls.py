@@ -57,7 +57,7 @@ class Call:
 
     def size_of_terms(self) -> float:
         """Gradients of attention weigh by the log-sum-exp, as exact as the largest logit, what grows with the scale."""
-        scale = self.arguments.get("scale") if self.hides else None
+        scale = self.arguments.get("scale")
         return self.floor * max(1.0, scale * scale if isinstance(scale, (int, float)) else 1.0)
 
     def dtypes(self) -> set[torch.dtype]:

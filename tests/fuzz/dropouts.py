@@ -111,7 +111,14 @@ def mixed_cross_entropy(draws: Draws) -> Call:
         ),
     }
     floats = ("input", "target", "weight")
-    return Call(pyrx.mixed_cross_entropy, arguments, draws.needs(input=arguments["input"]), exact=False, floats=floats)
+    return Call(
+        pyrx.mixed_cross_entropy,
+        arguments,
+        draws.needs(input=arguments["input"]),
+        exact=False,
+        floats=floats,
+        floor=1.0,
+    )
 
 
 @fuzzes("MixedTarget")
