@@ -29,27 +29,38 @@ struct AttentionResults {
   Acc* entropy;                // (B, H, Sq) or null
   bool streamed;               // out goes past the caches
 
+  T* at(int64_t b, int64_t h, int64_t q) const { return out + b * batch + h * head + q * token; }
+
   // Of queries q .. q + rows - 1: sums (rows, size) in rows of `stride`, which are overwritten, and what belongs to a row.
   void finish(const AttentionShape& shape, int64_t b, int64_t h, int64_t q, int64_t rows, Acc* sums, int64_t stride,
               const Acc* most, const Acc* total, const Acc* weighted, Acc kept) const {
     const auto store = element_kernels<T>().store;
-    const int64_t at = (b * shape.heads + h) * shape.queries + q, size = shape.value_size;
+    const int64_t first = (b * shape.heads + h) * shape.queries + q, size = shape.value_size;
     T* const staged = reinterpret_cast<T*>(sums);  // in place: elements are not wider than sums
-    T* const to = out + b * batch + h * head + q * token;
+    T* const to = at(b, h, q);
     for (int64_t r = 0; r < rows; ++r) {
       const bool nothing = total[r] == 0;
       store(sums + r * stride, size, nothing ? Acc(0) : kept / total[r], streamed ? staged + r * size : to + r * token);
-      lse[at + r] = nothing ? -std::numeric_limits<Acc>::infinity()
-                            : most[r] * std::numbers::ln2_v<Acc> + std::log(total[r]);
       if (entropy)
-        entropy[at + r] =
+        entropy[first + r] =
             nothing ? Acc(0) : std::log(total[r]) - std::numbers::ln2_v<Acc> * (weighted[r] / total[r]);
     }
-    if (!streamed) return;
+    finish_lse(first, rows, most, total);
+    if (streamed) stream(staged, rows, size, to);
+  }
+
+  void finish_lse(int64_t first, int64_t rows, const Acc* most, const Acc* total) const {
+    for (int64_t r = 0; r < rows; ++r)
+      lse[first + r] = total[r] == 0 ? -std::numeric_limits<Acc>::infinity()
+                                     : most[r] * std::numbers::ln2_v<Acc> + std::log(total[r]);
+  }
+
+  // Contiguous rows to rows that are `token` apart.
+  void stream(const T* from, int64_t rows, int64_t size, T* to) const {
     const int64_t run = token == size ? rows : 1;  // rows that follow each other
     for (int64_t r = 0; r < rows; r += run)
       byte_kernels().copy_stream(reinterpret_cast<uint8_t*>(to + r * token),
-                                 reinterpret_cast<const uint8_t*>(staged + r * size), run * size * sizeof(T));
+                                 reinterpret_cast<const uint8_t*>(from + r * size), run * size * sizeof(T));
   }
 };
 

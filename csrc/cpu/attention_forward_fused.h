@@ -53,7 +53,7 @@ class FusedForward {
   struct Scratch {
     Workspace memory;
     std::vector<Panel> panels;
-    T *rows, *keys, *values, *weights;
+    T *rows, *keys, *values, *weights, *results;
     float* sums;
     uint8_t *bits, *kept, *shifted;
     std::vector<int64_t> listed, next_listed;
@@ -69,7 +69,8 @@ class FusedForward {
           reserve(T(), kFusedQueries * f.depth_), reserve(T(), kLogitKeys * f.depth_),
           reserve(T(), kLogitKeys * f.values_),   reserve(T(), kLogitKeys * kFusedQueries),
           reserve(0.0f, kFusedQueries * f.values_), reserve(uint8_t(), kFusedQueries * kBitsStride),
-          reserve(uint8_t(), kFusedQueries / 8 * kLogitKeys), reserve(uint8_t(), kLogitKeys / 8 + 2)};
+          reserve(uint8_t(), kFusedQueries / 8 * kLogitKeys), reserve(uint8_t(), kLogitKeys / 8 + 2),
+          reserve(T(), kFusedQueries * f.values_)};
       memory.allocate();
       for (int64_t p = 0; p < f.panels_; ++p) {
         Panel& panel = panels[p];
@@ -83,7 +84,7 @@ class FusedForward {
       rows = memory.at_offset<T>(at[4]), keys = memory.at_offset<T>(at[5]), values = memory.at_offset<T>(at[6]);
       weights = memory.at_offset<T>(at[7]), sums = memory.at_offset<float>(at[8]);
       bits = memory.at_offset<uint8_t>(at[9]), kept = memory.at_offset<uint8_t>(at[10]);
-      shifted = memory.at_offset<uint8_t>(at[11]);
+      shifted = memory.at_offset<uint8_t>(at[11]), results = memory.at_offset<T>(at[12]);
     }
     ~Scratch() { store_fence(); }  // of the thread's streamed results
   };
@@ -159,9 +160,7 @@ class FusedForward {
       Panel& panel = scratch.panels[count];
       panel.first = q, panel.rows = std::min(kFusedQueries, end - q);
       panel.width = panel.rows > kFusedQueries / 2 ? kFusedQueries : kFusedQueries / 2;
-      pack_transposed<T, T>(in_.query.at(b, h, q), in_.query.token, panel.rows, shape_.size, panel.width, scratch.rows,
-                            panel.queries);
-      std::fill_n(panel.out, panel.width * values_, 0.0f);
+      std::memset(panel.out, 0, panel.width * values_ * sizeof(float));
       std::fill_n(panel.most, panel.width, std::numeric_limits<float>::lowest());
       std::fill_n(panel.total, panel.width, 0.0f);
       panel.seen = reach(in_.rules, b, q, panel.rows);
@@ -173,9 +172,21 @@ class FusedForward {
         panel.low[i] = static_cast<int32_t>(std::clamp<int64_t>(range.first, 0, shape_.keys));
         panel.high[i] = static_cast<int32_t>(std::clamp<int64_t>(range.last, 0, shape_.keys));
       }
+      pack_queries(in_.query.at(b, h, q), panel, scratch);
       q += panel.rows;
     }
     return count;
+  }
+
+  // Transposed, and times `factor` but for 16-bit queries, which would lose by it.
+  void pack_queries(const T* rows, const Panel& panel, const Scratch& scratch) const {
+    int64_t stride = in_.query.token;
+    if constexpr (sizeof(T) == 4) {
+      for (int64_t i = 0; i < panel.rows; ++i)
+        element_kernels<T>().store(rows + i * stride, shape_.size, panel.factor[i], scratch.rows + i * depth_);
+      rows = scratch.rows, stride = depth_;
+    }
+    pack_transposed<T, T>(rows, stride, panel.rows, shape_.size, panel.width, scratch.rows, panel.queries);
   }
 
   void attend_run(int64_t b, int64_t h, const Run& run, int64_t count, Scratch& scratch) const {
@@ -237,10 +248,25 @@ class FusedForward {
   }
 
   void finish(int64_t b, int64_t h, const Panel& panel, const Scratch& scratch) const {
-    mask_kernels().transpose32(reinterpret_cast<const uint32_t*>(panel.out), panel.width, values_, panel.rows,
-                               reinterpret_cast<uint32_t*>(scratch.sums), values_);
-    out_.finish(shape_, b, h, panel.first, panel.rows, scratch.sums, values_, panel.most, panel.total, nullptr,
-                in_.threshold > 0 ? keep_scale<float>(in_.threshold) : 1.0f);
+    const int64_t size = shape_.value_size;
+    T* const to = out_.at(b, h, panel.first);
+    T* const rows = out_.streamed ? scratch.results : to;
+    const int64_t stride = out_.streamed ? size : out_.token;
+    fused_kernels<T>().normalize(panel.out, panel.total, size, panel.width,
+                                 in_.threshold > 0 ? keep_scale<float>(in_.threshold) : 1.0f);
+    const auto transpose = [&](void* into, int64_t apart) {
+      mask_kernels().transpose32(reinterpret_cast<const uint32_t*>(panel.out), panel.width, size, panel.rows,
+                                 static_cast<uint32_t*>(into), apart);
+    };
+    if constexpr (sizeof(T) == 4) {
+      transpose(rows, stride);
+    } else {
+      transpose(scratch.sums, size);
+      for (int64_t i = 0; i < panel.rows; ++i)
+        element_kernels<T>().store(scratch.sums + i * size, size, 1.0f, rows + i * stride);
+    }
+    if (out_.streamed) out_.stream(rows, panel.rows, size, to);
+    out_.finish_lse((b * shape_.heads + h) * shape_.queries + panel.first, panel.rows, panel.most, panel.total);
   }
 
   static constexpr int64_t kBitsStride = kLogitKeys / 8;

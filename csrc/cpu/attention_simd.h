@@ -107,10 +107,10 @@ template <typename G>
 struct FusedTile {
   int64_t width, keys;      // width: 16 or 32 queries
   int64_t size, value_size;  // of a row of keys, even for 16-bit G, and of values, a multiple of eight
-  const G* queries;          // (size, width), in pairs of the size for 16-bit G
+  const G* queries;          // (size, width), in pairs of the size for 16-bit G, else times `factor`
   const G* key;              // (keys, size)
   const G* value;            // (keys, value_size), in pairs of keys for 16-bit G
-  const float* factor;       // (width,): exponents of 2 are factor * product
+  const float* factor;       // (width,): exponents of 2 are factor * product; read for 16-bit G
   float *most, *total;       // (width,): SoftmaxTile; at first the lowest number, and 0
   float* out;                // (value_size, width): sums of the values that follow `most`
   G* weights;                // (keys, width) of scratch
@@ -126,6 +126,8 @@ struct FusedTile {
 template <typename G>
 struct FusedKernels {
   void (*step)(const FusedTile<G>& tile) = nullptr;  // null: the instruction set has none
+  // out (value_size, width) *= scale / total (width,), or 0 where there is no total
+  void (*normalize)(float* out, const float* total, int64_t value_size, int64_t width, float scale) = nullptr;
 };
 
 template <typename T>
