@@ -166,6 +166,11 @@ def arch_number(name: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
+def sanitizer_flags(sanitize: str, compiler: str) -> list[str]:
+    # clang's runtime is in the program unless it is told otherwise, and Python is the program
+    return SANITIZERS[sanitize] + ["-shared-libsan"] * (sanitize != "" and "clang" in compiler)
+
+
 def decide_flags(
     debug: bool, nvcc_extra: str | None, cuda: bool, sanitize: str = "", compiler: str = ""
 ) -> tuple[list[str], list[str]]:
@@ -189,7 +194,7 @@ def decide_flags(
     if debug:
         cxx.append("-UNDEBUG")
     if sanitize:
-        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS[sanitize]]
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitizer_flags(sanitize, compiler)]
     if not cuda:
         return cxx, []
     nvcc = [f"-std={STANDARD}", level[0], "-Xcompiler", "-fopenmp,-fvisibility=hidden"]
@@ -334,7 +339,7 @@ def extension_of(plan: Plan, torch) -> Extension:
     # torch's own OpenMP runtime: a second one would not follow torch.set_num_threads
     gomp = sorted(site.glob("lib/libgomp*.so*")) if "clang" not in (plan.compiler or "") else []
     link = [str(gomp[0])] if gomp else ["-fopenmp"]
-    link += SANITIZERS[plan.sanitize]
+    link += sanitizer_flags(plan.sanitize, plan.compiler or "")
     if plan.cuda:
         assert plan.nvcc is not None
         nvidia = nvidia_dirs([str(site.parent)], plan.torch_cuda)

@@ -269,6 +269,8 @@ def test_flags(setup):
     assert [named in setup.decide_flags(False, None, False, compiler=each)[0] for each in texts] == [False, True, False]
     cxx, _ = setup.decide_flags(False, None, False, sanitize="memory")
     assert cxx.index("-O3") < cxx.index("-O1") and "-fsanitize=address,undefined" in cxx
+    assert setup.sanitizer_flags("", texts[1]) == [] and "-shared-libsan" not in cxx
+    assert "-shared-libsan" in setup.sanitizer_flags("threads", texts[1])
 
 
 def test_sources(setup):
