@@ -43,6 +43,7 @@ class FusedForward {
     T* queries;
     float *out, *most, *total, *factor;
     int32_t *low, *high;
+    bool ranged;  // low and high are written
   };
   // Keys first .. first + keys - 1 of blocks that follow each other.
   struct Run {
@@ -54,9 +55,10 @@ class FusedForward {
     Workspace memory;
     std::vector<Panel> panels;
     T *rows, *keys, *values, *weights, *results;
-    float* sums;
     uint8_t *bits, *kept, *shifted;
     std::vector<int64_t> listed, next_listed;
+    std::vector<Run> runs, next_runs;      // of a tile
+    std::vector<FusedKeys<T>> parts, seen;  // of a tile; what a panel sees of them
     std::vector<Lines> ahead;
     int64_t fetched = -1;  // the task whose first operands are fetched
 
@@ -68,9 +70,8 @@ class FusedForward {
           reserve(0.0f, 3 * own),        reserve(int32_t(), 2 * own),
           reserve(T(), kFusedQueries * f.depth_), reserve(T(), kLogitKeys * f.depth_),
           reserve(T(), kLogitKeys * f.values_),   reserve(T(), kLogitKeys * kFusedQueries),
-          reserve(0.0f, kFusedQueries * f.values_), reserve(uint8_t(), kFusedQueries * kBitsStride),
-          reserve(uint8_t(), kFusedQueries / 8 * kLogitKeys), reserve(uint8_t(), kLogitKeys / 8 + 2),
-          reserve(T(), kFusedQueries * f.values_)};
+          reserve(T(), kFusedQueries * f.values_),  reserve(uint8_t(), kFusedQueries * kBitsStride),
+          reserve(uint8_t(), kFusedQueries / 8 * kLogitKeys), reserve(uint8_t(), kLogitKeys / 8 + 2)};
       memory.allocate();
       for (int64_t p = 0; p < f.panels_; ++p) {
         Panel& panel = panels[p];
@@ -82,9 +83,9 @@ class FusedForward {
         panel.low = memory.at_offset<int32_t>(at[3]) + i, panel.high = panel.low + own;
       }
       rows = memory.at_offset<T>(at[4]), keys = memory.at_offset<T>(at[5]), values = memory.at_offset<T>(at[6]);
-      weights = memory.at_offset<T>(at[7]), sums = memory.at_offset<float>(at[8]);
+      weights = memory.at_offset<T>(at[7]), results = memory.at_offset<T>(at[8]);
       bits = memory.at_offset<uint8_t>(at[9]), kept = memory.at_offset<uint8_t>(at[10]);
-      shifted = memory.at_offset<uint8_t>(at[11]), results = memory.at_offset<T>(at[12]);
+      shifted = memory.at_offset<uint8_t>(at[11]);
     }
     ~Scratch() { store_fence(); }  // of the thread's streamed results
   };
@@ -109,10 +110,10 @@ class FusedForward {
       if (block == own.first && scratch.fetched != task) fetch_first(own, block, scratch);
       const int64_t count = begin(own.b, own.h, block, scratch);
       for (size_t i = 0, next; i < listed.size(); i = next) {
-        const Run run = run_from(listed, i, next);
+        next = runs_from(listed, i, scratch.runs);
         scratch.ahead.clear();
         if (next < listed.size()) {
-          if (listed[next] != listed[next - 1] + 1) add_run(own.b, own.h, listed, next, scratch.ahead);
+          add_runs(own.b, own.h, listed, next, scratch);
         } else if (block + 1 < own.last) {
           add_queries(own, block + 1, scratch);
         } else if (const int64_t following = task + at::get_num_threads(); following < shape_.batch * shape_.heads * tasks_) {
@@ -120,18 +121,22 @@ class FusedForward {
           add_queries(after, after.first, scratch);
           scratch.fetched = following;
         }
-        attend_run(own.b, own.h, run, count, scratch);
+        attend_tile(own.b, own.h, count, scratch);
       }
       for (int64_t p = 0; p < count; ++p) finish(own.b, own.h, scratch.panels[p], scratch);
     }
   }
 
-  // Blocks listed[i] .. listed[next - 1] follow each other and make a tile.
-  Run run_from(const std::vector<int64_t>& listed, size_t i, size_t& next) const {
-    const size_t most = i + static_cast<size_t>(kLogitKeys / shape_.k_block);
-    for (next = i + 1; next < listed.size() && next < most && listed[next] == listed[next - 1] + 1;) ++next;
-    const int64_t first = listed[i] * shape_.k_block, last = (listed[next - 1] + 1) * shape_.k_block;
-    return {first, std::min(last, shape_.keys) - first};
+  // The blocks from listed[i] that make a tile; which one begins the next.
+  size_t runs_from(const std::vector<int64_t>& listed, size_t i, std::vector<Run>& runs) const {
+    const size_t next = std::min(listed.size(), i + static_cast<size_t>(kLogitKeys / shape_.k_block));
+    runs.clear();
+    for (; i < next; ++i) {
+      const int64_t first = listed[i] * shape_.k_block, keys = std::min(shape_.k_block, shape_.keys - first);
+      if (!runs.empty() && runs.back().first + runs.back().keys == first) runs.back().keys += keys;
+      else runs.push_back({first, keys});
+    }
+    return next;
   }
 
   void fetch_first(const Queries& own, int64_t block, Scratch& scratch) const {
@@ -143,13 +148,14 @@ class FusedForward {
   void add_queries(const Queries& own, int64_t block, Scratch& scratch) const {
     add_rows(in_.query, own.b, own.h, block * shape_.q_block, rows_of(block), shape_.size, scratch.ahead);
     seen_blocks(in_, own.b, own.h, block, scratch.next_listed);
-    if (!scratch.next_listed.empty()) add_run(own.b, own.h, scratch.next_listed, 0, scratch.ahead);
+    if (!scratch.next_listed.empty()) add_runs(own.b, own.h, scratch.next_listed, 0, scratch);
   }
-  void add_run(int64_t b, int64_t h, const std::vector<int64_t>& listed, size_t i, std::vector<Lines>& ahead) const {
-    size_t next;
-    const Run run = run_from(listed, i, next);
-    add_rows(in_.key, b, h / shape_.group(), run.first, run.keys, shape_.size, ahead);
-    add_rows(in_.value, b, h / shape_.group(), run.first, run.keys, shape_.value_size, ahead);
+  void add_runs(int64_t b, int64_t h, const std::vector<int64_t>& listed, size_t i, Scratch& scratch) const {
+    runs_from(listed, i, scratch.next_runs);
+    for (const Run& run : scratch.next_runs) {
+      add_rows(in_.key, b, h / shape_.group(), run.first, run.keys, shape_.size, scratch.ahead);
+      add_rows(in_.value, b, h / shape_.group(), run.first, run.keys, shape_.value_size, scratch.ahead);
+    }
   }
 
   // Panels of a block of queries before its first key; how many there are.
@@ -165,71 +171,102 @@ class FusedForward {
       std::fill_n(panel.total, panel.width, 0.0f);
       panel.seen = reach(in_.rules, b, q, panel.rows);
       const float* scale = in_.query_scale ? in_.query_scale + (b * shape_.heads + h) * shape_.queries + q : nullptr;
-      for (int64_t i = 0; i < panel.width; ++i) {
-        const bool own = i < panel.rows;
-        panel.factor[i] = std::numbers::log2e_v<float> * in_.scale * (scale && own ? scale[i] : 1);
-        const KeyRange range = own ? in_.rules.of(b, q + i) : KeyRange{0, shape_.keys};
-        panel.low[i] = static_cast<int32_t>(std::clamp<int64_t>(range.first, 0, shape_.keys));
-        panel.high[i] = static_cast<int32_t>(std::clamp<int64_t>(range.last, 0, shape_.keys));
-      }
+      panel.ranged = false;
+      for (int64_t i = 0; i < panel.width; ++i)
+        panel.factor[i] = std::numbers::log2e_v<float> * in_.scale * (scale && i < panel.rows ? scale[i] : 1);
       pack_queries(in_.query.at(b, h, q), panel, scratch);
       q += panel.rows;
     }
     return count;
   }
 
+  void write_ranges(int64_t b, Panel& panel) const {
+    for (int64_t i = 0; i < panel.width; ++i) {
+      const KeyRange range = i < panel.rows ? in_.rules.of(b, panel.first + i) : KeyRange{0, shape_.keys};
+      panel.low[i] = static_cast<int32_t>(std::clamp<int64_t>(range.first, 0, shape_.keys));
+      panel.high[i] = static_cast<int32_t>(std::clamp<int64_t>(range.last, 0, shape_.keys));
+    }
+    panel.ranged = true;
+  }
+
   // Transposed, and times `factor` but for 16-bit queries, which would lose by it.
   void pack_queries(const T* rows, const Panel& panel, const Scratch& scratch) const {
     int64_t stride = in_.query.token;
     if constexpr (sizeof(T) == 4) {
-      for (int64_t i = 0; i < panel.rows; ++i)
-        element_kernels<T>().store(rows + i * stride, shape_.size, panel.factor[i], scratch.rows + i * depth_);
+      const bool alike = !in_.query_scale && stride == depth_ && depth_ == shape_.size;
+      const int64_t together = alike ? panel.rows : 1;
+      for (int64_t i = 0; i < panel.rows; i += together)
+        element_kernels<T>().store(rows + i * stride, together * shape_.size, panel.factor[i], scratch.rows + i * depth_);
       rows = scratch.rows, stride = depth_;
     }
     pack_transposed<T, T>(rows, stride, panel.rows, shape_.size, panel.width, scratch.rows, panel.queries);
   }
 
-  void attend_run(int64_t b, int64_t h, const Run& run, int64_t count, Scratch& scratch) const {
+  // The keys of a run as the kernel takes them; `at`: of its first in the tile.
+  FusedKeys<T> keys_of(int64_t b, int64_t h, const Run& run, int64_t at, const Scratch& scratch) const {
     const int64_t kv_head = h / shape_.group(), padded = round_up(run.keys, kFusedRows);
-    const T* key = in_.key.at(b, kv_head, run.first);
-    const T* value = in_.value.at(b, kv_head, run.first);
+    FusedKeys<T> part{padded, in_.key.at(b, kv_head, run.first), in_.value.at(b, kv_head, run.first), run.first, nullptr};
     // what lies between rows is not read, though it would be as wide as the padding
     if (in_.key.token != depth_ || shape_.size != depth_ || padded != run.keys) {
+      T* const keys = scratch.keys + at * depth_;
       for (int64_t i = 0; i < run.keys; ++i) {
-        std::copy_n(key + i * in_.key.token, shape_.size, scratch.keys + i * depth_);
-        std::fill_n(scratch.keys + i * depth_ + shape_.size, depth_ - shape_.size, T{});
+        std::copy_n(part.key + i * in_.key.token, shape_.size, keys + i * depth_);
+        std::fill_n(keys + i * depth_ + shape_.size, depth_ - shape_.size, T{});
       }
-      std::fill_n(scratch.keys + run.keys * depth_, (padded - run.keys) * depth_, T{});
-      key = scratch.keys;
+      std::fill_n(keys + run.keys * depth_, (padded - run.keys) * depth_, T{});
+      part.key = keys;
     }
     if (sizeof(T) == 2 || in_.value.token != values_ || shape_.value_size != values_ || padded != run.keys) {
+      T* const values = scratch.values + at * values_;
       const int64_t rows = round_up(run.keys, pairing<T>);
-      pack_rows<T, T>(value, in_.value.token, run.keys, shape_.value_size, values_, scratch.values);
-      std::fill_n(scratch.values + rows * values_, (padded - rows) * values_, T{});
-      value = scratch.values;
+      pack_rows<T, T>(part.value, in_.value.token, run.keys, shape_.value_size, values_, values);
+      std::fill_n(values + rows * values_, (padded - rows) * values_, T{});
+      part.value = values;
     }
-    int64_t lines = 0;
+    const uint8_t* key_mask = in_.key_mask ? in_.key_mask + b * shape_.keys + run.first : nullptr;
+    if (key_mask && std::memchr(key_mask, 0, run.keys) != nullptr) part.key_mask = key_mask;
+    return part;
+  }
+
+  // What queries of a panel see of a tile: of other keys only those beside seen ones are multiplied.
+  bool see(const Panel& panel, Scratch& scratch) const {
+    bool hides = false;
+    scratch.seen.clear();
+    if (panel.seen.any.empty()) return false;
+    for (const FusedKeys<T>& part : scratch.parts) {
+      const int64_t from = std::max<int64_t>(0, panel.seen.any.first - part.first) / kFusedRows * kFusedRows;
+      const int64_t last = std::max<int64_t>(0, panel.seen.any.last - part.first);
+      const int64_t to = std::min(part.count, round_up(last, kFusedRows));
+      if (from >= to) continue;
+      const uint8_t* key_mask = part.key_mask ? part.key_mask + from : nullptr;
+      scratch.seen.push_back({to - from, part.key + from * depth_, part.value + from * values_, part.first + from, key_mask});
+      hides |= key_mask || panel.seen.hides(part.first + from, to - from);
+    }
+    return hides;
+  }
+
+  void attend_tile(int64_t b, int64_t h, int64_t count, Scratch& scratch) const {
+    int64_t keys = 0, lines = 0;
+    scratch.parts.clear();
+    for (const Run& run : scratch.runs) {
+      scratch.parts.push_back(keys_of(b, h, run, keys, scratch));
+      keys += scratch.parts.back().count;
+    }
     for (const Lines& each : scratch.ahead) lines += each.count;
     Ahead ahead(scratch.ahead.data(), static_cast<int64_t>(scratch.ahead.size()));
-    const uint8_t* key_mask = in_.key_mask ? in_.key_mask + b * shape_.keys + run.first : nullptr;
-    if (key_mask && std::memchr(key_mask, 0, run.keys) == nullptr) key_mask = nullptr;
     FusedTile<T> tile{};
     tile.size = depth_, tile.value_size = values_, tile.weights = scratch.weights, tile.ahead = &ahead;
-    tile.lines = (lines * kFusedRows + count * padded - 1) / (count * padded);
+    tile.lines = (lines * kFusedRows + count * keys - 1) / (count * keys);
     for (int64_t p = 0; p < count; ++p) {
-      const Panel& panel = scratch.panels[p];
-      // of keys that nobody sees only those beside seen ones are multiplied
-      const int64_t from = std::max<int64_t>(0, panel.seen.any.first - run.first) / kFusedRows * kFusedRows;
-      const int64_t to = std::min(padded, round_up(std::max<int64_t>(0, panel.seen.any.last - run.first), kFusedRows));
-      if (from >= to || panel.seen.any.empty()) continue;
-      tile.width = panel.width, tile.keys = to - from, tile.first = run.first + from;
-      tile.queries = panel.queries, tile.key = key + from * depth_, tile.value = value + from * values_;
+      Panel& panel = scratch.panels[p];
+      const bool hides = see(panel, scratch);
+      if (scratch.seen.empty()) continue;
+      if (hides && !panel.ranged) write_ranges(b, panel);
+      tile.width = panel.width, tile.queries = panel.queries;
+      tile.parts = scratch.seen.data(), tile.count = static_cast<int64_t>(scratch.seen.size());
       tile.factor = panel.factor, tile.most = panel.most, tile.total = panel.total, tile.out = panel.out;
-      const bool hides = panel.seen.hides(tile.first, tile.keys) || key_mask;
       tile.low = hides ? panel.low : nullptr, tile.high = panel.high;
-      tile.key_mask = key_mask ? key_mask + from : nullptr;
-      if (in_.threshold > 0)
-        tile.bits = kept_bits(b, h, panel, tile.first, std::min(tile.keys, shape_.keys - tile.first), scratch);
+      if (in_.threshold > 0) tile.bits = kept_bits(b, h, panel, scratch);
       tile.bits_stride = kLogitKeys;
       fused_kernels<T>().step(tile);
     }
@@ -237,13 +274,18 @@ class FusedForward {
   }
 
   // Bits of kept weights, eight queries a byte.
-  const uint8_t* kept_bits(int64_t b, int64_t h, const Panel& panel, int64_t k, int64_t keys, const Scratch& scratch) const {
+  const uint8_t* kept_bits(int64_t b, int64_t h, const Panel& panel, const Scratch& scratch) const {
     const SampleMask mask = sample_mask(0, in_.threshold, false);
-    tile_bits(in_.seed, mask, shape_.index(b, h, panel.first, k), shape_.keys, panel.rows, keys, scratch.shifted,
-              scratch.bits, kBitsStride);
-    for (int64_t i = 0; i < panel.width; i += 8)
-      subset_codes(scratch.bits + i * kBitsStride, kBitsStride, std::clamp<int64_t>(panel.rows - i, 0, 8), keys,
-                   scratch.kept + i / 8 * kLogitKeys);
+    int64_t at = 0;
+    for (const FusedKeys<T>& part : scratch.seen) {
+      const int64_t keys = std::min(part.count, shape_.keys - part.first);
+      tile_bits(in_.seed, mask, shape_.index(b, h, panel.first, part.first), shape_.keys, panel.rows, keys, scratch.shifted,
+                scratch.bits, kBitsStride);
+      for (int64_t i = 0; i < panel.width; i += 8)
+        subset_codes(scratch.bits + i * kBitsStride, kBitsStride, std::clamp<int64_t>(panel.rows - i, 0, 8), keys,
+                     scratch.kept + i / 8 * kLogitKeys + at);
+      at += part.count;
+    }
     return scratch.kept;
   }
 
@@ -254,17 +296,7 @@ class FusedForward {
     const int64_t stride = out_.streamed ? size : out_.token;
     fused_kernels<T>().normalize(panel.out, panel.total, size, panel.width,
                                  in_.threshold > 0 ? keep_scale<float>(in_.threshold) : 1.0f);
-    const auto transpose = [&](void* into, int64_t apart) {
-      mask_kernels().transpose32(reinterpret_cast<const uint32_t*>(panel.out), panel.width, size, panel.rows,
-                                 static_cast<uint32_t*>(into), apart);
-    };
-    if constexpr (sizeof(T) == 4) {
-      transpose(rows, stride);
-    } else {
-      transpose(scratch.sums, size);
-      for (int64_t i = 0; i < panel.rows; ++i)
-        element_kernels<T>().store(scratch.sums + i * size, size, 1.0f, rows + i * stride);
-    }
+    head_kernels<T, T>().transpose(panel.out, panel.width, size, panel.rows, rows, stride);
     if (out_.streamed) out_.stream(rows, panel.rows, size, to);
     out_.finish_lse((b * shape_.heads + h) * shape_.queries + panel.first, panel.rows, panel.most, panel.total);
   }

@@ -22,13 +22,12 @@ PYRX_BF16 inline __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
   else return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
 }
 
-// out += values * weights of keys from .. to - 1.
+// out += values * weights of the tile's keys from .. to - 1.
 template <typename G, int kVectors>
 PYRX_BF16 void add_values(const FusedTile<G>& tile, int64_t from, int64_t to) {
   constexpr int64_t kWidth = kVectors * kLanes;
-  const auto* values = reinterpret_cast<const uint32_t*>(tile.value);
   const auto* weights = reinterpret_cast<const uint32_t*>(tile.weights);
-  const int64_t begin = from / kPerUnit<G>, end = to / kPerUnit<G>, size = tile.value_size;
+  const int64_t size = tile.value_size;
   for (int64_t d = 0; d < size; d += kFusedRows) {
     __m512 sums[kFusedRows][kVectors];
     float* out = tile.out + d * kWidth;
@@ -36,18 +35,25 @@ PYRX_BF16 void add_values(const FusedTile<G>& tile, int64_t from, int64_t to) {
     for (int r = 0; r < kFusedRows; ++r)
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_ps(out + r * kWidth + v * kLanes);
-    const uint32_t *value = values + begin * size + d, *weight = weights + begin * kWidth;
+    int64_t at = 0;  // of the part's first key
+    for (int64_t part = 0; part < tile.count; ++part) {
+      const FusedKeys<G>& keys = tile.parts[part];
+      const int64_t begin = std::max(from, at) / kPerUnit<G>, end = std::min(to, at + keys.count) / kPerUnit<G>;
+      const uint32_t* value = reinterpret_cast<const uint32_t*>(keys.value) + (begin - at / kPerUnit<G>) * size + d;
+      const uint32_t* weight = weights + begin * kWidth;
 #pragma GCC unroll 4
-    for (int64_t j = begin; j < end; ++j, value += size, weight += kWidth) {
-      __m512i own[kVectors];
+      for (int64_t j = begin; j < end; ++j, value += size, weight += kWidth) {
+        __m512i own[kVectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) own[v] = _mm512_loadu_si512(weight + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) own[v] = _mm512_loadu_si512(weight + v * kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < kFusedRows; ++r) {
-        const __m512i x = broadcast(value + r);
+        for (int r = 0; r < kFusedRows; ++r) {
+          const __m512i x = broadcast(value + r);
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<G>(x, own[v], sums[r][v]);
+          for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<G>(x, own[v], sums[r][v]);
+        }
       }
+      at += keys.count;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kFusedRows; ++r)
@@ -73,16 +79,16 @@ template <typename G, int kVectors>
   for (int64_t d = 0; d < tile.value_size; ++d) scale(tile.out + (d * kVectors + v) * kLanes, by);
 }
 
-// Lanes of vector v that see key `at` of the tile.
+// Lanes of vector v that see key `at` of a part.
 template <typename G>
-inline __mmask16 seeing(const FusedTile<G>& tile, int v, int64_t at) {
+inline __mmask16 seeing(const FusedTile<G>& tile, const FusedKeys<G>& keys, int v, int64_t at) {
   __mmask16 seen = 0xFFFF;
   if (tile.low) {
-    const __m512i key = _mm512_set1_epi32(static_cast<int32_t>(tile.first + at));
+    const __m512i key = _mm512_set1_epi32(static_cast<int32_t>(keys.first + at));
     seen = _mm512_cmple_epi32_mask(_mm512_loadu_si512(tile.low + v * kLanes), key);
     seen = _mm512_mask_cmpgt_epi32_mask(seen, _mm512_loadu_si512(tile.high + v * kLanes), key);
   }
-  return tile.key_mask && seen != 0 && !tile.key_mask[at] ? 0 : seen;
+  return keys.key_mask && seen != 0 && !keys.key_mask[at] ? 0 : seen;
 }
 
 // Two keys' weights, pairs of 16-bit ones. They are not negative; halves are rounded up.
@@ -127,7 +133,6 @@ PYRX_BF16 void fused_tile(const FusedTile<G>& given, Size units) {
   const int64_t size = units, steps = size / kPairs;
   const FusedTile<G> tile = given;  // nothing that is written may change it
   const auto* queries = reinterpret_cast<const uint32_t*>(tile.queries);
-  const auto* keys = reinterpret_cast<const uint32_t*>(tile.key);
   alignas(64) float logits[kPairs][2][kLanes];  // of keys `before` and on
   std::fill_n(&logits[0][0][0], kFusedRows * kWidth, -std::numeric_limits<float>::infinity());
   int64_t before = 0;
@@ -149,59 +154,62 @@ PYRX_BF16 void fused_tile(const FusedTile<G>& given, Size units) {
     }
     put_weights<G, kVectors>(tile, at, v, even, odd);
   };
-  int64_t summed = 0;
-  for (int64_t j = 0; j < tile.keys; j += kFusedRows, keys += kFusedRows * size) {
-    __m512 x[kFusedRows][kVectors];
+  int64_t summed = 0, j = 0;
+  for (const FusedKeys<G>*part = tile.parts, *end = part + tile.count; part != end; ++part) {
+    const auto* keys = reinterpret_cast<const uint32_t*>(part->key);
+    for (int64_t k = 0; k < part->count; k += kFusedRows, j += kFusedRows, keys += kFusedRows * size) {
+      __m512 x[kFusedRows][kVectors];
 #pragma GCC unroll 16
-    for (int r = 0; r < kFusedRows; ++r)
+      for (int r = 0; r < kFusedRows; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) x[r][v] = _mm512_setzero_ps();
-    const auto multiply = [&](int64_t first, int64_t count) PYRX_BF16 {
-      const uint32_t *query = queries + first * kWidth, *part = keys + first;
+        for (int v = 0; v < kVectors; ++v) x[r][v] = _mm512_setzero_ps();
+      const auto multiply = [&](int64_t first, int64_t count) PYRX_BF16 {
+        const uint32_t *query = queries + first * kWidth, *key = keys + first;
 #pragma GCC unroll 8
-      for (int64_t d = 0; d < count; ++d, query += kWidth, ++part) {
-        __m512i own[kVectors];
+        for (int64_t d = 0; d < count; ++d, query += kWidth, ++key) {
+          __m512i own[kVectors];
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) own[v] = _mm512_loadu_si512(query + v * kLanes);
+          for (int v = 0; v < kVectors; ++v) own[v] = _mm512_loadu_si512(query + v * kLanes);
+#pragma GCC unroll 16
+          for (int r = 0; r < kFusedRows; ++r) {
+            const __m512i same = broadcast(key + r * size);
+#pragma GCC unroll 16
+            for (int v = 0; v < kVectors; ++v) x[r][v] = multiply_add<G>(same, own[v], x[r][v]);
+          }
+        }
+      };
+#pragma GCC unroll 1
+      for (int pair = 0; pair < kPairs; ++pair) {
+        weigh(pair);
+        multiply(pair * steps, steps);
+      }
+      multiply(kPairs * steps, size % kPairs);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512 bound =
+            _mm512_add_ps(_mm512_loadu_ps(tile.most + v * kLanes), _mm512_set1_ps(static_cast<float>(kExponentSlack)));
+        const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        __m512 greatest = bound;  // NaN is passed over
 #pragma GCC unroll 16
         for (int r = 0; r < kFusedRows; ++r) {
-          const __m512i key = broadcast(part + r * size);
-#pragma GCC unroll 16
-          for (int v = 0; v < kVectors; ++v) x[r][v] = multiply_add<G>(key, own[v], x[r][v]);
+          if constexpr (sizeof(G) == 2) x[r][v] = _mm512_mul_ps(x[r][v], _mm512_loadu_ps(tile.factor + v * kLanes));
+          if constexpr (kEdited) x[r][v] = _mm512_mask_mov_ps(hidden, seeing(tile, *part, v, k + r), x[r][v]);
+          greatest = _mm512_max_ps(x[r][v], greatest);
+          _mm512_store_ps(logits[r / 2 * kVectors + v][r % 2], x[r][v]);
+        }
+        const __mmask16 grown = _mm512_cmp_ps_mask(bound, greatest, _CMP_LT_OQ);
+        if (__builtin_expect(grown != 0, 0)) {
+          grow<G, kVectors>(tile, v, grown, greatest, summed, j);
+          summed = j;
         }
       }
-    };
-#pragma GCC unroll 1
-    for (int pair = 0; pair < kPairs; ++pair) {
-      weigh(pair);
-      multiply(pair * steps, steps);
+      before = j;
+      tile.ahead->fetch(tile.lines);
     }
-    multiply(kPairs * steps, size % kPairs);
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      const __m512 bound =
-          _mm512_add_ps(_mm512_loadu_ps(tile.most + v * kLanes), _mm512_set1_ps(static_cast<float>(kExponentSlack)));
-      __m512 greatest = bound;  // NaN is passed over
-#pragma GCC unroll 16
-      for (int r = 0; r < kFusedRows; ++r) {
-        if constexpr (sizeof(G) == 2) x[r][v] = _mm512_mul_ps(x[r][v], _mm512_loadu_ps(tile.factor + v * kLanes));
-        if constexpr (kEdited)
-          x[r][v] = _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), seeing(tile, v, j + r), x[r][v]);
-        greatest = _mm512_max_ps(x[r][v], greatest);
-        _mm512_store_ps(logits[r / 2 * kVectors + v][r % 2], x[r][v]);
-      }
-      const __mmask16 grown = _mm512_cmp_ps_mask(bound, greatest, _CMP_LT_OQ);
-      if (__builtin_expect(grown != 0, 0)) {
-        grow<G, kVectors>(tile, v, grown, greatest, summed, j);
-        summed = j;
-      }
-    }
-    before = j;
-    tile.ahead->fetch(tile.lines);
   }
 #pragma GCC unroll 1
   for (int pair = 0; pair < kPairs; ++pair) weigh(pair);
-  add_values<G, kVectors>(tile, summed, tile.keys);
+  add_values<G, kVectors>(tile, summed, j);
 }
 
 template <typename G, int kVectors, bool kEdited>
@@ -217,7 +225,7 @@ inline void fused_tile_of(const FusedTile<G>& tile) {
 
 template <typename G>
 void fused_step(const FusedTile<G>& tile) {
-  const bool edited = tile.low || tile.key_mask || tile.bits;
+  const bool edited = tile.low || tile.bits;
   if (tile.width == kFusedQueries) edited ? fused_tile_of<G, kFusedVectors, true>(tile) : fused_tile_of<G, kFusedVectors, false>(tile);
   else edited ? fused_tile_of<G, 1, true>(tile) : fused_tile_of<G, 1, false>(tile);
 }

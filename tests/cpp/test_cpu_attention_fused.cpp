@@ -64,10 +64,15 @@ void test_tiles(const FusedKernels<G>& kernels, int64_t width, int64_t keys, int
     }
     const Lines lines[] = {{value.data(), 3}, {key.data(), 1}};
     Ahead ahead(lines, 2);
-    kernels.step({width, keys, size, value_size, queries.data(), key.data(), value.data(), factor.data(), most.data(),
-                  total.data(), out.data(), weights.data(), flags & (kRanges | kMasked) ? low.data() : nullptr, high.data(),
-                  first + t * keys, flags & kMasked ? key_mask.data() : nullptr, flags & kDropped ? bits.data() : nullptr,
-                  keys, &ahead, 1});
+    // in two parts where there are as many keys
+    const int64_t own = keys > 8 ? 8 : keys;
+    const uint8_t* mask = flags & kMasked ? key_mask.data() : nullptr;
+    const FusedKeys<G> parts[] = {
+        {own, key.data(), value.data(), first + t * keys, mask},
+        {keys - own, key.data() + own * size, value.data() + own * value_size, first + t * keys + own, mask ? mask + own : mask}};
+    kernels.step({width, size, value_size, queries.data(), parts, keys > own ? 2 : 1, factor.data(), most.data(), total.data(),
+                  out.data(), weights.data(), flags & (kRanges | kMasked) ? low.data() : nullptr, high.data(),
+                  flags & kDropped ? bits.data() : nullptr, keys, &ahead, 1});
   }
   for (int64_t i = 0; i < width; ++i) {
     for (const double x : logits[i]) greatest[i] = std::max(greatest[i], x);
