@@ -166,7 +166,14 @@ def arch_number(name: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
-def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool, sanitize: str = "") -> tuple[list[str], list[str]]:
+def sanitizer_flags(sanitize: str, compiler: str) -> list[str]:
+    # clang's runtime is in the program unless it is told otherwise, and Python is the program
+    return SANITIZERS[sanitize] + ["-shared-libsan"] * (sanitize != "" and "clang" in compiler)
+
+
+def decide_flags(
+    debug: bool, nvcc_extra: str | None, cuda: bool, sanitize: str = "", compiler: str = ""
+) -> tuple[list[str], list[str]]:
     """Flags for the C++ compiler and for nvcc. No -march: the sources pick their SIMD at run time."""
     level = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     # at::parallel_for is a serial loop in a file that is compiled without OpenMP, products fused with sums would give
@@ -179,11 +186,15 @@ def decide_flags(debug: bool, nvcc_extra: str | None, cuda: bool, sanitize: str 
         "-fvisibility=hidden",
         "-Wno-maybe-uninitialized",
         "-Wno-uninitialized",
+        "-Wno-unknown-warning-option",
     ]
+    clang = re.search(r"clang version (\d+)", compiler)
+    if clang and int(clang.group(1)) >= 18:  # which names torch's templates otherwise than gcc, which torch is built by
+        cxx.append("-fclang-abi-compat=17")
     if debug:
         cxx.append("-UNDEBUG")
     if sanitize:
-        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS[sanitize]]
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitizer_flags(sanitize, compiler)]
     if not cuda:
         return cxx, []
     nvcc = [f"-std={STANDARD}", level[0], "-Xcompiler", "-fopenmp,-fvisibility=hidden"]
@@ -309,7 +320,9 @@ def make_plan(env: Mapping[str, str], torch) -> Plan:
     made.sanitize = env.get("SANITIZE", "")
     if made.sanitize not in SANITIZERS:
         raise BuildError(f"pyrx build: expected SANITIZE of memory or threads, got {made.sanitize}")
-    made.cxx_flags, made.nvcc_flags = decide_flags(made.debug, env.get("NVCC_FLAGS"), made.cuda, made.sanitize)
+    made.cxx_flags, made.nvcc_flags = decide_flags(
+        made.debug, env.get("NVCC_FLAGS"), made.cuda, made.sanitize, compiler_text
+    )
     made.sources = decide_sources(ROOT, made.cuda)
     return made
 
@@ -326,7 +339,7 @@ def extension_of(plan: Plan, torch) -> Extension:
     # torch's own OpenMP runtime: a second one would not follow torch.set_num_threads
     gomp = sorted(site.glob("lib/libgomp*.so*")) if "clang" not in (plan.compiler or "") else []
     link = [str(gomp[0])] if gomp else ["-fopenmp"]
-    link += SANITIZERS[plan.sanitize]
+    link += sanitizer_flags(plan.sanitize, plan.compiler or "")
     if plan.cuda:
         assert plan.nvcc is not None
         nvidia = nvidia_dirs([str(site.parent)], plan.torch_cuda)

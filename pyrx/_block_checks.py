@@ -56,6 +56,7 @@ def check_tokens(op: str, name: str, tokens: Tensor) -> Tensor:
 def check_documents(op: str, name: str, lengths: object, device: torch.device | str | None) -> Tensor:
     """int64 (B or 1, N) of ints, or of an integer tensor (N,) or (B, N)."""
     if isinstance(lengths, Tensor):
+        check_tensor(op, name, lengths)
         if lengths.dtype not in (torch.int32, torch.int64):
             fail(op, name, "of dtype torch.int32 or torch.int64", lengths.dtype, TypeError)
         if not 1 <= lengths.dim() <= 2:

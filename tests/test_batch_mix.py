@@ -66,6 +66,16 @@ def test_cutmix_pastes_the_partners_box(backend, shape, dtype, last):
             assert_same_bits(target.lam, (1 - area.double() / (shape[-1] * shape[-2])).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e5m2], ids=name_of)
+@pytest.mark.parametrize("mix", [pyrx.cutmix, pyrx.resizemix])
+def test_pixels_are_moved_of_dtypes_that_torch_does_not_choose_from(backend, mix, dtype):
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    images = torch.randint(0, 100, (3, 2, 17, 19)).to(integer)
+    expected, _ = mix(images, None, seed=3, backend=backend)
+    mixed, _ = mix(images.view(dtype), None, seed=3, backend=backend)
+    assert mixed.dtype == dtype and torch.equal(mixed.view(integer), expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])

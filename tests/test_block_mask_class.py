@@ -280,6 +280,12 @@ BAD = [
     ("document", {"lengths": 40}, TypeError, "lengths to be a list of ints or a Tensor, got int"),
     ("document", {"lengths": [30.0]}, TypeError, "lengths to be an int, got float"),
     ("document", {"lengths": [30, -1]}, ValueError, "lengths in [0, 2147483647], got -1"),
+    (
+        "document",
+        {"lengths": torch.tensor([30]).to_sparse()},
+        TypeError,
+        "lengths to be a dense Tensor, got torch.sparse_coo",
+    ),
     ("document", {"lengths": torch.tensor([30, -1])}, ValueError, "lengths of at least 0, got [[30, -1]]"),
     ("document", {"lengths": torch.tensor([-30, 10])}, ValueError, "lengths of at least 0, got [[-30, 10]]"),
     ("document", {"lengths": -torch.ones(65).int()}, ValueError, "lengths of at least 0, got 65 values from -1 to -1"),

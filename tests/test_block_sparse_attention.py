@@ -384,6 +384,20 @@ def test_layouts(backend, dtype, size, value_size):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("size, value_size", [(17, 33), (24, 40), (61, 5)])
+@pytest.mark.parametrize("gap", [1, 3, 7])
+def test_what_lies_between_rows_is_not_read(backend, dtype, size, value_size, gap):
+    """NaN there, in gaps as wide as what kernels pad rows with."""
+    arguments = {"size": size, "value_size": value_size, "kv_heads": 2, "dtype": dtype}
+    for name in ("query", "key", "value", "row_bias"):
+        call = attention(2, 4, 100, 128, **arguments, bias=(2, 4) if name == "row_bias" else None)
+        expected, given = call(backend), getattr(call, name)
+        rows = torch.cat([given, given.new_full((*given.shape[:3], gap), torch.nan)], -1)[..., : given.shape[3]]
+        for one, other, result in zip(call.replace(**{name: rows})(backend), expected, RESULTS, strict=True):
+            assert_near(one, other, f"{name} {result}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @pytest.mark.parametrize("value_size", [256, 33])
 def test_large_results(cpu, dtype, value_size):
     """Operands and results of more than 16 MiB: results go past the caches; the same rows, whatever their layout."""

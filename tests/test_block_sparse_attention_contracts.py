@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from attention import CASES, NAMES, ROW, attention, block_mask, formula, gradients, raw
 from helpers import ROOT, assert_same_bits, name_of, need, threads

@@ -264,8 +264,13 @@ def test_flags(setup):
     assert not any(flag.startswith("-march") for flag in cxx + nvcc)
     cxx, nvcc = setup.decide_flags(True, None, False)
     assert {"-O0", "-g", "-fopenmp"} <= set(cxx) and nvcc == []
+    named = "-fclang-abi-compat=17"
+    texts = ("clang version 17.0.6", "Debian clang version 19.1.7 (3)", "g++ (Debian 12.2.0-14) 12.2.0")
+    assert [named in setup.decide_flags(False, None, False, compiler=each)[0] for each in texts] == [False, True, False]
     cxx, _ = setup.decide_flags(False, None, False, sanitize="memory")
     assert cxx.index("-O3") < cxx.index("-O1") and "-fsanitize=address,undefined" in cxx
+    assert setup.sanitizer_flags("", texts[1]) == [] and "-shared-libsan" not in cxx
+    assert "-shared-libsan" in setup.sanitizer_flags("threads", texts[1])
 
 
 def test_sources(setup):

@@ -412,6 +412,23 @@ def test_a_bad_parameter_spoils_the_loss(backend, where):
         assert head(reduction=reduction, backend=backend).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("classes", [10, 40])
+@pytest.mark.parametrize("samples", [3, 4, 5, 8, 9])
+def test_an_infinite_weight_spoils_what_it_spoils_in_the_reference(cpu, dtype, classes, samples):
+    """The loss of class 3's rows is infinite; features that every sample drops have a gradient of 0."""
+    head = make_head(16, 64, classes, dtype=dtype)
+    head.linear_weight[3, 7], head.linear_weight[5, 9] = -math.inf, math.inf
+    head.input[:, 7].abs_()
+    head.target[::2] = 3
+    options = {"seed": 3, "num_samples": samples, "reduction": "none"}
+    (loss, gradients), (expected, theirs) = (run(head, backend=each, **options) for each in (cpu, "reference"))
+    for got, wanted in ((loss, expected), *((gradients[name], theirs[name]) for name in gradients)):
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(got), kind(wanted)), kind
+    assert theirs["input"].isfinite().any() and theirs["input"].isnan().any()
+
+
 def test_a_bad_row_that_is_ignored_has_loss_0(backend):
     head = make_head(9, 33, 10)
     head.input[4], head.target[4] = math.nan, -100

@@ -206,7 +206,8 @@ class FusedForward {
   FusedKeys<T> keys_of(int64_t b, int64_t h, const Run& run, int64_t at, const Scratch& scratch) const {
     const int64_t kv_head = h / shape_.group(), padded = round_up(run.keys, kFusedRows);
     FusedKeys<T> part{padded, in_.key.at(b, kv_head, run.first), in_.value.at(b, kv_head, run.first), run.first, nullptr};
-    if (in_.key.token != depth_ || padded != run.keys) {
+    // what lies between rows is not read, though it would be as wide as the padding
+    if (in_.key.token != depth_ || shape_.size != depth_ || padded != run.keys) {
       T* const keys = scratch.keys + at * depth_;
       for (int64_t i = 0; i < run.keys; ++i) {
         std::copy_n(part.key + i * in_.key.token, shape_.size, keys + i * depth_);
@@ -215,7 +216,7 @@ class FusedForward {
       std::fill_n(keys + run.keys * depth_, (padded - run.keys) * depth_, T{});
       part.key = keys;
     }
-    if (sizeof(T) == 2 || in_.value.token != values_ || padded != run.keys) {
+    if (sizeof(T) == 2 || in_.value.token != values_ || shape_.value_size != values_ || padded != run.keys) {
       T* const values = scratch.values + at * values_;
       const int64_t rows = round_up(run.keys, pairing<T>);
       pack_rows<T, T>(part.value, in_.value.token, run.keys, shape_.value_size, values_, values);

@@ -10,7 +10,7 @@ constexpr int kFusedVectors = kFusedQueries / kLanes;
 template <typename G>
 constexpr int64_t kPerUnit = 4 / sizeof(G);  // elements in 32 bits
 
-inline __m512i broadcast(const uint32_t* p) {
+inline __m512i broadcast(const void* p) {  // which need not be aligned
   int32_t x;
   std::memcpy(&x, p, sizeof(x));
   return _mm512_set1_epi32(x);

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/elements.h"
@@ -59,7 +61,7 @@ class Head {
         masks_(in_.plan.paired ? gemm_rows_ - 1 : gemm_rows_),
         // partial sums on the vector units; GEMMs on matrix units
         subset_(kSums && !(sizeof(G) == 2 && native_half(at::kBFloat16)) && !in_.plan.averaged && gemm_rows_ >= kSubsetLeast &&
-                (out_.grad_input || out_.grad_weight)),
+                (out_.grad_input || out_.grad_weight) && (!out_.grad_input || weights_are_finite())),
         lookup_(subset_ && accumulator_.lookup_gradients && in_.classes <= kLookupClasses && masks_ <= 2 * kSubset),
         pairs_(kPairs && subset_ && !lookup_),
         direct_(std::is_same_v<O, Acc> && in_.features % kRound == 0) {}
@@ -84,6 +86,30 @@ class Head {
   int64_t most_gemm_rows() const {
     const bool sums = std::is_same_v<G, Acc> && gemm_rows_ >= kSubsetLeast;
     return sums ? std::clamp(threads_ * kTileRows, kSumRows, kChunkRows) : kChunkRows;
+  }
+  // By partial sums an infinite weight is multiplied by the 0 of features that samples drop, which is NaN.
+  bool weights_are_finite() const {
+    using Bits = std::conditional_t<sizeof(T) == 2, int16_t, std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+    constexpr Bits kExponent = static_cast<Bits>(sizeof(T) == 8                  ? 0x7FF0000000000000
+                                                 : sizeof(T) == 4                ? 0x7F800000
+                                                 : std::is_same_v<T, float16> ? 0x7C00
+                                                                                 : 0x7F80);
+    std::atomic<bool> finite{true};
+    at::parallel_for(0, in_.classes, 16, [&](int64_t begin, int64_t end) {
+      bool found = false;
+      for (int64_t c = begin; c < end; ++c) {
+        const T* row = in_.linear_weight + c * in_.weight_stride;
+        Bits some = 0;
+        for (int64_t d = 0; d < in_.features; ++d) {
+          Bits bits;
+          std::memcpy(&bits, row + d, sizeof(bits));
+          some |= (bits & kExponent) == kExponent;
+        }
+        found |= some != 0;
+      }
+      if (found) finite = false;
+    });
+    return finite;
   }
   bool wants_gradient() const { return out_.grad_input || out_.grad_weight || out_.grad_bias; }
   int64_t packed_depth() const { return kDepth + kSkew; }

@@ -3,6 +3,7 @@ take part."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -252,6 +253,8 @@ def perturbed_attention(
 
 
 def _check_self(op: str, query: Tensor, key: Tensor) -> None:
+    if key.shape[0] != query.shape[0]:
+        fail(op, "key", f"of the query's batch size {query.shape[0]}", key.shape[0])
     if key.shape[2] != query.shape[2]:
         fail(op, "key", f"of the query's length {query.shape[2]}: self-attention", key.shape[2])
 
@@ -461,6 +464,9 @@ def token_importance(
     start, stop = (0, 0) if keyframe is None else _run(op, "keyframe", keyframe, queries)
     if is_autocast(query.device.type):
         query, key = cast(list[Tensor], autocast((query, key), query.device.type))
+    most = torch.finfo(query.dtype).max / _UNIT
+    if most < abs(enhanced_weight) < math.inf:
+        fail(op, "enhanced_weight", f"in [-{most:g}, {most:g}] for {query.dtype}", enhanced_weight)
     # 1 / (Sq H) and its sums would not fit 16 bits: a weight between, and the rest afterwards
     weight = query.new_full((queries,), _UNIT)
     weight[start:stop] = _UNIT * enhanced_weight

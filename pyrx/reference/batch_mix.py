@@ -147,6 +147,16 @@ def _shaped(values: Tensor, images: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (images.dim() - 1))
 
 
+# what torch neither gathers nor chooses from; pixels of these are only moved
+MOVED_AS = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.int8,
+    torch.float8_e5m2: torch.int8,
+}
+
+
 def _inside(boxes: Tensor, images: Tensor) -> Tensor:
     """(N, 1, .., H, W) bool; a box of -1 holds nothing."""
     y = torch.arange(images.shape[-2], device=images.device)[:, None]
@@ -183,6 +193,8 @@ def mix(
 ) -> Tensor:
     """Images (N, C, ..., H, W) under the mixes, times scale plus bias (C,) if given, each operation rounded alone."""
     dtype = images.dtype if dtype is None else dtype
+    if images.dtype in MOVED_AS:
+        return mix(images.view(MOVED_AS[images.dtype]), mixes, resize).view(dtype)
     partner = images.index_select(0, mixes.partner)
     inside = _inside(mixes.boxes, images)
     if resize:

@@ -30,6 +30,8 @@ def two_class_loss(
     reduction: str,
 ) -> Tensor:
     """The lam-weighted mean of the cross-entropies against both; a component at ignore_index counts nothing."""
+    counts = (target != ignore_index) | (target_b != ignore_index)
+    logits = torch.where(counts[:, None], logits, 0)  # gradients of the others are 0, whatever the logits
     components = ((target, lam), (target_b, 1 - lam))
     losses, weights = [], []
     for ids, share in components:

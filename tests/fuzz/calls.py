@@ -55,6 +55,11 @@ class Call:
         parameters = inspect.signature(self.function).parameters.values()
         return any(each.name == "backend" or each.kind is each.VAR_KEYWORD for each in parameters)
 
+    def size_of_terms(self) -> float:
+        """Gradients of attention weigh by the log-sum-exp, as exact as the largest logit, what grows with the scale."""
+        scale = self.arguments.get("scale")
+        return self.floor * max(1.0, scale * scale if isinstance(scale, (int, float)) else 1.0)
+
     def dtypes(self) -> set[torch.dtype]:
         return {each.dtype for each in _tensors([self.arguments[n] for n in self.floats]) if each.is_floating_point()}
 
@@ -297,4 +302,4 @@ def compare(got: Tensor, plain: Any, exact: Tensor, what: str, is_exact: bool, c
         # what comes of 16-bit tensors has their error, in whatever dtype it is
         lowest = max((got.dtype, *call.dtypes()), key=lambda each: torch.finfo(each).eps)
         slack = 4 * SLACK[lowest] * torch.finfo(lowest).eps / torch.finfo(got.dtype).eps
-        assert_within_budget(got[finite], plain[finite], exact[finite], what, slack, call.floor)
+        assert_within_budget(got[finite], plain[finite], exact[finite], what, slack, call.size_of_terms())

@@ -90,7 +90,7 @@ def head(draws: Draws) -> Call:
     }
     floats = ("input", "linear_weight", "linear_bias", "target", "weight")
     needs = draws.pick(floats[:2], draws.needs(**{name: arguments[name] for name in floats[:3]}))
-    floor = 4.0 * drop_scale(arguments["p"])
+    floor = 4.0 * drop_scale(arguments["p"]) * (classes if kind == "probabilities" else 1)  # which are uniform
     return Call(pyrx.multi_sample_dropout_cross_entropy, arguments, needs, exact=False, floats=floats, floor=floor)
 
 
@@ -111,7 +111,14 @@ def mixed_cross_entropy(draws: Draws) -> Call:
         ),
     }
     floats = ("input", "target", "weight")
-    return Call(pyrx.mixed_cross_entropy, arguments, draws.needs(input=arguments["input"]), exact=False, floats=floats)
+    return Call(
+        pyrx.mixed_cross_entropy,
+        arguments,
+        draws.needs(input=arguments["input"]),
+        exact=False,
+        floats=floats,
+        floor=1.0,
+    )
 
 
 @fuzzes("MixedTarget")

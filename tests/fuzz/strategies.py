@@ -22,7 +22,7 @@ SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 13
 LARGE_SIZES = (130, 200, 257, 400, 1001, 4099, 16390, 40007)
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 2**63, 2**64 - 1, 0x0123456789ABCDEF)
 # how a tensor lies in its storage
-LAYOUTS = ("contiguous", "permuted", "channels_last", "stepped", "expanded", "offset", "negated")
+LAYOUTS = ("contiguous", "permuted", "channels_last", "stepped", "expanded", "offset", "padded", "negated")
 KINDS = ("normal", "ties", "special", "huge", "tiny")
 # of every dtype of floats
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 6e-8, 1e-310, 65504.0, 3e38, -1e300, 1.0)
@@ -60,10 +60,11 @@ class Draws:
         return self.draw(st.integers(least, most))
 
     def number(self, least: float, most: float, *special: float) -> float:
-        """In [least, most], the ends and `special` more often."""
+        """In [least, most], the ends and `special` more often; what is less than a float32 holds is 0."""
         if self.chance(2):
             return self.pick(*special, least, most)
-        return self.draw(st.floats(least, most))
+        found = self.draw(st.floats(least, most))
+        return found if abs(found) > 1e-37 else max(least, 0.0)
 
     def p(self) -> float:
         """A probability below 1."""
@@ -191,10 +192,15 @@ def laid_out(values: Tensor, layout: str, generator: torch.Generator) -> Tensor:
         if kept[i]:
             strides[i] = reach * steps[i]
             reach = max(strides[i] * values.shape[i], reach)
+            if layout == "padded" and i == order[-1]:
+                reach += int(torch.randint(1, 9, (), generator=generator))
     before, after = (0, 0) if layout == "contiguous" else torch.randint(0, 9, (2,), generator=generator).tolist()
     if layout == "negated" and not (values.is_floating_point() or values.dtype in (torch.int32, torch.int64)):
         layout = "offset"
-    noise = torch.randint(-3, 4, (before + reach + after,), generator=generator).to(values.dtype)
+    if values.is_floating_point():
+        noise = torch.full((before + reach + after,), torch.nan, dtype=values.dtype)
+    else:
+        noise = torch.randint(-3, 4, (before + reach + after,), generator=generator).to(values.dtype)
     made = noise.as_strided(values.shape, strides, before)
     if values.numel() == 0:
         return made
