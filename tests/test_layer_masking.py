@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -317,6 +318,7 @@ class Dropping(nn.Module):
         return F.dropout(x, 0.5, self.training)
 
 
+@pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0), reason="there Dynamo does not see that modules change")
 def test_functions_follow_the_mode():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Dropping()).train()

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -394,6 +395,7 @@ def losses_and_gradients(module, x):
     return loss, *torch.autograd.grad(loss, list(module.parameters()))
 
 
+@pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0), reason="there Dynamo does not see that modules change")
 @pytest.mark.parametrize("estimator", ["ste", "sr-ste", "mdgf-scaled"])
 def test_compiled_layers(counter, estimator):
     module, sparsity = layer(estimator=estimator)
