@@ -68,10 +68,10 @@ class FusedForward {
       const int64_t at[] = {
           reserve(T(), own * f.depth_),  reserve(0.0f, own * f.values_),
           reserve(0.0f, 3 * own),        reserve(int32_t(), 2 * own),
-          reserve(T(), kFusedQueries * f.depth_), reserve(T(), kLogitKeys * f.depth_),
-          reserve(T(), kLogitKeys * f.values_),   reserve(T(), kLogitKeys * kFusedQueries),
+          reserve(T(), kFusedQueries * f.depth_), reserve(T(), kFusedTileKeys * f.depth_),
+          reserve(T(), kFusedTileKeys * f.values_),   reserve(T(), kFusedTileKeys * kFusedQueries),
           reserve(T(), kFusedQueries * f.values_),  reserve(uint8_t(), kFusedQueries * kBitsStride),
-          reserve(uint8_t(), kFusedQueries / 8 * kLogitKeys), reserve(uint8_t(), kLogitKeys / 8 + 2)};
+          reserve(uint8_t(), kFusedQueries / 8 * kFusedTileKeys), reserve(uint8_t(), kFusedTileKeys / 8 + 2)};
       memory.allocate();
       for (int64_t p = 0; p < f.panels_; ++p) {
         Panel& panel = panels[p];
@@ -129,7 +129,7 @@ class FusedForward {
 
   // The blocks from listed[i] that make a tile; which one begins the next.
   size_t runs_from(const std::vector<int64_t>& listed, size_t i, std::vector<Run>& runs) const {
-    const size_t next = std::min(listed.size(), i + static_cast<size_t>(kLogitKeys / shape_.k_block));
+    const size_t next = std::min(listed.size(), i + static_cast<size_t>(kFusedTileKeys / shape_.k_block));
     runs.clear();
     for (; i < next; ++i) {
       const int64_t first = listed[i] * shape_.k_block, keys = std::min(shape_.k_block, shape_.keys - first);
@@ -267,7 +267,7 @@ class FusedForward {
       tile.factor = panel.factor, tile.most = panel.most, tile.total = panel.total, tile.out = panel.out;
       tile.low = hides ? panel.low : nullptr, tile.high = panel.high;
       if (in_.threshold > 0) tile.bits = kept_bits(b, h, panel, scratch);
-      tile.bits_stride = kLogitKeys;
+      tile.bits_stride = kFusedTileKeys;
       fused_kernels<T>().step(tile);
     }
     ahead.fetch(lines);
@@ -283,7 +283,7 @@ class FusedForward {
                 scratch.bits, kBitsStride);
       for (int64_t i = 0; i < panel.width; i += 8)
         subset_codes(scratch.bits + i * kBitsStride, kBitsStride, std::clamp<int64_t>(panel.rows - i, 0, 8), keys,
-                     scratch.kept + i / 8 * kLogitKeys + at);
+                     scratch.kept + i / 8 * kFusedTileKeys + at);
       at += part.count;
     }
     return scratch.kept;
@@ -301,7 +301,7 @@ class FusedForward {
     out_.finish_lse((b * shape_.heads + h) * shape_.queries + panel.first, panel.rows, panel.most, panel.total);
   }
 
-  static constexpr int64_t kBitsStride = kLogitKeys / 8;
+  static constexpr int64_t kBitsStride = kFusedTileKeys / 8;
 
   const AttentionProblem<T>& in_;
   const AttentionResults<T>& out_;

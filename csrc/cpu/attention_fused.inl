@@ -226,8 +226,9 @@ inline void fused_tile_of(const FusedTile<G>& tile) {
 template <typename G>
 void fused_step(const FusedTile<G>& tile) {
   const bool edited = tile.low || tile.bits;
-  if (tile.width == kFusedQueries) edited ? fused_tile_of<G, kFusedVectors, true>(tile) : fused_tile_of<G, kFusedVectors, false>(tile);
-  else edited ? fused_tile_of<G, 1, true>(tile) : fused_tile_of<G, 1, false>(tile);
+  if (tile.width != kFusedQueries) edited ? fused_tile_of<G, 1, true>(tile) : fused_tile_of<G, 1, false>(tile);
+  else if (edited) fused_tile_of<G, kFusedVectors, true>(tile);
+  else fused_tile_of<G, kFusedVectors, false>(tile);
 }
 
 inline void normalize(float* out, const float* total, int64_t value_size, int64_t width, float scale) {

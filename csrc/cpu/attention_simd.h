@@ -99,7 +99,8 @@ struct SoftmaxKernels {
   void (*step)(const SoftmaxTile<G>& tile);
 };
 
-constexpr int64_t kFusedQueries = 32, kFusedRows = 8;  // a tile's most queries; keys come by as many
+constexpr int64_t kFusedQueries = 32, kFusedTileKeys = 256;  // most of a FusedTile
+constexpr int64_t kFusedRows = 8;                             // keys, and values of one, that are multiplied at once
 
 // Keys that follow each other in memory, rows contiguous; there are finite values for every row.
 template <typename G>
