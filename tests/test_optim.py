@@ -599,6 +599,14 @@ def test_bad_weights_and_gradients():
 
 
 @pytest.mark.parametrize("ours, options", OPTIMIZERS)
+def test_a_rule_without_masks(ours, options):
+    text = "expected rule with n and m, or a model, that give weights masks, got 'sr-ste' without them"
+    with pytest.raises(ValueError, match=f"pyrx::{ours.__name__}: {text}"):
+        ours(network().parameters(), n=None, rule="sr-ste", **options)
+    ours([{"params": network().parameters(), "n": 2, "m": 4}], rule="sr-ste", **options)
+
+
+@pytest.mark.parametrize("ours, options", OPTIMIZERS)
 def test_weights_of_another_model(ours, options):
     model = network({0: Sparse()})
     text = f"pyrx::{ours.__name__}: expected params with a weight of model's under N:M sparsity, got none of them"

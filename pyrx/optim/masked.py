@@ -62,6 +62,9 @@ class MaskedOptimizer(Optimizer):
         super().__init__(params, {**defaults, "updates": 0})
         self._constructed = True
         given = (param for group in self.param_groups for param in group["params"])
+        ranked = model is not None or any(group["n"] is not None for group in self.param_groups)
+        if not ranked and any(group["rule"] == "sr-ste" for group in self.param_groups):
+            fail(self.name, "rule", "with n and m, or a model, that give weights masks", "'sr-ste' without them")
         if model is not None and not self._parametrizations:
             fail(self.name, "model", "with pyrx.nn.NMSparsity on its layers (pyrx.nn.sparsify_)", "one without")
         if self._parametrizations and not any(param in self._parametrizations for param in given):
@@ -326,10 +329,10 @@ class MaskedAdamW(MaskedOptimizer):
     Cost: 28.25 bytes an element in float32, 14.25 in bfloat16, and one launch for weights of one dtype and mask.
 
     Raises:
-        ValueError: n > m, an m that does not divide, an unknown rule; a model without N:M sparsity, or of which no such
-        weight is given; the options of torch.optim.AdamW with its texts; a state dict with amsgrad. TypeError: masked
-        weights that are not floating-point. RuntimeError: sparse gradients, masked weights in shards that cut groups,
-        or FullyShardedDataParallel's, a backend that cannot serve.
+        ValueError: n > m, an m that does not divide, an unknown rule, "sr-ste" where nothing has a mask; a model
+        without N:M sparsity, or of which no such weight is given; the options of torch.optim.AdamW with its texts; a
+        state dict with amsgrad. TypeError: masked weights that are not floating-point. RuntimeError: sparse gradients,
+        masked weights in shards that cut groups, or FullyShardedDataParallel's, a backend that cannot serve.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; Zhou et al., "Learning N:M
     Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
