@@ -57,7 +57,7 @@ class FusedForward {
     T *rows, *keys, *values, *weights, *results;
     uint8_t *bits, *kept, *shifted;
     std::vector<int64_t> listed, next_listed;
-    std::vector<Run> runs, next_runs;      // of a tile
+    std::vector<Run> runs, next_runs;       // of a tile
     std::vector<FusedKeys<T>> parts, seen;  // of a tile; what a panel sees of them
     std::vector<Lines> ahead;
     int64_t fetched = -1;  // the task whose first operands are fetched
@@ -65,13 +65,18 @@ class FusedForward {
     explicit Scratch(const FusedForward& f) : panels(f.panels_) {
       const int64_t own = f.panels_ * kFusedQueries;
       const auto reserve = [&]<typename U>(U, int64_t n) { return memory.reserve<U>(n); };
-      const int64_t at[] = {
-          reserve(T(), own * f.depth_),  reserve(0.0f, own * f.values_),
-          reserve(0.0f, 3 * own),        reserve(int32_t(), 2 * own),
-          reserve(T(), kFusedQueries * f.depth_), reserve(T(), kFusedTileKeys * f.depth_),
-          reserve(T(), kFusedTileKeys * f.values_),   reserve(T(), kFusedTileKeys * kFusedQueries),
-          reserve(T(), kFusedQueries * f.values_),  reserve(uint8_t(), kFusedQueries * kBitsStride),
-          reserve(uint8_t(), kFusedQueries / 8 * kFusedTileKeys), reserve(uint8_t(), kFusedTileKeys / 8 + 2)};
+      const int64_t at[] = {reserve(T(), own * f.depth_),
+                            reserve(0.0f, own * f.values_),
+                            reserve(0.0f, 3 * own),
+                            reserve(int32_t(), 2 * own),
+                            reserve(T(), kFusedQueries * f.depth_),
+                            reserve(T(), kFusedTileKeys * f.depth_),
+                            reserve(T(), kFusedTileKeys * f.values_),
+                            reserve(T(), kFusedTileKeys * kFusedQueries),
+                            reserve(T(), kFusedQueries * f.values_),
+                            reserve(uint8_t(), kFusedQueries * kBitsStride),
+                            reserve(uint8_t(), kFusedQueries / 8 * kFusedTileKeys),
+                            reserve(uint8_t(), kFusedTileKeys / 8 + 2)};
       memory.allocate();
       for (int64_t p = 0; p < f.panels_; ++p) {
         Panel& panel = panels[p];
@@ -205,7 +210,8 @@ class FusedForward {
   // The keys of a run as the kernel takes them; `at`: of its first in the tile.
   FusedKeys<T> keys_of(int64_t b, int64_t h, const Run& run, int64_t at, const Scratch& scratch) const {
     const int64_t kv_head = h / shape_.group(), padded = round_up(run.keys, kFusedRows);
-    FusedKeys<T> part{padded, in_.key.at(b, kv_head, run.first), in_.value.at(b, kv_head, run.first), run.first, nullptr};
+    FusedKeys<T> part{padded, in_.key.at(b, kv_head, run.first), in_.value.at(b, kv_head, run.first), run.first, false,
+                      nullptr};
     // what lies between rows is not read, though it would be as wide as the padding
     if (in_.key.token != depth_ || shape_.size != depth_ || padded != run.keys) {
       T* const keys = scratch.keys + at * depth_;
@@ -224,23 +230,36 @@ class FusedForward {
       part.value = values;
     }
     const uint8_t* key_mask = in_.key_mask ? in_.key_mask + b * shape_.keys + run.first : nullptr;
-    if (key_mask && std::memchr(key_mask, 0, run.keys) != nullptr) part.key_mask = key_mask;
+    if (key_mask && std::memchr(key_mask, 0, run.keys) != nullptr) part.hides = true, part.key_mask = key_mask;
     return part;
   }
 
-  // What queries of a panel see of a tile: of other keys only those beside seen ones are multiplied.
+  // What queries of a panel see of a tile, cut where some see a key and others do not; whether there is such a key. Of keys
+  // that none sees only those beside seen ones are multiplied.
   bool see(const Panel& panel, Scratch& scratch) const {
+    const Reach& reach = panel.seen;
     bool hides = false;
     scratch.seen.clear();
-    if (panel.seen.any.empty()) return false;
+    if (reach.any.empty()) return false;
     for (const FusedKeys<T>& part : scratch.parts) {
-      const int64_t from = std::max<int64_t>(0, panel.seen.any.first - part.first) / kFusedRows * kFusedRows;
-      const int64_t last = std::max<int64_t>(0, panel.seen.any.last - part.first);
-      const int64_t to = std::min(part.count, round_up(last, kFusedRows));
-      if (from >= to) continue;
-      const uint8_t* key_mask = part.key_mask ? part.key_mask + from : nullptr;
-      scratch.seen.push_back({to - from, part.key + from * depth_, part.value + from * values_, part.first + from, key_mask});
-      hides |= key_mask || panel.seen.hides(part.first + from, to - from);
+      const auto within = [&](int64_t key) { return std::clamp<int64_t>(key - part.first, 0, part.count); };
+      const int64_t first = within(reach.any.first) / kFusedRows * kFusedRows, last = round_up(within(reach.any.last), kFusedRows);
+      // keys that all of them see
+      const int64_t from = std::clamp(round_up(within(reach.every.first), kFusedRows), first, std::max(first, last));
+      const int64_t to = std::clamp(within(reach.every.last) / kFusedRows * kFusedRows, from, std::max(from, last));
+      const auto add = [&](int64_t begin, int64_t end, bool hidden) {
+        if (begin >= end) return;
+        scratch.seen.push_back({end - begin, part.key + begin * depth_, part.value + begin * values_, part.first + begin, hidden,
+                                part.key_mask ? part.key_mask + begin : nullptr});
+        hides |= hidden;
+      };
+      if (part.hides) {
+        add(first, last, true);
+      } else {
+        add(first, from, true);
+        add(from, to, false);
+        add(to, last, true);
+      }
     }
     return hides;
   }

@@ -79,15 +79,12 @@ template <typename G, int kVectors>
   for (int64_t d = 0; d < tile.value_size; ++d) scale(tile.out + (d * kVectors + v) * kLanes, by);
 }
 
-// Lanes of vector v that see key `at` of a part.
+// Lanes of vector v that see key `at` of a part that hides some.
 template <typename G>
 inline __mmask16 seeing(const FusedTile<G>& tile, const FusedKeys<G>& keys, int v, int64_t at) {
-  __mmask16 seen = 0xFFFF;
-  if (tile.low) {
-    const __m512i key = _mm512_set1_epi32(static_cast<int32_t>(keys.first + at));
-    seen = _mm512_cmple_epi32_mask(_mm512_loadu_si512(tile.low + v * kLanes), key);
-    seen = _mm512_mask_cmpgt_epi32_mask(seen, _mm512_loadu_si512(tile.high + v * kLanes), key);
-  }
+  const __m512i key = _mm512_set1_epi32(static_cast<int32_t>(keys.first + at));
+  __mmask16 seen = _mm512_cmple_epi32_mask(_mm512_loadu_si512(tile.low + v * kLanes), key);
+  seen = _mm512_mask_cmpgt_epi32_mask(seen, _mm512_loadu_si512(tile.high + v * kLanes), key);
   return keys.key_mask && seen != 0 && !keys.key_mask[at] ? 0 : seen;
 }
 
@@ -193,7 +190,7 @@ PYRX_BF16 void fused_tile(const FusedTile<G>& given, Size units) {
 #pragma GCC unroll 16
         for (int r = 0; r < kFusedRows; ++r) {
           if constexpr (sizeof(G) == 2) x[r][v] = _mm512_mul_ps(x[r][v], _mm512_loadu_ps(tile.factor + v * kLanes));
-          if constexpr (kEdited) x[r][v] = _mm512_mask_mov_ps(hidden, seeing(tile, *part, v, k + r), x[r][v]);
+          if (kEdited && part->hides) x[r][v] = _mm512_mask_mov_ps(hidden, seeing(tile, *part, v, k + r), x[r][v]);
           greatest = _mm512_max_ps(x[r][v], greatest);
           _mm512_store_ps(logits[r / 2 * kVectors + v][r % 2], x[r][v]);
         }

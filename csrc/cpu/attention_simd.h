@@ -105,29 +105,30 @@ constexpr int64_t kFusedRows = 8;                             // keys, and value
 // Keys that follow each other in memory, rows contiguous; there are finite values for every row.
 template <typename G>
 struct FusedKeys {
-  int64_t count;             // a multiple of eight
-  const G* key;              // (count, size)
-  const G* value;            // (count, value_size), in pairs of keys for 16-bit G
-  int64_t first;             // the first one's position
-  const uint8_t* key_mask;   // (count,), read where low and high show a key, or null
+  int64_t count;            // a multiple of eight
+  const G* key;             // (count, size)
+  const G* value;           // (count, value_size), in pairs of keys for 16-bit G
+  int64_t first;            // the first one's position
+  bool hides;               // some of them, from some queries: by the tile's low and high, and `key_mask`
+  const uint8_t* key_mask;  // (count,), read where low and high show a key, or null
 };
 
 // One step of attention: a tile (keys, queries) from products to weights to the sums of values.
 template <typename G>
 struct FusedTile {
-  int64_t width;             // 16 or 32 queries
-  int64_t size, value_size;  // of a row of keys, even for 16-bit G, and of values, a multiple of eight
-  const G* queries;          // (size, width), in pairs of the size for 16-bit G, else times `factor`
-  const FusedKeys<G>* parts;  // the tile's keys
-  int64_t count;              // of parts
-  const float* factor;       // (width,): exponents of 2 are factor * product; read for 16-bit G
-  float *most, *total;       // (width,): SoftmaxTile; at first the lowest number, and 0
-  float* out;                // (value_size, width): sums of the values that follow `most`
-  G* weights;                // (keys, width) of scratch
-  const int32_t *low, *high;  // (width,): keys at low <= position < high are seen; null: all
+  int64_t width;              // 16 or 32 queries
+  int64_t size, value_size;   // of a row of keys, even for 16-bit G, and of values, a multiple of eight
+  const G* queries;           // (size, width), in pairs of the size for 16-bit G, else times `factor`
+  const FusedKeys<G>* parts;  // (count,): the tile's keys
+  int64_t count;
+  const float* factor;        // (width,): exponents of 2 are factor * product; read for 16-bit G
+  float *most, *total;        // (width,): SoftmaxTile; at first the lowest number, and 0
+  float* out;                 // (value_size, width): sums of the values that follow `most`
+  G* weights;                 // (keys, width) of scratch
+  const int32_t *low, *high;  // (width,): keys at low <= position < high are seen; null where no part hides any
   const uint8_t* bits;        // of kept weights, of the keys in turn: GradientTile, or null: all
   int64_t bits_stride;
-  Ahead* ahead;   // `lines` are fetched with every eight keys
+  Ahead* ahead;  // `lines` are fetched with every eight keys
   int64_t lines;
 };
 

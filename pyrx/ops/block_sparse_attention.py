@@ -318,7 +318,8 @@ def block_sparse_attention(
             (B or 1, H or 1, Sq, R) and (.., Sq, C) with R * C = Sk keys on a grid: row[k // C] + column[k % C].
             Any bool attn_mask of scaled_dot_product_attention goes here as 0 and minus infinity.
         return_lse: return the log-sum-exp of the logits too. Default False.
-        return_entropy: return the entropy of the attention (before dropout) too. Default False.
+        return_entropy: return the entropy of the attention (before dropout) too. On a CPU with AVX-512 another kernel
+            serves float32 and bfloat16 then: `out` has another rounding. Default False.
         seed: of the dropout: int, or int64 tensor of one element on the device. Default: drawn there from `generator`.
         generator: torch.Generator on the query's device. Default: torch's.
         backend: "reference", "cpu" or "triton". Default: the fastest that can serve.

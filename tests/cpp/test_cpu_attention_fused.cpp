@@ -68,11 +68,12 @@ void test_tiles(const FusedKernels<G>& kernels, int64_t width, int64_t keys, int
     // in two parts where there are as many keys
     const int64_t own = keys > 8 ? 8 : keys;
     const uint8_t* mask = flags & kMasked ? key_mask.data() : nullptr;
-    const FusedKeys<G> parts[] = {
-        {own, key.data(), value.data(), first + t * keys, mask},
-        {keys - own, key.data() + own * size, value.data() + own * value_size, first + t * keys + own, mask ? mask + own : mask}};
+    const bool hides = flags & (kRanges | kMasked);
+    const FusedKeys<G> parts[] = {{own, key.data(), value.data(), first + t * keys, hides, mask},
+                                  {keys - own, key.data() + own * size, value.data() + own * value_size, first + t * keys + own,
+                                   hides, mask ? mask + own : mask}};
     kernels.step({width, size, value_size, queries.data(), parts, keys > own ? 2 : 1, factor.data(), most.data(), total.data(),
-                  out.data(), weights.data(), flags & (kRanges | kMasked) ? low.data() : nullptr, high.data(),
+                  out.data(), weights.data(), hides ? low.data() : nullptr, high.data(),
                   flags & kDropped ? bits.data() : nullptr, keys, &ahead, 1});
   }
   for (int64_t i = 0; i < width; ++i) {
