@@ -164,6 +164,8 @@ def test_layers_may_differ():
         ((2, 4), {"decay": 1.5}, ValueError, "expected decay in [0, 1], got 1.5"),
         ((2, 4), {"decay": math.nan}, ValueError, "expected decay in [0, 1], got nan"),
         ((2, 4), {"strength": "x"}, TypeError, "expected strength to be a float, got str"),
+        ((2, 4), {"pad": torch.ones(2)}, TypeError, "expected pad to be a bool, got Tensor"),
+        ((2, 4), {"magnitude": 1}, TypeError, "expected magnitude to be a bool, got int"),
         ((2, 4), {"dim": 2}, ValueError, "expected dim in [-2, 1] for layer 'attention.out_proj', got 2"),
         ((2, 4), {"backend": "cuda"}, RuntimeError, "expected backend that serves torch.float32 on cpu"),
         ((2, 4), {"per_layer": {"head.out": {"backend": "cuda"}}}, RuntimeError, "expected backend that serves"),
@@ -253,6 +255,8 @@ def test_desparsify(leave_parametrized, state):
         owner = name.removesuffix(".weight")
         assert_same_bits(each, expected[owner] if leave_parametrized and owner in expected else value)
     assert not parameters
+    with pytest.raises(TypeError, match="expected leave_parametrized to be a bool, got int"):
+        desparsify_(model, 1)
     desparsify_(model)
     assert names(sparsify_(model, 2, 4)) == names(report)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrx._checks import check_choice, check_dtype, check_integer, check_number, check_tensor, fail
+from pyrx._checks import check_bool, check_choice, check_dtype, check_integer, check_number, check_tensor, fail
 from pyrx.ops.nm_sparsity import ESTIMATORS, check_nm, nm_mask, nm_sparsify, packed_shape
 
 NAME = "NMSparsity"
@@ -100,6 +100,7 @@ class NMSparsity(nn.Module):
         if not 0 <= decay <= 1:
             fail(NAME, "decay", "in [0, 1]", decay)
         check_number(NAME, "strength", strength)
+        check_bool(NAME, magnitude=magnitude, pad=pad)
         self.n, self.m, self.target = n, m, (n, m)
         self.dim, self.estimator, self.strength, self.magnitude, self.pad = dim, estimator, strength, magnitude, pad
         self.backend = backend

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pyrx._checks import FLOAT_DTYPES, fail
+from pyrx._checks import FLOAT_DTYPES, check_bool, fail
 from pyrx.nn.nm_sparsity import NMSparsity
 from pyrx.ops.nm_sparsity import check_nm
 
@@ -406,6 +406,7 @@ def desparsify_(model: nn.Module, leave_parametrized: bool = True) -> nn.Module:
 
     Raises: ValueError where NMSparsity is chained with another parametrization, before anything is changed.
     """
+    check_bool("desparsify_", leave_parametrized=leave_parametrized)
     for each in installed("desparsify_", model):
         _remove(each.layer, each.tensor, leave_parametrized)
     return model
