@@ -10,6 +10,12 @@ from torch import Tensor
 from pyrx._checks import check_device, check_dtype, check_float, check_integer, check_number, check_shape, fail, is_read
 
 
+def check_class_ids(op: str, argument: str, ids: Tensor, num_classes: int) -> None:
+    outside = (ids < 0) | (ids >= num_classes)
+    if outside.any():
+        fail(op, argument, f"of class ids in [0, {num_classes})", ids[outside][0].item())
+
+
 class MixedTarget(NamedTuple):
     """Two classes a row, as CutMix and mixup give: class `a` weighs `lam`, class `b` weighs `1 - lam`.
 
@@ -60,11 +66,10 @@ class MixedTarget(NamedTuple):
             check_device(op, name, ids, self.lam.device)
         lam = self.lam
         for name, ids in (("a", self.a), ("b", self.b)):
-            inside = (ids >= 0) & (ids < num_classes)
-            if not is_read(ids):
-                lam = torch.where(inside, lam, torch.nan)
-            elif not inside.all():
-                fail(op, name, f"of class ids in [0, {num_classes})", ids[~inside][0].item())
+            if is_read(ids):
+                check_class_ids(op, name, ids, num_classes)
+            else:
+                lam = torch.where((ids >= 0) & (ids < num_classes), lam, torch.nan)
         # compared, since scattered sums are not deterministic on a GPU
         classes = torch.arange(num_classes, device=self.a.device)
         lam, keep = lam.unsqueeze(-1), 1 - label_smoothing

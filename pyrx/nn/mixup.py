@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyrx._checks import check_bool, check_choice, check_integer, check_number, fail
+from pyrx._checks import check_bool, check_choice, check_integer, check_number, fail, is_read
 from pyrx._random import level
 from pyrx.ops.batch_mix import check_minmax, mix_batch
 from pyrx.reference.batch_mix import CUTMIX, EITHER, MIXUP, PER_BATCH, PER_PAIR, PER_SAMPLE, Draw
-from pyrx.targets import MixedTarget
+from pyrx.targets import MixedTarget, check_class_ids
 
 MODES = {"batch": PER_BATCH, "pair": PER_PAIR, "elem": PER_SAMPLE, "half": PER_SAMPLE}
 
@@ -94,6 +94,8 @@ class Mixup(nn.Module):
         self.mixup_enabled = True
 
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor | MixedTarget]:
+        if not self.mixed_target and isinstance(target, Tensor) and is_read(target):  # before images are written
+            check_class_ids("Mixup", "target", target, self.num_classes)
         if self.training and self.mixup_enabled:
             images, mixed = mix_batch(
                 "Mixup", images, target, self.draw, inplace=self.inplace, generator=self.generator, backend=self.backend

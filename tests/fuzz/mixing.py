@@ -100,7 +100,7 @@ def _written(draws: Draws, arguments: dict[str, Any], swaps: bool = True) -> tup
         arguments["inplace"] = True
         if "masks" in arguments and not is_free(arguments["masks"]):
             del arguments["masks"]
-        return ("images",)
+        return ("images", "masks")
     return ()
 
 
