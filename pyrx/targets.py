@@ -7,10 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrx._checks import check_device, check_dtype, check_float, check_integer, check_number, check_shape, fail, is_read
+from pyrx._checks import (
+    check_device,
+    check_dtype,
+    check_float,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+    fail,
+    is_read,
+)
 
 
 def check_class_ids(op: str, argument: str, ids: Tensor, num_classes: int) -> None:
+    check_tensor(op, argument, ids)
     outside = (ids < 0) | (ids >= num_classes)
     if outside.any():
         fail(op, argument, f"of class ids in [0, {num_classes})", ids[outside][0].item())
