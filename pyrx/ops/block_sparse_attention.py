@@ -177,18 +177,17 @@ _library.define(
 )
 
 
-def check_mask(op: str, block_mask: object, query: Tensor, key: Tensor) -> BlockMask:
-    if not isinstance(block_mask, BlockMask):
-        fail_mask_type(op, "block_mask", block_mask)
+def check_mask(op: str, mask: object, query: Tensor, key: Tensor, argument: str = "block_mask") -> BlockMask:
+    if not isinstance(mask, BlockMask):
+        fail_mask_type(op, argument, mask)
     lengths = (query.shape[2], key.shape[2])
-    if tuple(block_mask.seq_lengths) != lengths:
-        fail(op, "block_mask", f"for the lengths (Sq, Sk) = {list(lengths)}", list(block_mask.seq_lengths))
-    check_device(op, "block_mask", block_mask.kv_counts, query.device)
-    lead = block_mask.kv_counts.shape[:-1]
+    if tuple(mask.seq_lengths) != lengths:
+        fail(op, argument, f"for the lengths (Sq, Sk) = {list(lengths)}", list(mask.seq_lengths))
+    check_device(op, argument, mask.kv_counts, query.device)
+    lead = mask.kv_counts.shape[:-1]
     if len(lead) == 2 and not broadcasts(lead, query.shape[:2]):
-        expected = f"of shape [B or 1, H or 1, NQ, NK] for a query of {list(query.shape)}"
-        fail(op, "block_mask", expected, list(block_mask.shape))
-    return block_mask
+        fail(op, argument, f"of shape [B or 1, H or 1, NQ, NK] for a query of {list(query.shape)}", list(mask.shape))
+    return mask
 
 
 class Call(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyrx import _block_patterns as patterns
 from pyrx._attention import meet, window_of
-from pyrx._block_checks import check_block_size, check_lists, fail_mask_type
+from pyrx._block_checks import check_block_size, check_lists
 from pyrx._checks import (
     accumulation_dtype,
     broadcasts,
@@ -77,14 +77,10 @@ def _always_of(
 
 
 def _check_within(op: str, within: object, query: Tensor, key: Tensor, size: tuple[int, int]) -> None:
-    if not isinstance(within, BlockMask):
-        fail_mask_type(op, "within", within)
-    lengths = (query.shape[2], key.shape[2])
-    if tuple(within.seq_lengths) != lengths:
-        fail(op, "within", f"for the lengths (Sq, Sk) = {list(lengths)}", list(within.seq_lengths))
-    if tuple(within.block_size) != size:
-        fail(op, "within", f"of block_size {list(size)}", list(within.block_size))
-    check_lists(op, within.lists, *size, query, key)
+    mask = check_mask(op, within, query, key, "within")
+    if tuple(mask.block_size) != size:
+        fail(op, "within", f"of block_size {list(size)}", list(mask.block_size))
+    check_lists(op, mask.lists, *size, query, key)
 
 
 def _share(mass: Tensor, blocks: Tensor) -> Tensor:
