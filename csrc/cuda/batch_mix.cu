@@ -72,7 +72,7 @@ struct MixTensors {
 template <typename F>
 void dispatch_pixels(at::ScalarType dtype, F&& f) {
   if (dtype == at::kByte) return f(uint8_t());
-  if (at::isFloatingType(dtype)) return dispatch(dtype, f);
+  if (is_float(dtype)) return dispatch(dtype, f);
   switch (c10::elementSize(dtype)) {
     case 1: return f(uint8_t());
     case 2: return f(__half());
