@@ -588,6 +588,8 @@ def test_errors_of_lists(cpu):
             masked_sgd([one.weight], [one.grad], [one.exp_avg], [one.mask], 2, 4, backend=backend)
         with pytest.raises(ValueError, match=r"expected lr to be a float or a .* of one element, got .* \[2\]"):
             one.adamw(lr=torch.ones(2), backend=backend)
+        with pytest.raises(TypeError, match="expected lr to be a dense Tensor, got torch.sparse_coo"):
+            one.sgd(lr=torch.ones(1).to_sparse(), backend=backend)
         for n, got in ((2.5, "float"), (torch.float32, "dtype"), (None, "NoneType")):
             with pytest.raises(TypeError, match=f"expected n to be an int, got {got}"):
                 masked_sgd([one.weight], [one.grad], [], [one.mask], n, 4, backend=backend)

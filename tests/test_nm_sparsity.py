@@ -395,6 +395,7 @@ SPARSIFY_ROWS = [
     (TypeError, {"decay": "1"}, "decay to be a float, got str"),
     (ValueError, {"decay": torch.ones(2)}, "decay of one element, got [2]"),
     (TypeError, {"decay": torch.ones((), dtype=torch.int32)}, None),
+    (TypeError, {"decay": torch.ones(1).to_sparse()}, "decay to be a dense Tensor, got torch.sparse_coo"),
     (TypeError, {"strength": "1"}, "strength to be a float, got str"),
     (ValueError, {"mask": torch.ones(8, 4, dtype=torch.bool)}, "mask of shape of the weight = [4, 8], got [8, 4]"),
     (ValueError, {"mask": BITS[:, :0]}, None),

@@ -159,10 +159,12 @@ def _check_lists(op: str, lists: dict[str, object], read: tuple[str, ...] = ("gr
 
 
 def _check_numbers(op: str, lr: float | Tensor, **numbers: float) -> None:
-    if not isinstance(lr, Tensor):
+    if isinstance(lr, Tensor):
+        check_tensor(op, "lr", lr)
+        if not lr.is_floating_point() or lr.numel() != 1:
+            fail(op, "lr", "to be a float or a floating-point Tensor of one element", f"{lr.dtype} {list(lr.shape)}")
+    else:
         numbers["lr"] = lr
-    elif not lr.is_floating_point() or lr.numel() != 1:
-        fail(op, "lr", "to be a float or a floating-point Tensor of one element", f"{lr.dtype} {list(lr.shape)}")
     for name, number in numbers.items():
         check_number(op, name, number)
 

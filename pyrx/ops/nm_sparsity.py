@@ -251,6 +251,7 @@ def nm_mask(
 
 def _check_decay(op: str, decay: float | Tensor, device: torch.device) -> None:
     if isinstance(decay, Tensor):
+        check_tensor(op, "decay", decay)
         if not decay.is_floating_point():
             fail(op, "decay", "to be a float or a floating-point tensor", decay.dtype, TypeError)
         check_device(op, "decay", decay, device)
