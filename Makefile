@@ -37,7 +37,7 @@ GPU_BENCH_MINUTES ?= 9
 SANITIZE_SECONDS ?= 240
 GPU_BUILT ?= gpu-build-here
 
-.PHONY: help demo test test-large fuzz fuzz-sanitize test-threads bench bench-compare docs gpu-model dist lint build cpp clean \
+.PHONY: help demo test test-large fuzz fuzz-sanitize test-threads test-cuda-host bench bench-compare docs gpu-model dist lint build cpp clean \
   $(foreach each,gpu gpu-build gpu-sanitize gpu-test gpu-bench,$(each) $(each)-here)
 .DEFAULT_GOAL := help
 
@@ -46,6 +46,7 @@ help:
 	@echo 'make test    build, lint, types, C++ tests with sanitizers, pytest        (half an hour from a clean clone)'
 	@echo 'make test-large  tensors past 2^31 elements, 10000 calls of every op (half an hour, 16 GiB of memory)'
 	@echo 'make test-threads  what shares memory between threads, under ThreadSanitizer  (10 minutes after its build)'
+	@echo 'make test-cuda-host  CUDA kernels and what launches them, without a GPU, under sanitizers  (20 minutes after its build)'
 	@echo 'make fuzz    call every public function at random, FUZZ_CASES=$(FUZZ_CASES) times, FUZZ_SEED=$(FUZZ_SEED)  (10 minutes)'
 	@echo 'make fuzz-sanitize  fewer calls of the extension under AddressSanitizer and UBSan  (10 minutes after its build)'
 	@echo 'make bench   time every op against PyTorch and peers, tables and charts    (40 minutes)'
@@ -113,6 +114,23 @@ test-threads: $(call extras,test)
 	  run '$(CURDIR)/tests/fuzz' --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED); \
 	done; \
 	if compgen -G '../found*' >/dev/null; then cat ../found*; exit 66; fi; exit $$failed
+
+# csrc/cuda in the place of csrc/cpu, launches and all (tests/cpp/cuda_host): the CPU's tests are then of CUDA's ops
+HOST_TESTS = not (triton or attention or search or compile or examples or docs or release or bench or instructions or build or \
+  threads or memory)
+test-cuda-host: FUZZ_CASES := 1260
+test-cuda-host: $(call extras,test)
+	$(call say,'CUDA kernels on the host under AddressSanitizer and UndefinedBehaviorSanitizer (20 minutes)')
+	@$(PY) tests/cpp/cuda_host/translate.py build/cuda-host/cuda
+	@FORCE_CUDA=0 SANITIZE=cuda $(PY) setup.py -q build --build-base build/cuda-host --build-lib build/cuda-host/lib
+	@options='detect_leaks=0:allocator_may_return_null=1:verify_asan_link_order=0:detect_stack_use_after_return=0'; \
+	export ASAN_OPTIONS=$$options UBSAN_OPTIONS=print_stacktrace=1 ATEN_CPU_CAPABILITY=avx2 FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu; \
+	case "$${CXX:-g++}" in *clang*) libraries='clang_rt.asan-x86_64 stdc++';; *) libraries='asan ubsan stdc++';; esac; \
+	export LD_PRELOAD=$$(for each in $$libraries; do $${CXX:-g++} -print-file-name=lib$$each.so; done | xargs); \
+	run() { $(PY) -m pytest -q --no-header --tb short -n $(TEST_JOBS) --dist worksteal "$$@"; }; \
+	cd build/cuda-host/lib; \
+	run '$(CURDIR)/tests' -m 'not gpu and not slow and not cpu_kernels' -k '$(HOST_TESTS)' --ignore '$(CURDIR)/tests/fuzz'; \
+	run '$(CURDIR)/tests/fuzz' --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED)
 
 bench: $(call extras,bench)
 	$(call say,'benchmarks (about 40 minutes on 2 cores): results in bench/results')

@@ -6,7 +6,8 @@ Environment:
   MAX_JOBS              compiler processes at a time
   DEBUG                 1: -O0 -g
   SANITIZE              memory: under AddressSanitizer and UndefinedBehaviorSanitizer (make fuzz-sanitize);
-                        threads: under ThreadSanitizer (make test-threads)
+                        threads: under ThreadSanitizer (make test-threads);
+                        cuda: as memory, with the CUDA kernels on the host in the CPU's place (make test-cuda-host)
   NVCC_FLAGS            more flags for nvcc
   CUDA_HOME, CXX        the toolkit and the C++ compiler to use
 
@@ -37,6 +38,7 @@ SANITIZERS = {
     "": [],
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "threads": ["-fsanitize=thread"],
+    "cuda": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
 }
 OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
@@ -194,7 +196,7 @@ def decide_flags(
     if debug:
         cxx.append("-UNDEBUG")
     if sanitize:
-        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitizer_flags(sanitize, compiler)]
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", *sanitizer_flags(sanitize, compiler)]
     if not cuda:
         return cxx, []
     nvcc = [f"-std={STANDARD}", level[0], "-Xcompiler", "-fopenmp,-fvisibility=hidden"]
@@ -206,9 +208,16 @@ def decide_flags(
 SLOWEST = ["csrc/cuda/nm_sparsity.cu", "csrc/cuda/masked_update.cu", "csrc/cpu/simd.cpp", "csrc/cpu/nm_simd.cpp"]
 
 
-def decide_sources(root: Path, cuda: bool) -> list[str]:
+CUDA_HOST = "build/cuda-host"  # where tests/cpp/cuda_host/translate.py was told to write
+
+
+def decide_sources(root: Path, cuda: bool, cuda_host: bool = False) -> list[str]:
     patterns = ["csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if cuda else [])
     found = sorted(str(p.relative_to(root)) for pattern in patterns for p in root.glob(pattern))
+    if cuda_host:
+        rows = {p.name for p in root.glob(f"{CUDA_HOST}/cuda/*.cpp")}
+        found = [each for each in found if not (each.startswith("csrc/cpu/") and Path(each).name in rows)]
+        found += [f"{CUDA_HOST}/cuda/{row}" for row in sorted(rows)]
     return [each for each in SLOWEST if each in found] + [each for each in found if each not in SLOWEST]
 
 
@@ -319,11 +328,11 @@ def make_plan(env: Mapping[str, str], torch) -> Plan:
         made.reasons.append(f"archs: {why}")
     made.sanitize = env.get("SANITIZE", "")
     if made.sanitize not in SANITIZERS:
-        raise BuildError(f"pyrx build: expected SANITIZE of memory or threads, got {made.sanitize}")
+        raise BuildError(f"pyrx build: expected SANITIZE of memory, threads or cuda, got {made.sanitize}")
     made.cxx_flags, made.nvcc_flags = decide_flags(
         made.debug, env.get("NVCC_FLAGS"), made.cuda, made.sanitize, compiler_text
     )
-    made.sources = decide_sources(ROOT, made.cuda)
+    made.sources = decide_sources(ROOT, made.cuda, made.sanitize == "cuda")
     return made
 
 
@@ -335,6 +344,8 @@ def extension_of(plan: Plan, torch) -> Extension:
     include_dirs = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
     if plan.sanitize == "threads":  # which reports OpenMP's own waiting as races
         include_dirs.insert(0, str(ROOT / "tests" / "cpp" / "threads"))
+    if plan.sanitize == "cuda":
+        include_dirs[:0] = [str(ROOT / path) for path in (CUDA_HOST, "tests/cpp/cuda_host", "tests/cpp")]
     libraries = ["c10", "torch", "torch_cpu", "torch_python"]
     # torch's own OpenMP runtime: a second one would not follow torch.set_num_threads
     gomp = sorted(site.glob("lib/libgomp*.so*")) if "clang" not in (plan.compiler or "") else []

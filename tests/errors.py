@@ -8,7 +8,8 @@ def row(argument, expected, got, error=ValueError, /, **changes):
     """One bad call: the arguments changed, and the error's argument, expected and got."""
     text = f"expected {argument} {expected}, got {got}"
     names = "+".join(changes)
-    return pytest.param(changes, error, text, id=f"{names}: {text}"[:110])
+    marks = [pytest.mark.cpu_kernels] * ("of class ids in" in expected)
+    return pytest.param(changes, error, text, id=f"{names}: {text}"[:110], marks=marks)
 
 
 SEED_ROWS = [

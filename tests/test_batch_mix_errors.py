@@ -161,6 +161,7 @@ def test_the_raw_op_of_batch_mix(changes, error, text):
         check(_library.namespace("cpu").batch_mix, fake, "batch_mix", error, text)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize(
     "changes, text",
     [

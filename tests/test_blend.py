@@ -116,6 +116,23 @@ def test_expanded_operands(backend):
     assert_same_bits(pyrx.blend(*last, spread, backend=backend), expected)
 
 
+def planes_apart(alpha):
+    """The same values, something else after each plane."""
+    other = torch.full_like(alpha, torch.nan) if alpha.is_floating_point() else ~alpha
+    return torch.cat([alpha, other], -2)[..., : alpha.shape[-2], :]
+
+
+@pytest.mark.parametrize("kind", FLOATS, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_alpha_of_another_dtype_whose_planes_lie_apart(backend, dtype, kind):
+    served(backend, dtype=dtype)
+    x, y = images_of((4, 3, 5, 8), dtype), images_of((4, 3, 5, 8), dtype, 2)
+    for form in alpha_shapes(x.shape):
+        alpha = matte_of(form, kind)
+        expected = pyrx.blend(x, y, alpha, backend="reference")
+        assert_same_bits(pyrx.blend(x, y, planes_apart(alpha), backend=backend), expected, str(form))
+
+
 def test_the_operands_of_an_expanded_image_are_not_copied(cpu):
     image, masks = torch.randn(1, 3, 64, 64), torch.rand(200, 1, 64, 64)
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -501,6 +518,7 @@ def test_kernels_and_fakes_raise_the_same(cpu, name, changes):
     assert fake == real and real[1].startswith(f"pyrx::{name}: expected ")
 
 
+@pytest.mark.cpu_kernels
 def test_kernels_check_partners(cpu):
     ops = _library.namespace(served(cpu))
     for partner in (P + 1, P - 3):
@@ -524,8 +542,9 @@ def test_gpu(kernels, dtype):
             for kind in (torch.bool, torch.float32, *(LOW if dtype in LOW else ())):
                 alpha = matte_of(form, kind)
                 for (_, own), (_, other) in zip(image_layouts(x), image_layouts(y), strict=True):
-                    got = pyrx.blend(own.cuda(), other.cuda(), alpha.cuda(), backend=kernels)
-                    assert_blends(got.cpu(), reference.blend(x, y, alpha), f"{shape} {form}")
+                    for matte in (alpha.cuda(), planes_apart(alpha.cuda())):
+                        got = pyrx.blend(own.cuda(), other.cuda(), matte, backend=kernels)
+                        assert_blends(got.cpu(), reference.blend(x, y, alpha), f"{shape} {form}")
 
 
 @pytest.mark.gpu

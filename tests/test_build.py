@@ -280,6 +280,21 @@ def test_sources(setup):
     assert cuda[: len(setup.SLOWEST)] == setup.SLOWEST and len(set(cuda)) == len(cuda)
 
 
+def test_cuda_sources_on_the_host(setup, tmp_path):
+    """Every launch is found, and a row of CUDA's takes the place of the CPU's."""
+    for row in ("csrc/cpu/dropout.cpp", "csrc/cpu/simd.cpp"):
+        (tmp_path / row).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / row).touch()
+    folder = tmp_path / setup.CUDA_HOST / "cuda"
+    subprocess.run([sys.executable, str(ROOT / "tests/cpp/cuda_host/translate.py"), str(folder)], check=True)
+    sources = setup.decide_sources(tmp_path, False, cuda_host=True)
+    assert "csrc/cpu/simd.cpp" in sources and "csrc/cpu/dropout.cpp" not in sources
+    for source in (ROOT / "csrc/cuda").glob("*.cu"):
+        text = (folder / source.with_suffix(".cpp").name).read_text()
+        assert text.count("cuda_host::configure(") == source.read_text().count("<<<") > 0
+        assert text.count("(pyrx, CPU, m)") == 1 and "(pyrx, CUDA, m)" not in text
+
+
 def test_candidates_for_nvcc_in_order(setup):
     env = {"CUDA_HOME": "/a", "CUDA_PATH": "/b"}
     found = setup.nvcc_candidates(env, lambda name: "/bin/nvcc", ["/site"], "13.0")

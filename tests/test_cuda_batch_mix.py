@@ -77,7 +77,7 @@ def test_draws_and_pixels(function, shape):
             for seed, options in enumerate(rows):
                 got, expected = both(function, images, pairing=pairing, seed=seed - 1, **options)
                 assert_same(got, expected, f"{pairing} {options}")
-                assert got[0].stride() == expected[0].stride()
+                assert got[0].stride() == expected[0].stride() or images.numel() == 0
                 if pairing != "roll" and function is not pyrx.resizemix:
                     got, _ = both(function, images, pairing=pairing, seed=seed - 1, inplace=True, **options)
                     assert_same(got, expected, f"in place {pairing} {options}")

@@ -221,6 +221,7 @@ def test_training_false_is_no_excuse(backend):
             pyrx.dropout(**({"input": X, "training": False, "backend": backend} | changes))
 
 
+@pytest.mark.cpu_kernels
 def test_a_bad_call_leaves_its_tensors_and_the_generator_alone(backend):
     """Raised before anything is written."""
     x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
@@ -420,6 +421,7 @@ def test_the_tables_good_calls_are_good(name):
         op(**{k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in OPS[name].items()})
 
 
+@pytest.mark.cpu_kernels
 def test_mixed_class_ids_out_of_range_are_found_by_the_kernel(cpu):
     op = _library.namespace(cpu).mixed_cross_entropy
     for name in ("target", "target_b"):
@@ -428,6 +430,7 @@ def test_mixed_class_ids_out_of_range_are_found_by_the_kernel(cpu):
             assert error is ValueError and text.startswith(f"pyrx::mixed_cross_entropy: expected target {IDS}, got ")
 
 
+@pytest.mark.cpu_kernels
 def test_class_ids_out_of_range_are_found_by_the_kernels(cpu):
     for name in ("multi_sample_dropout_cross_entropy", "multi_sample_dropout_cross_entropy_backward"):
         op = getattr(_library.namespace(cpu), name)

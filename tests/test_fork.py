@@ -132,6 +132,7 @@ def fork_a_child():
     print("the same")
 
 
+@pytest.mark.cpu_kernels
 def test_every_op_in_a_forked_child(cpu, python):
     """Of a fresh process: torch refuses backward passes to the children of one whose autograd has started threads."""
     assert "the same" in python("import test_fork; test_fork.fork_a_child()")

@@ -96,6 +96,7 @@ def test_a_leak_is_seen():
         assert_constant(lambda: lent.append(malloc(100)) or lent.clear(), 200)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize("mode", ["independent", "antithetic"])
 def test_many_samples_take_no_more_than_one(cpu, mode):

@@ -327,6 +327,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_peak_memory_does_not_grow_with_the_number_of_samples(cpu, python, reduction, combine):
@@ -389,6 +390,7 @@ def test_few_classes_over_chunks_and_tasks(cpu, threads, sampling):
         torch.set_num_threads(before)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_threads_change_no_bits(cpu, sampling, dtype):

@@ -151,6 +151,7 @@ def test_many_rows(cpu):
             check_round_trip(served(cpu), weight, thinned(mask_of(weight, 2, 4)), 2, 4)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (7, 8), (3, 100), (64, 128)])
 def test_too_many_kept(backend, n, m):
     weight, mask = values_of((3, 4 * m)), torch.zeros(3, 4 * m, dtype=torch.bool)
@@ -165,6 +166,7 @@ def test_too_many_kept(backend, n, m):
             torch.ops.pyrx.nm_compress(weight, pack_bits(mask), n, m)
 
 
+@pytest.mark.cpu_kernels
 def test_indices_that_are_not_there(cpu):
     served(cpu)
     for m, batch in ((4, 1), (4, 3), (4, 40), (7, 1)):
@@ -181,6 +183,7 @@ def test_indices_that_are_not_there(cpu):
                     call(wrong)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("batch", [0, 3])
 def test_indices_that_are_not_there_in_the_class(backend, batch):
     served(backend)

@@ -94,6 +94,7 @@ def test_threads_do_not_change_bits(cpu):
             assert_same_bits(found[2], found[0])
 
 
+@pytest.mark.cpu_kernels
 def test_rows_do_not_change_each_other(cpu):
     """A row of the weight gives the same bits alone as among others."""
     served(cpu)
@@ -107,6 +108,7 @@ def test_rows_do_not_change_each_other(cpu):
             assert_same_bits(pyrx.nm_linear(x, part, backend=cpu), expected[:, first:last].contiguous())
 
 
+@pytest.mark.cpu_kernels
 def test_nan_meets_stored_weights_alone(cpu):
     served(cpu)
     weight = torch.ones(3, 8)

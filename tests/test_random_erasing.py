@@ -389,6 +389,7 @@ def test_kernels_and_fakes_raise_the_same(changes, error, text):
             assert str(caught.value) == f"pyrx::random_erasing: expected {text}"
 
 
+@pytest.mark.cpu_kernels
 def test_boxes_outside_are_found_by_the_kernels(cpu):
     ops = _library.namespace(cpu)
     for bad in ([0, 0, 9, 4], [-1, 0, 4, 4], [3, 0, 2, 4], [0, 5, 4, 4], [0, 0, 4, 10]):

@@ -14,16 +14,21 @@ void dispatch_pixels(at::ScalarType dtype, F&& f) {
   dispatch(dtype, f);
 }
 
-// f(T, A) with alpha as the kernels take it: of bool, of the images' own or of the arithmetic's type.
+// The operands with alpha as the kernels take it: of bool, of the images' own or of the arithmetic's type.
+BlendOperands device_operands(const at::Tensor& images, const std::optional<at::Tensor>& y, const at::Tensor& alpha,
+                              const std::optional<at::Tensor>& partner, at::MemoryFormat format) {
+  const at::ScalarType dtype = images.scalar_type();
+  const bool taken = alpha.scalar_type() == at::kBool || alpha.scalar_type() == dtype;
+  return blend_operands(images, y, taken ? alpha : alpha.to(accumulation_dtype(dtype)), partner, format);
+}
+
+// f(T, A) for device_operands.
 template <typename F>
-void dispatch_alpha(at::ScalarType dtype, BlendOperands& operands, F f) {
-  const at::ScalarType accumulation = accumulation_dtype(dtype);
-  if (const auto kind = operands.alpha.scalar_type(); kind != at::kBool && kind != dtype)
-    operands.alpha = operands.alpha.to(accumulation);
-  dispatch_pixels(dtype, [&](auto type) {
+void dispatch_alpha(const BlendOperands& operands, F f) {
+  dispatch_pixels(operands.images.scalar_type(), [&](auto type) {
     using T = decltype(type);
     if (operands.alpha.scalar_type() == at::kBool) f(type, uint8_t());
-    else if (operands.alpha.scalar_type() == accumulation) f(type, Acc<T>());
+    else if (operands.alpha.scalar_type() == accumulation_dtype(operands.images.scalar_type())) f(type, Acc<T>());
     else if constexpr (sizeof(T) == 2) f(type, type);
   });
 }
@@ -38,9 +43,9 @@ bool is_vectorised(const BlendOperands& operands, std::initializer_list<const vo
          layout.alpha_frame % kGroup == 0 && is_aligned(operands.alpha.const_data_ptr(), alpha_bytes);
 }
 
-void blend_into(BlendOperands operands, const at::Tensor& out) {
+void blend_into(const BlendOperands& operands, const at::Tensor& out) {
   if (out.numel() == 0) return;
-  dispatch_alpha(out.scalar_type(), operands, [&](auto type, auto alpha_type) {
+  dispatch_alpha(operands, [&](auto type, auto alpha_type) {
     using T = decltype(type);
     using A = decltype(alpha_type);
     const BlendLayout& layout = operands.layout;
@@ -59,7 +64,7 @@ at::Tensor blend(const at::Tensor& x, const at::Tensor& y, const at::Tensor& alp
   const c10::cuda::CUDAGuard guard(x.device());
   const at::MemoryFormat format = sample_format(x);
   const at::Tensor out = at::empty(x.sizes(), x.options(), format);
-  blend_into(blend_operands(x, y, alpha, partner, format), out);
+  blend_into(device_operands(x, y, alpha, partner, format), out);
   return out;
 }
 
@@ -70,7 +75,7 @@ void blend_out(const at::Tensor& out, const at::Tensor& x, const at::Tensor& y, 
   const c10::cuda::CUDAGuard guard(x.device());
   const at::MemoryFormat format = pixel_format(out);
   const at::Tensor target = out.is_contiguous(format) ? out : at::empty(out.sizes(), out.options(), format);
-  blend_into(blend_operands(x, y, alpha, partner, format), target);
+  blend_into(device_operands(x, y, alpha, partner, format), target);
   finish(target, out);
 }
 
@@ -86,10 +91,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> blend_backward(const at::Tensor& 
     found[2].zero_();
     return {found[0], found[1], found[2]};
   }
-  BlendOperands operands = blend_operands(grad, y, alpha, partner, format);
+  const BlendOperands operands = device_operands(grad, y, alpha, partner, format);
   const at::Tensor own = needs[2] ? dense_samples(*x, format) : at::Tensor();
   const int64_t x_sample = needs[2] ? own.stride(0) : 0, others = y ? y->size(0) : 0;
-  dispatch_alpha(grad.scalar_type(), operands, [&](auto type, auto alpha_type) {
+  dispatch_alpha(operands, [&](auto type, auto alpha_type) {
     using T = decltype(type);
     using A = decltype(alpha_type);
     if constexpr (!std::is_same_v<T, uint8_t>) {  // check_float

@@ -41,7 +41,8 @@ using std::max;
 using std::min;
 
 struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -194,10 +195,11 @@ inline void run_block() {
   }
 }
 
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes,
-            const Arguments&... arguments) {
+template <typename F, typename... Arguments>
+void launch(const F& kernel, dim3 grid, dim3 threads, size_t shared_bytes, const Arguments&... arguments) {
   if (threads.x * threads.y * threads.z == 0 || threads.x * threads.y * threads.z > 1024) fail("1 to 1024 threads");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) fail("a grid without blocks");
+  if (grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535) fail("a grid of too many blocks");
   gridDim = grid;
   blockDim = threads;
   block.shared.assign(shared_bytes, 0);
