@@ -105,6 +105,8 @@ def check_own_values(op: str, argument: str, value: Tensor) -> None:
 def check_own_memory(op: str, argument: str, value: Tensor) -> None:
     """Of a tensor that is written: no two of its elements lie in one place, and it holds them as they are."""
     check_own_values(op, argument, value)
+    if value.numel() == 0:
+        return
     reach = 0  # of the dimensions of smaller strides
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True), key=lambda each: int(each[0])):
         if size > 1 and stride <= reach:

@@ -318,6 +318,14 @@ def test_gradients_of_partners(backend):
     torch.testing.assert_close(found, exact)
 
 
+def test_gradients_of_partners_that_are_not_there():
+    """Of a GPU, which does not check them: no sample gets what belongs to none."""
+    grad, partner = torch.randn(4, 3, 5, 8), torch.tensor([1, 3, -1, 1])
+    found = reference.gather_backward(grad, partner, 3)
+    expected = torch.stack([torch.zeros_like(grad[0]), grad[0] + grad[3], torch.zeros_like(grad[0])])
+    assert_same_bits(found, expected)
+
+
 def test_nan_upstream_goes_where_the_pixel_came_from(backend):
     x, y = (torch.randn(1, 1, 2, 8, requires_grad=True) for _ in range(2))
     alpha = (torch.arange(16) % 2 == 0).reshape(1, 1, 2, 8)
@@ -572,3 +580,6 @@ def test_gpu_partners_that_are_not_there(kernels):
     got = pyrx.blend(x, x, alpha, partner=torch.tensor([1, 3, -1], device="cuda"), backend=kernels)
     assert_same_bits(got[0], reference.blend(x[:1], x[1:2], alpha[:1])[0])
     assert got[1:].isnan().all()
+    y = x.clone().requires_grad_()
+    pyrx.blend(x, y, alpha, partner=torch.tensor([1, 3, -1], device="cuda"), backend=kernels)[0].sum().backward()
+    assert (y.grad[1] == 0.5).all() and not y.grad[[0, 2]].any()

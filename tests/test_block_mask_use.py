@@ -224,6 +224,14 @@ def test_compiled_masks_of_any_length(fresh_dynamo, build):
         assert compiled(tokens, documents) == density(tokens, documents)
 
 
+def test_documents_of_ints_tell_their_own_lengths(fresh_dynamo):
+    assert BlockMask.document([30, 40], 16, key_lengths=[8, 0], device="meta").seq_lengths == (70, 8)
+    compiled = torch.compile(
+        lambda x: x + BlockMask.document([30, 40], 16).density(), fullgraph=True, backend="aot_eager"
+    )
+    assert compiled(torch.zeros(())) == BlockMask.document([30, 40], 16).density()
+
+
 def test_compiled_attention_without_a_mask(fresh_dynamo):
     def attend(q):
         return pyrx.block_sparse_attention(q, q, q, is_causal=True, window=40, backend="reference")

@@ -219,6 +219,28 @@ def test_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.parametrize("optimizer", [pyrx.optim.MaskedAdamW, pyrx.optim.MaskedSGD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+def test_a_tensor_learning_rate_of_dense_weights_is_not_waited_for(optimizer, dtype):
+    nets = [torch.nn.Linear(64, 8).to(device) for device in ("cpu", "cuda")]
+    nets[1].load_state_dict(nets[0].state_dict())
+    rates = 0.1, torch.tensor(0.1, dtype=dtype, device="cuda")
+    for net, lr in zip(nets, rates, strict=True):
+        more = {"momentum": 0.9} if optimizer is pyrx.optim.MaskedSGD else {}
+        own = optimizer([{"params": [net.weight], "n": 2, "m": 4}, {"params": [net.bias]}], lr=lr, **more)
+        before = torch.cuda.get_sync_debug_mode()
+        for i in range(3):
+            for each in net.parameters():
+                each.grad = torch.full_like(each, 0.5 - i)
+            try:
+                torch.cuda.set_sync_debug_mode("error" if i else before)
+                own.step()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(other.cpu(), one)
+
+
 @pytest.mark.parametrize("shape, n, m, dim", [((64, 512), 2, 4, -1), ((64, 512), 2, 16, -1), ((64, 512), 2, 4, 0)])
 def test_one_launch(shape, n, m, dim):
     several = [there(Tensors(shape, n, m, dim, dtype=torch.bfloat16, seed=i)) for i in range(40)]

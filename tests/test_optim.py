@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import pyrx
-from pyrx.optim import MaskedAdamW, MaskedSGD, masked_adamw
+from pyrx.optim import MaskedAdamW, MaskedSGD, masked, masked_adamw
 from pyrx.reference.dropout import unpack_bits
 
 PAIRS = [
@@ -85,6 +85,23 @@ def test_without_masks_it_is_torchs(ours, peer, options):
     train(nets[0], ours(nets[0].parameters(), **options), 5)
     train(nets[1], peer(nets[1].parameters(), **options, **fused), 5)
     assert_same_parameters(*nets)
+
+
+@pytest.mark.parametrize("options", [{"dampening": 0.3}, {"nesterov": True}, {"momentum": 0.0}], ids=str)
+def test_dense_weights_by_torchs_fused_sgd(monkeypatch, options):
+    """As on a GPU; a gradient that comes late has its first step of momentum then."""
+    monkeypatch.setattr(masked, "_is_fused", lambda params, *devices: True)
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, **options}
+    ours, theirs = ([nn.Parameter(torch.ones(3, i + 2)) for i in range(3)] for _ in range(2))
+    optimizers = pyrx.optim.MaskedSGD(ours, **options), torch.optim.SGD(theirs, **options)
+    for step in range(3):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            for each in pair:
+                each.grad = torch.full_like(each, 0.5 * step - i) if step >= i else None
+        for each in optimizers:
+            each.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("ours, peer, options", PAIRS)

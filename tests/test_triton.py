@@ -35,6 +35,29 @@ def head_on(device, *arguments, **options):
 test_values_in_the_interpreter = values_in_the_interpreter(__file__, 61)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="runs an interpreter of its own")
+def test_tf32_may_be_asked_for_by_either_name(python):
+    """torch raises where both names of the setting were used and one is read."""
+    script = """
+import sys, torch, pyrx
+exec(sys.argv[1])
+x, y = torch.randn(4, 16), torch.arange(4)
+pyrx.multi_sample_dropout_cross_entropy(x, torch.randn(5, 16), y, seed=1, backend="triton")
+q = torch.randn(1, 1, 32, 16)
+pyrx.block_sparse_attention(q, q, q, backend="triton")
+from pyrx._triton import attention
+print(attention.precision_of(q), attention.precision_of(q.half()))
+"""
+    for setting, expected in (
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+        ("torch.set_float32_matmul_precision('high')", "tf32"),
+        ("pass", "ieee"),
+    ):
+        assert python(script, setting, TRITON_INTERPRET="1").split() == [expected, "tf32"], setting
+
+
 # Masks.
 
 

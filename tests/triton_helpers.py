@@ -91,7 +91,7 @@ def compile_launches(architecture):
 
     def compile_only(self, *arguments, grid, warmup, **options):
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        assert all(size >= 0 for size in grid)
+        assert all(size >= 0 for size in grid) and all(size <= 65535 for size in grid[1:])
         compiled[kernel.hash] = (self.fn.__name__, kernel)
         return kernel
 

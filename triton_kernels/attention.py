@@ -169,7 +169,7 @@ def rows_of(tensor: Tensor) -> Rows:
 
 
 def precision_of(query: Tensor) -> str:
-    return "tf32" if query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if query.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit

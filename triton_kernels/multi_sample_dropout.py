@@ -190,7 +190,7 @@ def _head(
     masks = samples if averaged else gemm_rows
     padded = (classes + 15) // 16 * 16
     wide = input.dtype == torch.float32
-    precision = "tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = "tf32" if wide and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     strides = (*input.stride(), *linear_weight.stride())
     vectors = features % 16 == 0 and strides[1] == strides[3] == 1 and strides[0] % 16 == strides[2] % 16 == 0
     library = classes > LIBRARY_CLASSES[input.element_size()]

@@ -47,8 +47,9 @@ def _noise_mask_kernel(
 def _noise_mask_backward_kernel(
     grad, output, seed, std, mean, sample, summed, pixels, ALIGNED: tl.constexpr, GROUPS: tl.constexpr
 ):
-    plane = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    programs = tl.cdiv(pixels, 4 * GROUPS)  # of a plane
+    plane = (tl.program_id(0) // programs).to(tl.int64)
+    group = (tl.program_id(0) % programs).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     pixel = group[:, None] * 4 + tl.arange(0, 4)[None, :]
     inside = pixel < pixels
     sample = tl.cast(sample, tl.int64)
@@ -88,7 +89,7 @@ def noise_mask_backward(grad: Tensor, seed: Tensor, broadcast: bool, std: float,
     planes = output.shape[0] * output.shape[1]
     pixels, summed = output.numel() // planes, grad.shape[1] if broadcast else 1
     with torch.cuda.device_of(grad):
-        _noise_mask_backward_kernel[(triton.cdiv(pixels, 4 * GROUPS), planes)](
+        _noise_mask_backward_kernel[(triton.cdiv(pixels, 4 * GROUPS) * planes,)](
             grad.contiguous(), output, seed, std, mean, sample, summed, pixels, pixels % 4 == 0, GROUPS,
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -108,8 +108,9 @@ def _erase_kernel(
     images, output, boxes, fills, seed, count, elements, step, row, height, frames, channels, fill_sample, fill_box,
     fill_channel, COPY: tl.constexpr, NOISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    programs = tl.cdiv(elements, BLOCK)  # of a sample
+    sample = (tl.program_id(0) // programs).to(tl.int64)
+    at = (tl.program_id(0) % programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < elements
     x = at % row // step
     y = at // row % height
@@ -141,7 +142,7 @@ def _erase_kernel(
 def _draw(images: Tensor, boxes: Tensor, seed: Tensor, draw: Draw) -> None:
     samples, height, width = images.shape[0], images.shape[-2], images.shape[-1]
     least, most = (
-        float64_bits(float(log_positive(torch.tensor(each, dtype=torch.float64))))
+        float64_bits(float(log_positive(torch.tensor(each, dtype=torch.float64, device="cpu"))))
         for each in (draw.min_ratio, draw.max_ratio)
     )
     first = samples // draw.num_splits if draw.num_splits > 1 else 0
@@ -185,7 +186,7 @@ def _erase(
         frames = images.shape[2] if images.dim() == 5 else 1
         step = 1 if images.is_contiguous() else channels
         elements = images.numel() // samples
-        _erase_kernel[(triton.cdiv(elements, BLOCK), samples)](
+        _erase_kernel[(triton.cdiv(elements, BLOCK) * samples,)](
             images, output, found, fills, seed, count, elements, step, images.shape[-1] * step, images.shape[-2],
             frames, channels, *strides, images is not output, filling == PIXEL, BLOCK, enable_fp_fusion=False,
         )  # fmt: skip

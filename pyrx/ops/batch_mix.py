@@ -220,7 +220,7 @@ def check_values(
         if lam is None and bool(without.any()):
             fail(op, "lam", "to be given beside boxes of -1", None)
     if partner is not None:
-        index = torch.arange(len(partner))
+        index = torch.arange(len(partner), device=partner.device)
         if not torch.equal(partner.sort().values, index):
             fail(op, "pairing", "to be a permutation of the samples", partner.tolist())
         if swap and not torch.equal(partner[partner], index):

@@ -368,7 +368,7 @@ class BlockMask:
             key_lengths: of the documents' keys, where they are others (cross-attention). Default: `lengths`.
             seq_lengths: the lengths' sums. Default: the sums, which a tensor on a GPU does not tell without waiting
                 for it: there, and in torch.compile, they must be given, and an assertion on the device checks them.
-            device: of ints; a tensor's own is kept. Default: torch's.
+            device: of ints, which a GPU is given by a copy that waits; a tensor's own is kept. Default: torch's.
         """
         op = "BlockMask.document"
         size = check_block_size(op, block_size)
@@ -380,9 +380,11 @@ class BlockMask:
             check_values(op, name, "of at least 0", (each >= 0).all(), each)
         sums = packed.sum(-1), keys.sum(-1)
         if seq_lengths is None:
-            if not is_read(packed):
+            given = lengths, lengths if key_lengths is None else key_lengths
+            if any(isinstance(each, Tensor) and not is_read(each) for each in given):
                 fail(op, "seq_lengths", "of lengths that are on a GPU or compiled", None)
-            seq_lengths = int(sums[0].amax()), int(sums[1].amax())
+            most = [int(each.sum(-1).amax()) if isinstance(each, Tensor) else sum(each) for each in given]
+            seq_lengths = most[0], most[1]
         both = check_lengths(op, seq_lengths)
         for name, total, expected in zip(("lengths", "key_lengths"), sums, both, strict=True):
             check_values(op, name, f"that sum to {expected}", (total == expected).all(), total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -281,6 +281,17 @@ def _operands(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return [local(param) for param in params], [local(param.grad) for param in params]
 
 
+def _is_fused(params: list[Tensor], *devices: str) -> bool:
+    """Whether torch's fused step takes them, which are of one device and dtype."""
+    return params[0].is_floating_point() and params[0].device.type in devices
+
+
+def _dense_rate(group: dict[str, Any], params: list[Tensor]) -> Any:
+    """The learning rate as torch's own steps read it: of a tensor on a GPU, float32."""
+    rate = group["lr"]
+    return rate.float() if isinstance(rate, Tensor) and params[0].device.type == "cuda" else rate
+
+
 def _check_common(lr: float | Tensor, weight_decay: float) -> None:
     """With the texts of torch.optim."""
     if isinstance(lr, Tensor):
@@ -402,13 +413,13 @@ class MaskedAdamW(MaskedOptimizer):
             exp_avg_sqs,
             [],
             steps,
-            fused=params[0].is_floating_point() and params[0].device.type in ("cpu", "cuda"),
+            fused=_is_fused(params, "cpu", "cuda"),
             capturable=params[0].device.type == "cuda",
             has_complex=params[0].is_complex(),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
+            lr=_dense_rate(group, params),
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=group["maximize"],
@@ -456,11 +467,13 @@ class MaskedSGD(MaskedOptimizer):
         defaults |= {"rule": rule, "strength": strength, "refresh_every": refresh_every, "maximize": maximize}
         super().__init__(params, defaults, model, backend)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], masking: _Masking) -> None:
+    def _with_buffers(
+        self, group: dict[str, Any], params: list[Tensor]
+    ) -> Iterator[tuple[list[Tensor], list[Tensor], float]]:
+        """(parameters, their momentum buffers or none, dampening): a buffer's first step is the gradient itself."""
         if group["momentum"] == 0:
-            self._update_masked(group, params, [], masking, 0.0)
+            yield params, [], 0.0
             return
-        # a buffer's first step is the gradient itself
         first: list[Tensor] = []
         later: list[Tensor] = []
         for param in params:
@@ -471,39 +484,32 @@ class MaskedSGD(MaskedOptimizer):
             (first if is_first and group["dampening"] != 0 else later).append(param)
         for batch, dampening in ((first, 0.0), (later, group["dampening"])):
             if batch:
-                self._update_masked(group, batch, self._list(batch, "momentum_buffer"), masking, dampening)
+                yield batch, self._list(batch, "momentum_buffer"), dampening
 
-    def _update_masked(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        buffers: list[Tensor],
-        masking: _Masking,
-        dampening: float,
-    ) -> None:
-        masked_sgd(
-            *_operands(params),
-            buffers,
-            self._list(params, "mask"),
-            momentum=group["momentum"],
-            dampening=dampening,
-            nesterov=group["nesterov"],
-            **self._options(group, masking),
-        )
+    def _update(self, group: dict[str, Any], params: list[Tensor], masking: _Masking) -> None:
+        for batch, buffers, dampening in self._with_buffers(group, params):
+            masked_sgd(
+                *_operands(batch),
+                buffers,
+                self._list(batch, "mask"),
+                momentum=group["momentum"],
+                dampening=dampening,
+                nesterov=group["nesterov"],
+                **self._options(group, masking),
+            )
 
     def _update_densely(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        buffers = [self.state[param].get("momentum_buffer") for param in params]
-        sgd(
-            params,
-            [param.grad for param in params],  # type: ignore[misc]
-            buffers,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )
-        if group["momentum"] != 0:
-            for param, buffer in zip(params, buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
+        # on a GPU torch's other steps ask a tensor lr for its number, which waits
+        fused = _is_fused(params, "cuda") or None
+        for batch, buffers, dampening in self._with_buffers(group, params):
+            sgd(
+                *_operands(batch),
+                buffers or [None] * len(batch),  # type: ignore[arg-type]
+                fused=fused,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=_dense_rate(group, batch),
+                dampening=dampening,
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )

@@ -27,10 +27,15 @@ def _blended(x: Tensor, y: Tensor, alpha: Tensor, partner: Tensor | None) -> Ten
 
 
 def gather_backward(grad: Tensor, partner: Tensor, samples: int) -> Tensor:
-    """The gradient of y from that of y[partner]; samples that are gathered often are summed in a fixed order."""
-    wide = grad.new_zeros((samples, *grad.shape[1:]))
+    """The gradient of y from that of y[partner]; samples that are gathered often are summed in a fixed order.
+
+    A partner that is not there, which a GPU does not check, gives its gradient to none.
+    """
+    wide = grad.new_zeros((samples + 1, *grad.shape[1:]))
+    to = torch.where((partner >= 0) & (partner < samples), partner, samples)
     # each is deterministic on its device alone
-    return wide.index_add(0, partner, grad) if grad.device.type == "cpu" else wide.index_put((partner,), grad, True)
+    found = wide.index_add(0, to, grad) if grad.device.type == "cpu" else wide.index_put((to,), grad, True)
+    return found[:samples]
 
 
 def blend_backward(
