@@ -338,6 +338,7 @@ PUBLIC_ROWS = [
     ({"mode": "noise"}, ValueError, "mode to be one of 'const', 'rand', 'pixel', got 'noise'"),
     ({"value": ["a"]}, TypeError, f"value {VALUE}, got str"),
     ({"value": "random"}, TypeError, f"value {VALUE}, got str"),
+    ({"value": 10**400}, ValueError, "value to be a float, got an int of more than 64 bits"),
     ({"scale": 0.5}, TypeError, "scale to be two floats, got 0.5"),
     ({"scale": ("a", 1)}, TypeError, "scale to be a float, got str"),
     ({"ratio": (2.0, 1.0)}, ValueError, "ratio 1e-6 <= minimum <= maximum <= 1e6, got (2.0, 1.0)"),

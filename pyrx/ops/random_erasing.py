@@ -161,6 +161,7 @@ def _erase_batch(
     for each in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(each, bool) or not isinstance(each, (int, float)):
             fail(op, "value", expected, type(each).__name__, TypeError)
+        check_number(op, "value", each)
         values.append(float(each))
     for name, count in (("min_count", draw.min_count), ("max_count", draw.max_count), ("num_splits", draw.num_splits)):
         check_integer(op, name, count, 0, 2**31 - 1)
