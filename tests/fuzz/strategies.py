@@ -86,13 +86,12 @@ class Draws:
         return self.large(most) if self.chance(4) else self.size(usual)
 
     def shape(self, dims: int, most: int = 5000) -> tuple[int, ...]:
-        """Of at most `most` elements, at times of ten times as many."""
+        """Of at most `most` elements, at times of ten times as many; so too without its sizes of 0."""
         sizes: list[int] = []
         large = [self.large(10 * most)] if dims > 0 and 10 * most >= LARGE_SIZES[0] and self.chance(8) else []
         most = 10 * most // large[0] if large else most
         for _ in range(dims - len(large)):
-            room = most // max(math.prod(sizes), 1) if math.prod(sizes) > 0 else most
-            sizes.append(self.size(max(1, room)))
+            sizes.append(self.size(max(1, most // math.prod(max(1, each) for each in sizes))))
         for each in large:
             sizes.insert(self.integer(0, dims - 1), each)
         return tuple(sizes)
