@@ -240,7 +240,7 @@ def agree(call: Call, *backends: str | None) -> bool:
     return plain.error is None
 
 
-# backends whose kernels check no values, and what the reference says of them; for the CPU's kernels Python does not either
+# backends whose kernels check no values, and what the reference says of them
 _DEVICE = ("triton", "cpu", None) if CUDA_ON_HOST else ("triton",)
 _UNREAD = ("of class ids in", "expected indices in", *(("mask that keeps at most",) if CUDA_ON_HOST else ()))
 
