@@ -37,8 +37,8 @@ GPU_BENCH_MINUTES ?= 9
 SANITIZE_SECONDS ?= 240
 GPU_BUILT ?= gpu-build-here
 
-.PHONY: help demo test test-large fuzz fuzz-sanitize test-threads test-cuda-host bench bench-compare docs gpu-model dist lint build cpp clean \
-  $(foreach each,gpu gpu-build gpu-sanitize gpu-test gpu-bench,$(each) $(each)-here)
+.PHONY: help demo test test-large fuzz fuzz-sanitize test-threads test-cuda-host bench bench-compare docs gpu-model dist lint \
+  build cpp clean $(foreach each,gpu gpu-build gpu-sanitize gpu-test gpu-bench,$(each) $(each)-here)
 .DEFAULT_GOAL := help
 
 help:

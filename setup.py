@@ -34,12 +34,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 STANDARD = "c++20"
-SANITIZERS = {
-    "": [],
-    "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "threads": ["-fsanitize=thread"],
-    "cuda": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-}
+MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZERS = {"": [], "memory": MEMORY, "threads": ["-fsanitize=thread"], "cuda": MEMORY}
 OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
