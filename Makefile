@@ -78,6 +78,10 @@ fuzz: $(call extras,test) build
 	@FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu $(PY) -m pytest -v --no-header --tb short tests/fuzz \
 	  -n $(TEST_JOBS) --dist worksteal --hypothesis-profile fuzz --hypothesis-seed $(FUZZ_SEED)
 
+# what python preloads for a module under AddressSanitizer
+SANITIZER_LIBRARIES = $$(case "$${CXX:-g++}" in (*clang*) libraries='clang_rt.asan-x86_64 stdc++';; (*) libraries='asan ubsan stdc++';; esac; \
+  for each in $$libraries; do $${CXX:-g++} -print-file-name=lib$$each.so; done | xargs)
+
 # AVX-512 by clang alone (CXX=clang++-19): g++'s sanitizer does not see its masked loads and stores, and g++ 12 keeps half of a
 # spilled mask at -O1
 fuzz-sanitize: FUZZ_CASES := 1260
@@ -86,11 +90,8 @@ fuzz-sanitize: $(call extras,test)
 	@FORCE_CUDA=0 SANITIZE=memory $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	@export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:verify_asan_link_order=0:log_path=$(CURDIR)/build/sanitize/found; \
 	export UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/sanitize/found; \
-	case "$${CXX:-g++}" in \
-	  *clang*) libraries='clang_rt.asan-x86_64 stdc++'; sets='avx512 avx2 default';; \
-	  *) libraries='asan ubsan stdc++'; sets='avx2 default';; \
-	esac; \
-	preload=$$(for each in $$libraries; do $${CXX:-g++} -print-file-name=lib$$each.so; done | xargs); \
+	case "$${CXX:-g++}" in (*clang*) sets='avx512 avx2 default';; (*) sets='avx2 default';; esac; \
+	preload=$(SANITIZER_LIBRARIES); \
 	rm -f build/sanitize/found*; cd build/sanitize/lib; \
 	for isa in $$sets; do \
 	  printf '\n== fuzzing under sanitizers: %s\n' "$$isa"; \
@@ -125,8 +126,7 @@ test-cuda-host: $(call extras,test)
 	@FORCE_CUDA=0 SANITIZE=cuda $(PY) setup.py -q build --build-base build/cuda-host --build-lib build/cuda-host/lib
 	@options='detect_leaks=0:allocator_may_return_null=1:verify_asan_link_order=0:detect_stack_use_after_return=0'; \
 	export ASAN_OPTIONS=$$options UBSAN_OPTIONS=print_stacktrace=1 ATEN_CPU_CAPABILITY=avx2 FUZZ_CASES=$(FUZZ_CASES) PYRX_REQUIRE=cpu; \
-	case "$${CXX:-g++}" in *clang*) libraries='clang_rt.asan-x86_64 stdc++';; *) libraries='asan ubsan stdc++';; esac; \
-	export LD_PRELOAD=$$(for each in $$libraries; do $${CXX:-g++} -print-file-name=lib$$each.so; done | xargs); \
+	preload=$(SANITIZER_LIBRARIES); export LD_PRELOAD="$$preload"; \
 	run() { $(PY) -m pytest -q --no-header --tb short -n $(TEST_JOBS) --dist worksteal "$$@"; }; \
 	cd build/cuda-host/lib; \
 	run '$(CURDIR)/tests' -m 'not gpu and not slow and not cpu_kernels' -k '$(HOST_TESTS)' --ignore '$(CURDIR)/tests/fuzz'; \
